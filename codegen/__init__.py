@@ -1,0 +1,1 @@
+"""What can be generated: ops, archs, spaces, rendering and building."""

@@ -1,0 +1,1 @@
+"""Builders: rendered source in, artifacts out."""

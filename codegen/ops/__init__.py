@@ -1,0 +1,1 @@
+"""One module per op; each declares everything that the rest of tilewright derives from it."""

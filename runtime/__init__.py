@@ -1,0 +1,1 @@
+"""Serve tuned kernels inside an inference engine."""

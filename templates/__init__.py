@@ -1,0 +1,1 @@
+"""Jinja templates only; no Python logic lives here."""

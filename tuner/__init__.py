@@ -1,0 +1,1 @@
+"""Search, measure, check, store: the tuning loop and its command line."""

@@ -1,0 +1,1 @@
+"""The database of trials, kernels and plans."""
