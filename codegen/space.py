@@ -1,0 +1,372 @@
+"""Typed knobs, named constraints and the enumerated space of valid configs that they make."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from tilewright.errors import TilewrightError
+
+Value = int | float | str | bool | None
+"""What a knob may be set to; None means that the knob does not apply to the config's template."""
+
+TEMPLATE = "template"
+"""The leading parameter of a union of several templates' spaces."""
+
+MAX_CONFIGS = 1_000_000
+"""Valid configs that an enumeration may hold; more than this means that a constraint is missing."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One knob: its name, its values in their natural order (small to large) and what it does, in words.
+
+    Raises TilewrightError when there is no value, or when two values are equal (1, 1.0 and True are).
+    """
+
+    name: str
+    values: tuple[Value, ...]
+    meaning: str
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise TilewrightError(f"Parameter {self.name!r} has no values; give it at least one.")
+        if len(set(self.values)) < len(self.values):
+            raise TilewrightError(f"Parameter {self.name!r} has two equal values in {self.values}; keep one of them.")
+
+    @cached_property
+    def position(self) -> Mapping[Value, int]:
+        """Where each value stands in `values`."""
+        return {value: index for index, value in enumerate(self.values)}
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """One named rule that every valid config keeps.
+
+    `holds` gets a mapping of parameter values and returns whether they obey the rule; `reason` says in words why
+    the rule exists. `parameters` names those that `holds` reads, so that enumeration can drop whole branches as
+    soon as they are bound; left empty, the rule is checked on complete configs only.
+    """
+
+    name: str
+    holds: Callable[[Mapping[str, Any]], bool]
+    reason: str
+    parameters: tuple[str, ...] = ()
+
+
+class Config(Mapping[str, Any]):
+    """One point of a space: an immutable, hashable mapping from parameter name to value.
+
+    Reading a value is typed Any, because a knob's type is known to its template and not to this class.
+    Raises TilewrightError for a value that is not an int, a finite float, a str, a bool or None.
+    """
+
+    __slots__ = ("_items", "_values")
+
+    def __init__(self, values: Mapping[str, Value]) -> None:
+        self._items = tuple(sorted(values.items()))
+        for name, value in self._items:
+            finite = not isinstance(value, float) or math.isfinite(value)
+            if not (finite and (value is None or isinstance(value, int | float | str))):
+                raise TilewrightError(
+                    f"Config value {name}={value!r} must be an int, a finite float, a str, a bool or None."
+                )
+        self._values = dict(self._items)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(self._items)
+
+    def __repr__(self) -> str:
+        return f"Config({', '.join(f'{name}={value!r}' for name, value in self._items)})"
+
+    def key(self) -> str:
+        """Canonical JSON: names sorted, no spaces; equal text for equal configs of one space, in every process."""
+        return json.dumps(self._values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read back what `key` wrote; raises TilewrightError when `text` is not a JSON object of plain values."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise TilewrightError(
+                f'Config {text!r} is not JSON ({error}); give an object such as {{"tile":4}}.'
+            ) from error
+        if not isinstance(values, dict):
+            raise TilewrightError(f'Config {text!r} is not a JSON object; give one such as {{"tile":4}}.')
+        return cls(values)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """How many raw combinations one constraint removed, each counted for the first constraint that rejected it."""
+
+    constraint: str
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Space(Sequence[Config]):
+    """Every valid config of one or several templates, in a fixed order.
+
+    `indices` is int16 [configs, parameters]: config i sets parameter p to `parameters[p].values[indices[i, p]]`.
+    Configs themselves are made when they are read, so that a large space stays small in memory.
+    """
+
+    parameters: tuple[Parameter, ...]
+    indices: npt.NDArray[np.int16]
+    removals: tuple[Removal, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_names(self.parameters)
+        self.indices.flags.writeable = False
+
+    @classmethod
+    def enumerate(cls, parameters: Sequence[Parameter], constraints: Sequence[Constraint] = ()) -> Self:
+        """Make the space of all combinations that keep every constraint.
+
+        Raises TilewrightError for a duplicate name, a constraint that reads a parameter it may not, a space with no
+        valid config and one with more than MAX_CONFIGS.
+        """
+        _check_names(parameters)
+        rows, counts = _Enumeration(parameters, constraints).run()
+        removals = tuple(Removal(c.name, counts[c.name], c.reason) for c in constraints)
+        if not rows:
+            raise TilewrightError(_nothing_valid(removals))
+        return cls(tuple(parameters), np.array(rows, dtype=np.int16).reshape(len(rows), len(parameters)), removals)
+
+    @classmethod
+    def from_configs(cls, parameters: Sequence[Parameter], configs: Iterable[Mapping[str, Value]]) -> Self:
+        """Make a space of exactly these configs; each must set every parameter to one of its values, and none twice."""
+        _check_names(parameters)
+        rows = [_row(parameters, config) for config in configs]
+        if not rows:
+            raise TilewrightError("A space needs at least one config; none was given.")
+        if len(set(rows)) < len(rows):
+            raise TilewrightError("A space was given the same config twice; leave the second one out.")
+        return cls(tuple(parameters), np.array(rows, dtype=np.int16).reshape(len(rows), len(parameters)))
+
+    @classmethod
+    def union(cls, spaces_by_template: Mapping[str, "Space"]) -> Self:
+        """Join templates' spaces under a leading parameter `template`; knobs that a template lacks become None.
+
+        Values of a knob that several templates share are merged, in ascending order when all are numbers.
+        Raises TilewrightError when there is no space, or when one uses the name `template` or the value None itself.
+        """
+        if not spaces_by_template:
+            raise TilewrightError("A union of spaces needs at least one template; none was given.")
+        parameters = (
+            Parameter(TEMPLATE, tuple(spaces_by_template), "the algorithm that the kernel is made from"),
+            *_merged_parameters(spaces_by_template),
+        )
+        blocks = [space.indices_in(parameters, {TEMPLATE: template}) for template, space in spaces_by_template.items()]
+        removals = tuple(
+            Removal(f"{template}/{r.constraint}", r.count, r.reason)
+            for template, space in spaces_by_template.items()
+            for r in space.removals
+        )
+        return cls(parameters, np.concatenate(blocks), removals)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Config: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Config]: ...
+
+    def __getitem__(self, index: int | slice) -> Config | list[Config]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = self.indices[index].tolist()
+        return Config({p.name: p.values[i] for p, i in zip(self.parameters, row, strict=True)})
+
+    def __contains__(self, config: object) -> bool:
+        return isinstance(config, Mapping) and self.find(config) is not None
+
+    @property
+    def full_size(self) -> int:
+        """Raw combinations before any constraint; for a union, the sum over its templates."""
+        return len(self) + sum(r.count for r in self.removals)
+
+    @property
+    def removed(self) -> dict[str, int]:
+        """Raw combinations that each constraint removed."""
+        return {r.constraint: r.count for r in self.removals}
+
+    def find(self, config: Mapping[str, Value]) -> int | None:
+        """Where `config` stands in this space; None when it is no part of it."""
+        try:
+            return self._position.get(_row(self.parameters, config))
+        except TilewrightError:
+            return None
+
+    def index_of(self, config: Mapping[str, Value]) -> int:
+        """Where `config` stands in this space; raises TilewrightError, saying why, when it is no part of it."""
+        index = self._position.get(_row(self.parameters, config))
+        if index is None:
+            raise TilewrightError(f"{config!r} breaks a constraint of its space; take one of its {len(self)} configs.")
+        return index
+
+    def indices_in(self, parameters: Sequence[Parameter], constants: Mapping[str, Value]) -> npt.NDArray[np.int16]:
+        """Rewrite `indices` for other parameters: those unknown here become their value in `constants`, or None."""
+        columns = {p.name: (p, self.indices[:, i]) for i, p in enumerate(self.parameters)}
+        result = np.empty((len(self), len(parameters)), dtype=np.int16)
+        for i, target in enumerate(parameters):
+            if target.name in columns:
+                source, column = columns[target.name]
+                result[:, i] = np.array([target.position[v] for v in source.values])[column]
+            else:
+                result[:, i] = target.position[constants.get(target.name)]
+        return result
+
+    def lift(self, template: str, config: Mapping[str, Value]) -> Config:
+        """Write a template's own config as one of this union: the inverse of `split_template`."""
+        own = {TEMPLATE: template, **config}
+        return Config(own | {p.name: None for p in self.parameters if p.name not in own})
+
+    def describe(self) -> str:
+        """Several lines of text: the size and what each constraint removed."""
+        sizes = " x ".join(f"{p.name} {len(p.values)}" for p in self.parameters if len(p.values) > 1)
+        lines = [f"{len(self):,} valid configs of {self.full_size:,} ({sizes or 'nothing varies'})"]
+        width = max((len(r.constraint) for r in self.removals), default=0)
+        lines += [f"  {r.constraint:<{width}}  removed {r.count:>9,}  {r.reason}" for r in self.removals]
+        return "\n".join(lines)
+
+    @cached_property
+    def _position(self) -> Mapping[tuple[int, ...], int]:
+        return {tuple(row): i for i, row in enumerate(self.indices.tolist())}
+
+
+def split_template(config: Mapping[str, Value]) -> tuple[str, Config]:
+    """Take a union's config apart into its template and that template's own config (no `template`, no None)."""
+    own = {name: value for name, value in config.items() if name != TEMPLATE and value is not None}
+    return str(config[TEMPLATE]), Config(own)
+
+
+class _Enumeration:
+    """A depth-first walk over the parameters that checks each constraint as soon as it can be checked."""
+
+    def __init__(self, parameters: Sequence[Parameter], constraints: Sequence[Constraint]) -> None:
+        depth_of = {p.name: depth for depth, p in enumerate(parameters)}
+        self._parameters = parameters
+        self._checks: list[list[Constraint]] = [[] for _ in parameters]
+        self._counts = dict.fromkeys((c.name for c in constraints), 0)
+        if len(self._counts) < len(constraints):
+            raise TilewrightError(f"Two constraints share a name among {[c.name for c in constraints]}; rename one.")
+        for constraint in constraints:
+            unknown = [name for name in constraint.parameters if name not in depth_of]
+            if unknown:
+                raise TilewrightError(f"Constraint {constraint.name!r} names {unknown}, which no parameter is called.")
+            depth = max((depth_of[name] for name in constraint.parameters), default=len(parameters) - 1)
+            self._checks[depth].append(constraint)
+        # Combinations that hang below one bound value at each depth: what rejecting it there removes.
+        self._below = [math.prod(len(p.values) for p in parameters[d + 1 :]) for d in range(len(parameters))]
+        self._bound: dict[str, Value] = {}
+        self._rows: list[tuple[int, ...]] = []
+
+    def run(self) -> tuple[list[tuple[int, ...]], dict[str, int]]:
+        self._walk(0, ())
+        return self._rows, self._counts
+
+    def _walk(self, depth: int, prefix: tuple[int, ...]) -> None:
+        if depth == len(self._parameters):
+            self._rows.append(prefix)
+            if len(self._rows) > MAX_CONFIGS:
+                raise TilewrightError(
+                    f"The space has more than {MAX_CONFIGS:,} valid configs; add a constraint or take values away."
+                )
+            return
+        name = self._parameters[depth].name
+        for index, value in enumerate(self._parameters[depth].values):
+            self._bound[name] = value
+            broken = self._first_broken(depth)
+            if broken is None:
+                self._walk(depth + 1, (*prefix, index))
+            else:
+                self._counts[broken] += self._below[depth]
+        # Taken out again, so that a constraint cannot read a value left over from another branch.
+        del self._bound[name]
+
+    def _first_broken(self, depth: int) -> str | None:
+        for constraint in self._checks[depth]:
+            try:
+                if not constraint.holds(self._bound):
+                    return constraint.name
+            except KeyError as error:
+                raise TilewrightError(
+                    f"Constraint {constraint.name!r} reads {error} but does not list it in `parameters`; add it there."
+                ) from error
+        return None
+
+
+def _check_names(parameters: Sequence[Parameter]) -> None:
+    names = [p.name for p in parameters]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise TilewrightError(f"A space has several parameters called {', '.join(repeated)}; rename or merge them.")
+    if not names:
+        raise TilewrightError("A space needs at least one parameter; none was given.")
+
+
+def _row(parameters: Sequence[Parameter], config: Mapping[str, Value]) -> tuple[int, ...]:
+    """Value index of each parameter; raises TilewrightError for a missing, unknown or impossible setting."""
+    missing = [p.name for p in parameters if p.name not in config]
+    unknown = sorted(config.keys() - {p.name for p in parameters})
+    if missing or unknown:
+        raise TilewrightError(f"{config!r} does not fit its space: it lacks {missing} and has unknown {unknown}.")
+    row = []
+    for p in parameters:
+        index = p.position.get(config[p.name])
+        if index is None:
+            raise TilewrightError(f"{config!r} sets {p.name} to none of {list(p.values)}; choose one of these.")
+        row.append(index)
+    return tuple(row)
+
+
+def _nothing_valid(removals: Sequence[Removal]) -> str:
+    worst = max(removals, key=lambda r: r.count)
+    total = sum(r.count for r in removals)
+    return (
+        f"No config is valid: constraint {worst.constraint!r} removed {worst.count:,} of {total:,} combinations "
+        f"({worst.reason}); loosen it or add values to the parameters."
+    )
+
+
+def _merged_parameters(spaces_by_template: Mapping[str, Space]) -> list[Parameter]:
+    """One parameter per knob name, with all values that any template gives it, and None where a template lacks it."""
+    found: dict[str, list[Parameter]] = {}
+    for template, space in spaces_by_template.items():
+        for p in space.parameters:
+            if p.name == TEMPLATE or None in p.values:
+                raise TilewrightError(
+                    f"Template {template!r} has parameter {p.name!r} with values {list(p.values)}; the name "
+                    f"{TEMPLATE!r} and the value None are kept for the union of several templates."
+                )
+            found.setdefault(p.name, []).append(p)
+    merged = []
+    for name, parameters in found.items():
+        # Keyed by type too, so that 1 beside True is refused by Parameter and not silently taken for the same value.
+        values = list({(type(v), v): v for p in parameters for v in p.values}.values())
+        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+            values.sort(key=lambda v: float(v or 0))
+        absent = [None] if len(parameters) < len(spaces_by_template) else []
+        merged.append(Parameter(name, (*absent, *values), parameters[0].meaning))
+    return merged
