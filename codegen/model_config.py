@@ -1,0 +1,228 @@
+"""Reads the shape of a mixture-of-experts model out of the fields of its Hugging Face config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tilewright.errors import TilewrightError
+
+Activation = Literal["swiglu", "geglu", "swiglu_clamped"]
+Scoring = Literal["softmax_topk", "softmax_group", "topk_softmax", "topk_sigmoid", "sigmoid_group"]
+
+MAX_SIZE = 2**31 - 1
+"""Largest size of one dimension: kernels and databases index with 32 bits."""
+_MAX_LAYERS = 10_000
+
+_NESTED = ("thinker_config", "text_config", "llm_config", "language_config")
+"""Where models that also see or hear keep the config of their language model."""
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "swiglu": "swiglu",
+    "gelu": "geglu",
+    "gelu_new": "geglu",
+    "gelu_fast": "geglu",
+    "gelu_pytorch_tanh": "geglu",
+    "geglu": "geglu",
+    "swigluoai": "swiglu_clamped",
+}
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What the models of one ``model_type`` have in common and do not write into their config."""
+
+    width_keys: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
+    """Where the width of one expert stands. Families with dense layers keep those layers' width in the other key."""
+    scoring: Scoring = "softmax_topk"
+    renormalize: bool = True
+    shared_experts: int = 0
+    expert_bias: bool = False
+    activation: Activation | None = None
+
+
+_OWN_WIDTH = ("moe_intermediate_size",)
+_ONLY_WIDTH = ("intermediate_size",)
+_LLAMA4 = _Family(_ONLY_WIDTH, "topk_sigmoid", renormalize=False, shared_experts=1)
+_DEEPSEEK_V3 = _Family(_OWN_WIDTH, "sigmoid_group")
+_FAMILIES = {
+    "mixtral": _Family(_ONLY_WIDTH),
+    "qwen2_moe": _Family(_OWN_WIDTH, renormalize=False),
+    "qwen3_moe": _Family(_OWN_WIDTH, renormalize=False),
+    "deepseek_v2": _Family(_OWN_WIDTH, renormalize=False),
+    "deepseek_v3": _DEEPSEEK_V3,
+    "kimi_k2": _DEEPSEEK_V3,
+    "glm4_moe": _DEEPSEEK_V3,
+    "gpt_oss": _Family(_ONLY_WIDTH, "topk_softmax", expert_bias=True, activation="swiglu_clamped"),
+    "llama4": _LLAMA4,
+    "llama4_text": _LLAMA4,
+}
+_UNKNOWN_FAMILY = _Family()
+
+_EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_TOP_K_KEYS = ("num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_topk", "moe_top_k")
+
+
+def shape_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Fields of a ``ModelShape``, all but its name, from a parsed ``config.json``.
+
+    Args:
+        config: the parsed file; a nested ``text_config`` is looked into.
+        source: how error messages name the file.
+
+    Raises:
+        TilewrightError: when the model is dense, or a field is missing, malformed or unsupported.
+
+    """
+    fields = _Fields(_language_model(config), source)
+    family = _FAMILIES.get(fields.text("model_type") or "", _UNKNOWN_FAMILY)
+    layers = fields.size("num_hidden_layers", "num_layers", most=_MAX_LAYERS)
+    heads = fields.size("num_attention_heads")
+    hidden = fields.size("hidden_size")
+    return {
+        "experts": _experts(fields),
+        "hidden": hidden,
+        "inter": fields.size(*family.width_keys),
+        "top_k": fields.size(*_TOP_K_KEYS),
+        "activation": family.activation or _activation(fields),
+        "expert_bias": family.expert_bias,
+        "scoring": _scoring(fields, family),
+        "renormalize": fields.flag("norm_topk_prob", default=family.renormalize),
+        "shared_experts": _shared_experts(fields, family),
+        "layers": layers,
+        "moe_layers": _moe_layers(fields, layers),
+        "heads": heads,
+        "kv_heads": fields.size("num_key_value_heads", default=heads),
+        "head_dim": _head_dim(fields, hidden, heads),
+        "vocab": fields.size("vocab_size"),
+    }
+
+
+class _Fields:
+    """Typed access to a config; ``null`` counts as absent."""
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self._values = values
+        self._source = source
+
+    def error(self, message: str) -> TilewrightError:
+        return TilewrightError(f"{self._source}: {message}")
+
+    def first(self, *keys: str) -> tuple[str, Any]:
+        """First of ``keys`` that is present and its value, or an empty key."""
+        for key in keys:
+            if self._values.get(key) is not None:
+                return key, self._values[key]
+        return "", None
+
+    def size(self, *keys: str, default: int | None = None, least: int = 1, most: int = MAX_SIZE) -> int:
+        key, value = self.first(*keys)
+        if not key:
+            if default is None:
+                raise self.error(f"the field {' or '.join(map(repr, keys))} is missing; use a complete config.json")
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.error(f"{key!r} is {value!r}, but must be a whole number from {least} to {most}")
+        return value
+
+    def flag(self, key: str, *, default: bool) -> bool:
+        value = self._values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.error(f"{key!r} is {value!r}, but must be true or false")
+        return value
+
+    def text(self, *keys: str) -> str | None:
+        key, value = self.first(*keys)
+        if key and not isinstance(value, str):
+            raise self.error(f"{key!r} is {value!r}, but must be a string")
+        return value if key else None
+
+    def numbers(self, key: str) -> list[int] | None:
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
+            raise self.error(f"{key!r} must be a list of whole numbers")
+        return value
+
+
+def _language_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Config of the language model alone; what it does not say itself holds from the level above."""
+    for key in _NESTED:
+        inner = config.get(key)
+        if isinstance(inner, Mapping):
+            outer = {name: value for name, value in config.items() if name not in _NESTED}
+            return _language_model({**outer, **inner})
+    return config
+
+
+def _experts(fields: _Fields) -> int:
+    key, value = fields.first(*_EXPERT_KEYS)
+    if not key or value == 0:
+        kind = fields.text("model_type") or "unnamed"
+        raise fields.error(
+            f"this {kind} model has no experts (none of {', '.join(_EXPERT_KEYS)} is set and above 0); "
+            "give a mixture-of-experts model"
+        )
+    return fields.size(key)
+
+
+def _activation(fields: _Fields) -> Activation:
+    # Every family named above was published with SiLU and may leave the field out.
+    name = fields.text("hidden_act", "hidden_activation") or "silu"
+    if name not in _ACTIVATIONS:
+        raise fields.error(f"the activation {name!r} is not supported; supported are {', '.join(_ACTIVATIONS)}")
+    if _ACTIVATIONS[name] == "swiglu" and fields.first("swiglu_limit")[0]:
+        raise fields.error("'swiglu_limit' with a plain SiLU is not supported; only the clamped form of gpt-oss is")
+    return _ACTIVATIONS[name]
+
+
+def _scoring(fields: _Fields, family: _Family) -> Scoring:
+    function = fields.text("scoring_func")
+    if function == "sigmoid":
+        return "sigmoid_group"
+    if function not in (None, "softmax"):
+        raise fields.error(f"the router's scoring_func {function!r} is not supported; supported are softmax, sigmoid")
+    if fields.text("topk_method") == "group_limited_greedy":
+        return "softmax_group"
+    return family.scoring if function is None else "softmax_topk"
+
+
+def _shared_experts(fields: _Fields, family: _Family) -> int:
+    # Qwen2-MoE has one shared expert and states only its width, 0 where there is none.
+    key, _ = fields.first("shared_expert_intermediate_size")
+    implied = min(1, fields.size(key, least=0)) if key else family.shared_experts
+    return fields.size("n_shared_experts", "num_shared_experts", default=implied, least=0)
+
+
+def _moe_layers(fields: _Fields, layers: int) -> int:
+    """How many layers have experts; the others are dense."""
+    listed = fields.numbers("moe_layers")
+    if listed is not None:
+        count = len(set(listed) & set(range(layers)))
+    else:
+        step = fields.size("interleave_moe_layer_step", "decoder_sparse_step", default=1)
+        first = fields.size("first_k_dense_replace", default=0, least=0)
+        every = fields.size("moe_layer_freq", default=1)
+        dense = frozenset(fields.numbers("mlp_only_layers") or ())
+        count = sum(
+            layer >= first and layer % every == 0 and (layer + 1) % step == 0 and layer not in dense
+            for layer in range(layers)
+        )
+    if not count:
+        raise fields.error(f"none of the {layers} layers has experts; give a mixture-of-experts model")
+    return count
+
+
+def _head_dim(fields: _Fields, hidden: int, heads: int) -> int:
+    # Latent attention (DeepSeek) first: there, a field named head_dim may hold only the rotary part.
+    if fields.first("kv_lora_rank")[0]:
+        return fields.size("qk_nope_head_dim") + fields.size("qk_rope_head_dim")
+    if not fields.first("head_dim")[0] and hidden % heads:
+        raise fields.error(f"'head_dim' is missing and hidden_size {hidden} is no multiple of {heads} heads; add it")
+    return fields.size("head_dim", default=hidden // heads)

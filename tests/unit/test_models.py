@@ -1,0 +1,384 @@
+"""Model shapes: presets against the published numbers, config files of every family, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tilewright.codegen.model_presets import PRESETS
+from tilewright.codegen.models import ModelShape, load_model
+from tilewright.errors import TilewrightError
+
+# hidden, inter, experts, top_k, shared, layers, moe layers, heads, kv heads, head_dim, vocab
+PUBLISHED = {
+    "mixtral-8x7b": (4096, 14336, 8, 2, 0, 32, 32, 32, 8, 128, 32000),
+    "mixtral-8x22b": (6144, 16384, 8, 2, 0, 56, 56, 48, 8, 128, 32768),
+    "qwen3-30b-a3b": (2048, 768, 128, 8, 0, 48, 48, 32, 4, 128, 151936),
+    "qwen3-235b-a22b": (4096, 1536, 128, 8, 0, 94, 94, 64, 4, 128, 151936),
+    "deepseek-v3": (7168, 2048, 256, 8, 1, 61, 58, 128, 128, 192, 129280),
+    "gpt-oss-20b": (2880, 2880, 32, 4, 0, 24, 24, 64, 8, 64, 201088),
+    "gpt-oss-120b": (2880, 2880, 128, 4, 0, 36, 36, 64, 8, 64, 201088),
+    "llama-4-scout": (5120, 8192, 16, 1, 1, 48, 48, 40, 8, 128, 202048),
+    "glm-4.5-air": (4096, 1408, 128, 8, 1, 46, 45, 96, 8, 128, 151552),
+    "kimi-k2": (7168, 2048, 384, 8, 1, 61, 60, 64, 64, 192, 163840),
+}
+BILLION_PARAMETERS = {
+    "mixtral-8x7b": 46.7,
+    "mixtral-8x22b": 141,
+    "qwen3-30b-a3b": 30.5,
+    "qwen3-235b-a22b": 235,
+    "deepseek-v3": 671,
+    "gpt-oss-20b": 20.9,
+    "gpt-oss-120b": 116.8,
+    "llama-4-scout": 109,
+    "glm-4.5-air": 106,
+    "kimi-k2": 1026,
+}
+
+SMALL = {
+    "model_type": "mixtral",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
+
+
+def write_config(folder: Path, config: object) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def load(folder: Path, **changes: Any) -> ModelShape:
+    """Shape of the small config with fields changed; those set to ``...`` are taken out."""
+    config = {key: value for key, value in {**SMALL, **changes}.items() if value is not ...}
+    return load_model(write_config(folder, config))
+
+
+def test_every_preset_is_in_the_published_table() -> None:
+    assert set(PRESETS) == set(PUBLISHED) == set(BILLION_PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_preset_has_its_published_shape(name: str) -> None:
+    m = load_model(name)
+    assert (
+        m.hidden,
+        m.inter,
+        m.experts,
+        m.top_k,
+        m.shared_experts,
+        m.layers,
+        m.moe_layers,
+        m.heads,
+        m.kv_heads,
+        m.head_dim,
+        m.vocab,
+    ) == PUBLISHED[name]
+    assert (m.name, m.tp, m.ep) == (name, 1, 1)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_experts_of_a_preset_make_up_most_of_the_published_parameters(name: str) -> None:
+    m = load_model(name)
+    expert_parameters = 3 * m.hidden * m.inter * (m.experts + m.shared_experts) * m.moe_layers
+    assert 0.88 < expert_parameters / (BILLION_PARAMETERS[name] * 1e9) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mixtral-8x7b", ("swiglu", False, "softmax_topk", True)),
+        ("qwen3-30b-a3b", ("swiglu", False, "softmax_topk", True)),
+        ("deepseek-v3", ("swiglu", False, "sigmoid_group", True)),
+        ("kimi-k2", ("swiglu", False, "sigmoid_group", True)),
+        ("glm-4.5-air", ("swiglu", False, "sigmoid_group", True)),
+        ("gpt-oss-120b", ("swiglu_clamped", True, "topk_softmax", True)),
+        ("llama-4-scout", ("swiglu", False, "topk_sigmoid", False)),
+    ],
+)
+def test_activation_and_routing_of_families(name: str, expected: tuple[object, ...]) -> None:
+    m = load_model(name)
+    assert (m.activation, m.expert_bias, m.scoring, m.renormalize) == expected
+
+
+def test_preset_names_ignore_case() -> None:
+    assert load_model("Mixtral-8x7B") == load_model("mixtral-8x7b")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_config_file_gives_the_preset_shape(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    path = write_config(folder, PRESETS[name])
+    assert load_model(path) == load_model(str(folder)) == load_model(name)
+
+
+def test_name_of_a_config_is_its_folder_or_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    path = write_config(folder, SMALL)
+    monkeypatch.chdir(folder)
+    assert load_model("config.json").name == load_model(".").name == "my-model"
+    assert load_model(path.rename(folder / "other.json")).name == "other"
+
+
+def test_a_preset_wins_over_a_folder_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kimi-k2").mkdir()
+    write_config(tmp_path / "kimi-k2", SMALL)
+    monkeypatch.chdir(tmp_path)
+    assert load_model("kimi-k2").experts == 384
+    assert load_model("./kimi-k2").experts == 8
+
+
+# --- config.json in its many forms
+
+
+@pytest.mark.parametrize("nesting", [("text_config",), ("thinker_config", "text_config"), ("llm_config",)])
+def test_nested_language_model_is_found(tmp_path: Path, nesting: tuple[str, ...]) -> None:
+    config: dict[str, Any] = {key: value for key, value in SMALL.items() if key != "vocab_size"}
+    for key in reversed(nesting):
+        config = {key: config, "hidden_size": 9, "vocab_size": 77, "vision_config": {"hidden_size": 5}}
+    m = load_model(write_config(tmp_path, config))
+    assert (m.hidden, m.vocab, m.experts) == (64, 77, 8)
+
+
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"])
+def test_expert_count_aliases(tmp_path: Path, key: str) -> None:
+    assert load(tmp_path, **{"num_local_experts": ..., key: 5}).experts == 5
+
+
+@pytest.mark.parametrize("key", ["num_experts_per_tok", "experts_per_token", "moe_topk"])
+def test_top_k_aliases(tmp_path: Path, key: str) -> None:
+    assert load(tmp_path, **{"num_experts_per_tok": None, key: 3}).top_k == 3
+
+
+def test_unknown_family_takes_the_width_of_its_experts(tmp_path: Path) -> None:
+    assert load(tmp_path, model_type="new_moe").inter == 96
+    assert load(tmp_path, model_type="new_moe", moe_intermediate_size=32).inter == 32
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe"])
+def test_dense_width_is_never_taken_for_that_of_experts(tmp_path: Path, family: str) -> None:
+    with pytest.raises(TilewrightError, match="'moe_intermediate_size' is missing"):
+        load(tmp_path, model_type=family)
+
+
+@pytest.mark.parametrize(
+    ("changes", "moe_layers"),
+    [
+        ({}, 6),
+        ({"first_k_dense_replace": 2}, 4),
+        ({"first_k_dense_replace": 1, "moe_layer_freq": 2}, 2),
+        ({"decoder_sparse_step": 2}, 3),
+        ({"decoder_sparse_step": 4}, 1),
+        ({"mlp_only_layers": [0, 5]}, 4),
+        ({"model_type": "llama4_text", "interleave_moe_layer_step": 2}, 3),
+        ({"model_type": "llama4_text", "interleave_moe_layer_step": 1, "moe_layers": [1, 3]}, 2),
+    ],
+)
+def test_layers_with_experts_are_counted(tmp_path: Path, changes: dict[str, Any], moe_layers: int) -> None:
+    assert load(tmp_path, **changes).moe_layers == moe_layers
+
+
+@pytest.mark.parametrize(
+    ("changes", "shared"),
+    [
+        ({}, 0),
+        ({"n_shared_experts": 2}, 2),
+        ({"n_shared_experts": None}, 0),
+        ({"num_shared_experts": 1}, 1),
+        ({"shared_expert_intermediate_size": 5632}, 1),
+        ({"shared_expert_intermediate_size": 0}, 0),
+        ({"model_type": "llama4_text"}, 1),
+    ],
+)
+def test_shared_experts(tmp_path: Path, changes: dict[str, Any], shared: int) -> None:
+    assert load(tmp_path, **changes).shared_experts == shared
+
+
+@pytest.mark.parametrize(
+    ("changes", "activation"),
+    [
+        ({}, "swiglu"),
+        ({"hidden_act": "gelu"}, "geglu"),
+        ({"hidden_activation": "gelu_pytorch_tanh"}, "geglu"),
+        ({"hidden_act": "swigluoai", "swiglu_limit": 7.0}, "swiglu_clamped"),
+        ({"model_type": "gpt_oss", "hidden_act": "silu", "swiglu_limit": 7.0}, "swiglu_clamped"),
+    ],
+)
+def test_activations(tmp_path: Path, changes: dict[str, Any], activation: str) -> None:
+    assert load(tmp_path, **changes).activation == activation
+
+
+DEEPSEEK_V2 = {"model_type": "deepseek_v2", "moe_intermediate_size": 32, "scoring_func": "softmax"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "scoring", "renormalize"),
+    [
+        ({**DEEPSEEK_V2, "topk_method": "greedy"}, "softmax_topk", False),
+        ({**DEEPSEEK_V2, "topk_method": "group_limited_greedy"}, "softmax_group", False),
+        ({"model_type": "qwen2_moe", "moe_intermediate_size": 32}, "softmax_topk", False),
+        ({"model_type": "qwen3_moe", "moe_intermediate_size": 32, "norm_topk_prob": True}, "softmax_topk", True),
+        ({"model_type": "glm4_moe", "moe_intermediate_size": 32, "norm_topk_prob": False}, "sigmoid_group", False),
+        ({"model_type": "new_moe", "scoring_func": "sigmoid"}, "sigmoid_group", True),
+    ],
+)
+def test_scoring(tmp_path: Path, changes: dict[str, Any], scoring: str, renormalize: bool) -> None:
+    m = load(tmp_path, **changes)
+    assert (m.scoring, m.renormalize) == (scoring, renormalize)
+
+
+def test_attention_fields_fall_back_as_transformers_does(tmp_path: Path) -> None:
+    m = load(tmp_path)
+    assert (m.kv_heads, m.head_dim) == (4, 16)
+
+
+def test_latent_attention_ignores_a_rotary_head_dim(tmp_path: Path) -> None:
+    m = load(tmp_path, kv_lora_rank=32, qk_nope_head_dim=24, qk_rope_head_dim=8, head_dim=8)
+    assert m.head_dim == 32
+
+
+# --- sharding
+
+
+@given(st.sampled_from(sorted(PRESETS)), st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([1, 2, 4, 8]))
+def test_ranks_together_hold_the_whole_model(name: str, tp: int, ep: int) -> None:
+    whole, rank = load_model(name), load_model(name, tp=tp, ep=ep)
+    assert rank.inter * tp == whole.inter
+    assert rank.experts * ep == rank.all_experts == whole.experts
+    assert (rank.top_k, rank.hidden, rank.heads) == (whole.top_k, whole.hidden, whole.heads)
+    assert rank.expected_rows(tokens=64) * ep == whole.expected_rows(tokens=64) == 64 * whole.top_k
+    assert rank == whole.sharded(tp=tp).sharded(ep=ep)
+
+
+def test_sharding_a_rank_again_counts_all_ranks() -> None:
+    whole = load_model("kimi-k2")
+    assert whole.sharded(tp=2, ep=2).sharded(tp=4, ep=3) == whole.sharded(tp=8, ep=6)
+
+
+def test_a_rank_may_hold_fewer_experts_than_a_token_picks() -> None:
+    rank = load_model("mixtral-8x7b", ep=8)
+    assert (rank.experts, rank.top_k, rank.expected_rows(4)) == (1, 2, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("tp", "ep", "message"),
+    [
+        (3, 1, r"tp=3 does not divide the expert intermediate size 14336; use one of 1, 2, 4, 7, 8"),
+        (1, 3, r"ep=3 does not divide the number of experts 8; use one of 1, 2, 4, 8$"),
+        (1, 16, r"ep=16 does not divide"),
+        (0, 1, r"tp is 0"),
+        (1, -2, r"ep is -2"),
+        (True, 1, r"tp is True"),
+        (2.0, 1, r"tp is 2\.0"),
+    ],
+)
+def test_impossible_sharding_is_refused(tp: int, ep: int, message: str) -> None:
+    with pytest.raises(TilewrightError, match=f"mixtral-8x7b.*{message}"):
+        load_model("mixtral-8x7b", tp=tp, ep=ep)
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("mixtral-8x7", "mixtral-8x7b"), ("Qwen/Qwen3-30B-A3B-Instruct", "qwen3-30b-a3b")]
+)
+def test_unknown_preset_suggests_close_ones_and_lists_all(name: str, hint: str) -> None:
+    with pytest.raises(TilewrightError, match=f"did you mean.*{hint}") as caught:
+        load_model(name)
+    assert all(preset in str(caught.value) for preset in PRESETS)
+
+
+def test_unknown_preset_without_a_close_one() -> None:
+    with pytest.raises(TilewrightError, match=r"unknown model 'zzz': give one of mixtral-8x7b"):
+        load_model("zzz")
+
+
+def test_missing_file_and_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(TilewrightError, match=r"nowhere\.json' does not exist"):
+        load_model(tmp_path / "nowhere.json")
+    with pytest.raises(TilewrightError, match=r"holds no config\.json"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"hidden_size": 4096,', "is not valid JSON"),
+        (b"", "is not valid JSON"),
+        (b"\xff\xfe\x00", "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b"[1, 2]", "must hold a JSON object, not a list"),
+    ],
+)
+def test_malformed_file(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(TilewrightError, match=message) as caught:
+        load_model(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama", "num_local_experts": ...}, "this llama model has no experts"),
+        ({"num_local_experts": 0}, "has no experts"),
+        ({"num_local_experts": None}, "has no experts"),
+        ({"num_local_experts": -8}, "'num_local_experts' is -8"),
+        ({"num_experts_per_tok": 9}, "top_k=9 experts, but there are only 8"),
+        ({"num_experts_per_tok": 0}, "'num_experts_per_tok' is 0"),
+        ({"num_experts_per_tok": ...}, "'num_experts_per_tok' or .* is missing"),
+        ({"hidden_size": ...}, "'hidden_size' is missing"),
+        ({"hidden_size": 64.0}, r"'hidden_size' is 64\.0"),
+        ({"hidden_size": "64"}, "'hidden_size' is '64'"),
+        ({"hidden_size": True}, "'hidden_size' is True"),
+        ({"hidden_size": 10**12}, "'hidden_size' is 1000000000000"),
+        ({"intermediate_size": 0}, "'intermediate_size' is 0"),
+        ({"num_hidden_layers": 10**9}, "'num_hidden_layers' is 1000000000"),
+        ({"num_key_value_heads": 3}, "heads=4 is not a multiple of kv_heads=3"),
+        ({"hidden_size": 63}, "'head_dim' is missing and hidden_size 63"),
+        ({"hidden_act": "relu2"}, "the activation 'relu2' is not supported"),
+        ({"hidden_act": "silu", "swiglu_limit": 10.0}, "'swiglu_limit' with a plain SiLU"),
+        ({"hidden_act": ["silu"]}, r"'hidden_act' is \['silu'\], but must be a string"),
+        ({"scoring_func": "sqrtsoftplus"}, "scoring_func 'sqrtsoftplus' is not supported"),
+        ({"norm_topk_prob": "yes"}, "'norm_topk_prob' is 'yes'"),
+        ({"mlp_only_layers": "0,1"}, "'mlp_only_layers' must be a list"),
+        ({"first_k_dense_replace": 6}, "none of the 6 layers has experts"),
+        ({"moe_layers": []}, "none of the 6 layers has experts"),
+    ],
+)
+def test_impossible_config_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TilewrightError, match=message) as caught:
+        load(tmp_path, **changes)
+    assert tmp_path.name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts": 0}, "experts is 0"),
+        ({"hidden": -1}, "hidden is -1"),
+        ({"inter": 1.5}, r"inter is 1\.5"),
+        ({"shared_experts": -1}, "shared_experts is -1"),
+        ({"moe_layers": 33}, "moe_layers=33 is more than layers=32"),
+        ({"activation": "relu"}, "activation 'relu' is none of swiglu"),
+        ({"scoring": "best"}, "scoring 'best' is none of softmax_topk"),
+    ],
+)
+def test_a_shape_refuses_sizes_that_no_model_has(changes: dict[str, Any], message: str) -> None:
+    fields = {**vars(load_model("mixtral-8x7b")), **changes}
+    with pytest.raises(TilewrightError, match=message):
+        ModelShape(**fields)
