@@ -1,0 +1,48 @@
+"""Where the database is: a path, a SQLite URL, or the URL of another server."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from tilewright.errors import TilewrightError
+
+ENVIRONMENT_VARIABLE = "TILEWRIGHT_DB"
+
+_SQLITE_URL = re.compile(r"sqlite(?:\+pysqlite)?://(?P<rest>.*)", re.DOTALL)
+
+
+def user_data_path() -> Path:
+    """Return the path of the database in the platform's directory for a user's data."""
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Application Support"
+    else:
+        configured = os.environ.get("XDG_DATA_HOME", "")
+        # The XDG specification says to ignore a relative path.
+        base = Path(configured) if Path(configured).is_absolute() else Path.home() / ".local" / "share"
+    return base / "tilewright" / "tuning.db"
+
+
+def default_url() -> str:
+    """Return what is used where no database is named: ``$TILEWRIGHT_DB`` (a path or a URL), else the user's own."""
+    return os.environ.get(ENVIRONMENT_VARIABLE) or str(user_data_path())
+
+
+def sqlite_path(url_or_path: str | os.PathLike[str]) -> Path | None:
+    """Return the file that a path or SQLite URL names; None for the URL of another kind of database.
+
+    Raises TilewrightError for a SQLite URL that names no file or carries options.
+    """
+    text = os.fspath(url_or_path)
+    url = _SQLITE_URL.fullmatch(text)
+    if url is None:
+        if "://" in text:
+            return None
+        name = text
+    else:
+        name = url["rest"].removeprefix("/")
+        if "?" in name:
+            raise TilewrightError(f"the database {text!r} carries options that do nothing; give the path alone")
+    if name in ("", ":memory:"):
+        raise TilewrightError(f"the database {text!r} names no file; give a path such as tuning.db")
+    return Path(name).expanduser()

@@ -1,0 +1,133 @@
+"""The runtime's door to the database: read-only, standard library alone.
+
+A connection lives for one call. That is a fraction of a millisecond, a process asks for each plan once, and nothing
+has to be shared between threads or carried over a fork.
+"""
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from tilewright.errors import TilewrightError
+from tilewright.tuning_db.codec import (
+    KERNEL_DOCUMENTS,
+    PLAN_DOCUMENTS,
+    UndecodableError,
+    decode_kernel,
+    decode_plan,
+    decoding,
+    parse_documents,
+)
+from tilewright.tuning_db.faults import damaged, explain
+from tilewright.tuning_db.integrity import DamagedArtifact, DamagedDatabase, UntrustedFile, check_private, verified
+from tilewright.tuning_db.locations import default_url, sqlite_path
+from tilewright.tuning_db.records import KernelRecord, PlanRecord
+from tilewright.tuning_db.schema import read_only_uri, require_current, schema_version
+
+__all__ = ["DamagedArtifact", "DamagedDatabase", "Reader", "UntrustedFile"]
+
+_BUSY_SECONDS = 5.0
+
+# SQLite's own locks must be free at a fork, or the child would wait for a thread that it does not have.
+_access = threading.Lock()
+os.register_at_fork(before=_access.acquire, after_in_parent=_access.release, after_in_child=_access.release)
+
+
+class Reader:
+    """Reads plans, kernels and artifacts from a SQLite database or pack.
+
+    Every method may be called from any thread and from forked children, and raises UntrustedFile if the file can be
+    written by others, DamagedDatabase if its content is not what was written, and TilewrightError for a file that is
+    missing, unreadable or of another schema version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(cls, url_or_path: str | os.PathLike[str] | None = None) -> "Reader":
+        """Check the file and return its reader; None means the default location."""
+        url_or_path = default_url() if url_or_path is None else url_or_path
+        path = sqlite_path(url_or_path)
+        if path is None:
+            raise TilewrightError(
+                f"kernels are served from SQLite files, not from {url_or_path!s}; name a database file or a pack"
+            )
+        reader = cls(path)
+        with reader._connected():
+            return reader
+
+    def plan(self, op: str, signature_key: str, device_key: str, threads: int) -> PlanRecord | None:
+        """Return the plan for exactly this op, signature, device and thread count, or None."""
+        for plan in self._plans(
+            "op = ? AND signature_key = ? AND device_key = ? AND threads = ?", (op, signature_key, device_key, threads)
+        ):
+            return plan
+        return None
+
+    def plans_for(self, op: str, signature_key: str) -> tuple[PlanRecord, ...]:
+        """Return the plans for a signature on every device and thread count."""
+        return self._plans("op = ? AND signature_key = ?", (op, signature_key))
+
+    def kernel(self, key: str) -> KernelRecord:
+        """Return the kernel with this key. Raises TilewrightError where there is none."""
+        with self._connected() as connection, decoding("a kernel"):
+            row = connection.execute("SELECT * FROM kernels WHERE key = ?", (key,)).fetchone()
+            if row is None:
+                raise TilewrightError(f"the database {self.path} holds no kernel {key[:16]}; tune again")
+            artifacts = connection.execute(
+                "SELECT checksum FROM kernel_artifacts WHERE kernel_key = ? ORDER BY position", (key,)
+            )
+            return decode_kernel(parse_documents(dict(row), KERNEL_DOCUMENTS), [row["checksum"] for row in artifacts])
+
+    def artifact(self, checksum: str) -> bytes:
+        """Return the bytes with this sha256. Raises DamagedArtifact where the stored bytes have another."""
+        with self._connected() as connection, decoding("an artifact"):
+            row = connection.execute("SELECT data FROM artifacts WHERE checksum = ?", (checksum,)).fetchone()
+            if row is None:
+                raise TilewrightError(f"the database {self.path} holds no artifact {checksum[:16]}; tune again")
+            if not isinstance(row["data"], bytes):
+                raise DamagedArtifact(f"the artifact {checksum[:16]} in {self.path} is damaged; tune again")
+            return verified(checksum, row["data"])
+
+    def _plans(self, condition: str, values: tuple[Any, ...]) -> tuple[PlanRecord, ...]:
+        with self._connected() as connection, decoding("a plan"):
+            plans = connection.execute(
+                f"SELECT * FROM plans WHERE {condition} ORDER BY device_key, threads",  # conditions are written above
+                values,
+            ).fetchall()
+            entries = "SELECT * FROM plan_entries WHERE plan_id = ? ORDER BY position"
+            return tuple(
+                decode_plan(
+                    parse_documents(dict(plan), PLAN_DOCUMENTS), connection.execute(entries, (plan["id"],)).fetchall()
+                )
+                for plan in plans
+            )
+
+    @contextmanager
+    def _connected(self) -> Iterator[sqlite3.Connection]:
+        """Open a checked connection inside one read transaction, so that several queries see one state."""
+        with _access:
+            try:
+                check_private(self.path)
+                with closing(
+                    sqlite3.connect(read_only_uri(self.path), uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
+                ) as connection:
+                    connection.row_factory = sqlite3.Row
+                    connection.execute("PRAGMA trusted_schema = OFF")
+                    connection.execute("PRAGMA cell_size_check = ON")
+                    require_current(schema_version(connection, self.path), self.path)
+                    connection.execute("BEGIN")
+                    yield connection
+            except FileNotFoundError as error:
+                raise TilewrightError(f"there is no database {self.path}; run `tune` to make one") from error
+            except OSError as error:
+                raise TilewrightError(f"the database {self.path} cannot be read: {error.strerror}") from error
+            except sqlite3.Error as error:
+                raise explain(error, self.path) from error
+            except UndecodableError as error:
+                raise damaged(self.path, str(error)) from error

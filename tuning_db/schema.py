@@ -1,0 +1,66 @@
+"""The schema's version and how a SQLite file says that it is ours."""
+
+import os
+import sqlite3
+from pathlib import Path
+from urllib.parse import quote
+
+from tilewright.errors import TilewrightError
+
+SCHEMA_VERSION = 1
+"""What this release reads and writes; ``PRAGMA user_version`` of a SQLite file, set by the migrations."""
+
+APPLICATION_ID = int.from_bytes(b"TWdb")
+"""``PRAGMA application_id`` of a SQLite file."""
+
+
+def schema_version(connection: sqlite3.Connection, path: Path) -> int:
+    """Return the version of the schema in a SQLite file; 0 for a file with nothing in it yet.
+
+    Raises TilewrightError for a database of another program or of a newer tilewright, sqlite3.Error for a damaged one.
+    """
+    (application_id,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if application_id != APPLICATION_ID:
+        if connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone() is not None:
+            raise TilewrightError(f"{path} is a database of another program; name another file with --db")
+        return 0
+    if version > SCHEMA_VERSION:
+        raise newer_schema(str(path), f"version {version}")
+    return int(version)
+
+
+def require_current(version: int, path: Path) -> None:
+    """Refuse to read a file whose schema is older than this release's; only a writer may upgrade it."""
+    if version == 0:
+        raise TilewrightError(f"the database {path} is empty; run `tune` to fill it")
+    if version < SCHEMA_VERSION:
+        raise TilewrightError(
+            f"the database {path} was written by an older tilewright (schema version {version}, "
+            f"this one reads {SCHEMA_VERSION}); run `tune` on it once to upgrade it"
+        )
+
+
+def newer_schema(name: str, found: str) -> TilewrightError:
+    """Make the one refusal of a database that a newer release has written."""
+    return TilewrightError(
+        f"the database {name} was written by a newer tilewright (schema {found}, this one knows version "
+        f"{SCHEMA_VERSION}); upgrade tilewright or name another database with --db"
+    )
+
+
+def read_only_uri(path: Path) -> str:
+    """Return the SQLite URI that opens ``path`` for reading, beside writers and on media that cannot be written.
+
+    SQLite needs shared memory beside a WAL database. Where it cannot be made and no log waits to be read, the file is
+    opened as immutable instead.
+    """
+    real = path.resolve()
+    has_log = real.with_name(real.name + "-wal").exists()
+    immutable = not has_log and not os.access(real.parent, os.W_OK)
+    return f"file:{quote(str(real))}?mode=ro{'&immutable=1' if immutable else ''}"
+
+
+def read_write_uri(path: Path) -> str:
+    """Return the SQLite URI that opens ``path`` for writing and does not make it where it is missing."""
+    return f"file:{quote(str(path.resolve()))}?mode=rw"
