@@ -247,7 +247,7 @@ class Space(Sequence[Config]):
         sizes = " x ".join(f"{p.name} {len(p.values)}" for p in self.parameters if len(p.values) > 1)
         lines = [f"{len(self):,} valid configs of {self.full_size:,} ({sizes or 'nothing varies'})"]
         width = max((len(r.constraint) for r in self.removals), default=0)
-        lines += [f"  {r.constraint:<{width}}  removed {r.count:>9,}  {r.reason}" for r in self.removals]
+        lines += [f"  {r.constraint:<{width}}  removed {r.count:>9,}  {r.reason}".rstrip() for r in self.removals]
         return "\n".join(lines)
 
     @cached_property

@@ -1,0 +1,175 @@
+"""The surrogate: features, kernel fit, incremental posterior, expected improvement, and the search they make."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.integrate import quad
+from scipy.stats import norm
+
+from tilewright.codegen.space import Parameter, Space
+from tilewright.tuner.search import gaussian_process
+from tilewright.tuner.search.features import Features, features_of
+from tilewright.tuner.search.gaussian_process import GaussianProcessSearch, log_expected_improvement, spread_rows
+from tilewright.tuner.search.regression import Kernel, LogPrior, Posterior, fit, negative_log_posterior
+
+
+def axes_of(*values):
+    """The distinct axes of one parameter with these values, as (group, points) pairs."""
+    space = Space.enumerate([Parameter("p", values, "")])
+    features = features_of(space)
+    return list(zip(features.groups.tolist(), features.points.T.round(3).tolist(), strict=True))
+
+
+class TestFeatures:
+    def test_a_wide_range_counts_in_octaves_and_a_narrow_one_in_steps(self):
+        assert axes_of(1, 2, 4, 16) == [(0, [0.0, 0.25, 0.5, 1.0])]
+        assert axes_of(1, 2, 3)[0] == (0, [0.0, 0.5, 1.0])
+
+    def test_alignment_is_a_second_axis_where_it_differs_from_size(self):
+        size, alignment = axes_of(16, 32, 48, 64)
+        assert size[0] != alignment[0]
+        assert alignment[1] == [0.0, 0.5, 0.0, 1.0]
+        assert len(axes_of(16, 32, 64, 128)) == 1
+
+    def test_words_are_equally_far_apart_on_one_lengthscale(self):
+        features = features_of(Space.enumerate([Parameter("p", ("a", "b", "c"), "")]))
+        distances = [np.linalg.norm(features.points[i] - features.points[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+        assert distances == pytest.approx([1.0, 1.0, 1.0])
+        assert features.group_count == 1
+
+    def test_a_knob_that_does_not_apply_lies_in_the_middle(self):
+        assert axes_of(None, 1, 2, 4) == [(0, [0.5, 0.0, 0.5, 1.0])]
+        assert axes_of(None, False, True) == [(0, [0.5, 0.0, 1.0])]
+
+    def test_a_knob_with_nothing_to_choose_has_no_axis(self):
+        assert axes_of(7) == axes_of(None, 7) == []
+
+
+def some_features(rng, count=40):
+    return Features(rng.random((count, 4)), np.array([0, 1, 1, 2]))
+
+
+class TestRegression:
+    @settings(max_examples=15, deadline=None)
+    @given(st.integers(0, 1000))
+    def test_the_gradient_is_that_of_the_value(self, seed):
+        rng = np.random.default_rng(seed)
+        count, groups = 12, 3
+        distances = rng.random((groups, count, 2))
+        distances = ((distances[:, :, None] - distances[:, None]) ** 2).sum(axis=3)
+        prior = LogPrior.default(groups)
+        at = prior.mean + 0.3 * rng.standard_normal(groups + 2)
+        targets = rng.standard_normal(count)
+        _, gradient = negative_log_posterior(at, distances, targets, prior)
+        for i, step in enumerate(np.eye(groups + 2) * 1e-5):
+            above, _ = negative_log_posterior(at + step, distances, targets, prior)
+            below, _ = negative_log_posterior(at - step, distances, targets, prior)
+            assert gradient[i] == pytest.approx((above - below) / 2e-5, rel=1e-3, abs=1e-4)
+
+    def test_an_axis_without_influence_gets_the_longer_lengthscale(self):
+        rng = np.random.default_rng(0)
+        features = some_features(rng, 60)
+        targets = np.sin(6 * features.points[:, 0])
+        kernel = fit(features, np.arange(60), (targets - targets.mean()) / targets.std(), None)
+        assert kernel.log_parameters[0] < kernel.log_parameters[1] - 1
+        assert kernel.log_parameters[0] < kernel.log_parameters[2] - 1
+
+    def test_many_observations_are_fitted_by_a_part_of_them(self, monkeypatch):
+        rng = np.random.default_rng(0)
+        features = some_features(rng, 120)
+        targets = np.sin(6 * features.points[:, 0])
+        monkeypatch.setattr("tilewright.tuner.search.regression.MAX_FITTED", 50)
+        kernel = fit(features, np.arange(120), (targets - targets.mean()) / targets.std(), None)
+        assert kernel.log_parameters[0] < kernel.log_parameters[1] - 1
+
+    def test_the_incremental_posterior_is_the_textbook_one(self):
+        rng = np.random.default_rng(1)
+        features = some_features(rng)
+        kernel = Kernel(np.log([0.5, 0.8, 2.0, 1.3, 0.01]))
+        candidates, first, later = np.arange(5, 40), np.array([0, 7, 9]), [3, 20, 1, 30, 2]
+        posterior = Posterior(kernel, features, candidates, first)
+        for row in later:
+            posterior.observe(row)
+        observed = [*first, *later]
+        targets = rng.standard_normal(len(observed))
+        mean, deviation = posterior.predict(targets)
+
+        scaled = features.points / np.array([0.5, 0.8, 0.8, 2.0])
+        r = np.sqrt(5 * ((scaled[:, None] - scaled[None]) ** 2).sum(axis=2))
+        covariance = 1.3 * (1 + r + r**2 / 3) * np.exp(-r)
+        inverse = np.linalg.inv(covariance[np.ix_(observed, observed)] + 0.01 * np.eye(len(observed)))
+        cross = covariance[np.ix_(candidates, observed)]
+        assert posterior.observed == observed
+        assert mean == pytest.approx(cross @ inverse @ targets, abs=1e-4)
+        assert deviation**2 == pytest.approx(1.3 - np.einsum("ij,jk,ik->i", cross, inverse, cross), abs=1e-4)
+
+
+class TestAcquisition:
+    @pytest.mark.parametrize(("mean", "deviation", "best"), [(0.0, 1.0, 0.5), (1.0, 0.3, 0.2), (-2.0, 2.0, -1.0)])
+    def test_it_is_the_expected_improvement(self, mean, deviation, best):
+        expected, _ = quad(lambda y: (best - y) * norm.pdf(y, mean, deviation), mean - 12 * deviation, best)
+        computed = log_expected_improvement(np.array([mean]), np.array([deviation]), best)
+        assert np.exp(computed[0]) == pytest.approx(expected, rel=1e-6)
+
+    def test_it_still_ranks_what_is_hopeless(self):
+        means = np.concatenate([np.linspace(-5, 5, 101), np.logspace(1, 5, 50)])
+        gain = log_expected_improvement(means, np.ones(len(means)), 0.0)
+        assert np.isfinite(gain).all()
+        assert (np.diff(gain) < 0).all()
+
+    def test_spread_rows_are_distinct_and_reach_the_corners(self):
+        points = np.stack(np.meshgrid(*[np.linspace(0, 1, 6)] * 2), axis=-1).reshape(-1, 2)
+        rows = spread_rows(points, 8, np.random.default_rng(0))
+        assert len(set(rows)) == 8
+        corners = {(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)}
+        assert corners <= {tuple(points[row]) for row in rows}
+
+
+BOWL = Space.enumerate([Parameter(name, (1, 2, 4, 8, 16, 32), "") for name in "abcd"])
+
+
+def bowl_us(config):
+    """Best at (4, 8, 4, 8); a third of the space fails."""
+    if config["d"] >= 16:
+        return None
+    octaves_off = sum(abs(math.log2(config[name]) - best) for name, best in {"a": 2, "b": 3, "c": 2, "d": 3}.items())
+    return 10.0 * math.exp(0.2 * octaves_off)
+
+
+class TestSearch:
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_it_finds_the_best_of_1296_configs_in_60_tries_though_many_fail(self, seed):
+        search = GaussianProcessSearch(BOWL, seed=seed, budget=60)
+        times = []
+        for _ in range(60):
+            config = search.ask()
+            times.append(bowl_us(config))
+            search.tell(config, times[-1])
+        assert min(t for t in times if t is not None) == pytest.approx(10.0)
+
+    def test_a_config_being_tried_is_certain_enough_not_to_attract_the_next_ask(self):
+        search = GaussianProcessSearch(BOWL, seed=0, budget=60)
+        for _ in range(20):
+            config = search.ask()
+            search.tell(config, bowl_us(config))
+        outstanding = [BOWL.index_of(search.ask()) for _ in range(3)]
+        search.ask()
+        assert search._posterior is not None
+        assert set(outstanding) <= set(search._posterior.observed)
+        for row in outstanding:
+            search.tell(BOWL[row], bowl_us(BOWL[row]))
+        search.ask()
+        assert not set(outstanding) & search._pending
+
+    def test_a_space_larger_than_the_candidates_is_searched_around_the_best_config(self, monkeypatch):
+        monkeypatch.setattr(gaussian_process, "MAX_CANDIDATES", 100)
+        search = GaussianProcessSearch(BOWL, seed=0, budget=60)
+        times = []
+        for _ in range(60):
+            config = search.ask()
+            times.append(bowl_us(config))
+            search.tell(config, times[-1])
+        assert min(t for t in times if t is not None) == pytest.approx(10.0)
