@@ -1,0 +1,226 @@
+"""moe_gemm: grouped GEMM over experts with token routing, the two matrix products of an expert FFN.
+
+Stages, with ``expert(r)`` the expert whose range in ``expert_offsets`` holds row r of the sorted order:
+
+* ``up``: ``out[r] = act(x[row_token[r]] @ weight[expert(r)].T + bias[expert(r)])``, ``act`` joining gate and up columns
+* ``down``: ``out[t] = sum_j topk_weights[t, j] * (x[slot_row[t, j]] @ weight[e].T + bias[e])``
+* ``plain``: ``out[r] = x[r] @ weight[expert(r)].T + bias[expert(r)]``
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilewright.codegen.archs import Arch
+from tilewright.codegen.cpu_info import usable_cores
+from tilewright.codegen.models import ModelShape
+from tilewright.codegen.ops import moe_gemm_cpu
+from tilewright.codegen.ops.base import Arrays, OpDeclaration, Problem, Template, Workload
+from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.recipe import TensorSpec
+from tilewright.codegen.routing import (
+    RoutingSpec,
+    TokenOrder,
+    generate_topk_ids,
+    generate_topk_weights,
+    sort_tokens,
+)
+from tilewright.codegen.space import Config
+from tilewright.errors import TilewrightError
+
+MAX_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class MoeGemmProblem(Problem):
+    """A signature with ``tokens`` tokens routed as ``routing`` says over ``all_experts`` experts.
+
+    ``all_experts`` exceeds the signature's experts under expert parallelism; choices that fall on other ranks make no
+    row here.
+    """
+
+    signature: MoeGemmSignature
+    tokens: int
+    routing: RoutingSpec
+    all_experts: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tokens <= MAX_TOKENS:
+            raise TilewrightError(f"tokens={self.tokens} is impossible; give a number from 1 to {MAX_TOKENS}")
+
+    @property
+    def dynamic_size(self) -> int:
+        """Tokens; for ``plain``, which knows no tokens, rows."""
+        return self.tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as JSON."""
+        return {
+            "signature": self.signature.to_dict(),
+            "tokens": self.tokens,
+            "routing": str(self.routing),
+            "all_experts": self.all_experts,
+        }
+
+    def order(self, seed: int) -> tuple[NDArray[np.int32], TokenOrder]:
+        """Chosen experts [tokens, top_k] and the order of rows that they make; the same for the same seed."""
+        topk_ids = generate_topk_ids(self.routing, self.tokens, self.all_experts, self.signature.top_k, seed)
+        local = np.where(topk_ids < self.signature.experts, topk_ids, -1).astype(np.int32)
+        return local, sort_tokens(local, self.signature.experts)
+
+
+class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
+    """The declaration of moe_gemm."""
+
+    name: ClassVar[str] = "moe_gemm"
+    templates: ClassVar[tuple[Template[Any], ...]] = moe_gemm_cpu.TEMPLATES
+
+    def signatures(self, model: ModelShape) -> tuple[MoeGemmSignature, ...]:
+        """``up`` with the activation fused, then ``down``, of one expert layer."""
+        if model.activation not in ("swiglu", "geglu"):
+            raise TilewrightError(
+                f"model {model.name} uses the activation {model.activation!r}, which moe_gemm cannot fuse yet; "
+                "supported: swiglu, geglu. Tune its shapes with --problem instead"
+            )
+        up = MoeGemmSignature(
+            stage="up",
+            experts=model.experts,
+            n=model.inter,
+            k=model.hidden,
+            top_k=model.top_k,
+            activation=model.activation,
+            bias=model.expert_bias,
+        )
+        return up, replace(up, stage="down", n=model.hidden, k=model.inter, activation="none")
+
+    def signature_from_dict(self, fields: Mapping[str, Any]) -> MoeGemmSignature:
+        """Signature from its JSON form."""
+        return MoeGemmSignature(**{name: value for name, value in fields.items() if name != "op"})
+
+    def problem(
+        self, signature: MoeGemmSignature, tokens: int, routing: RoutingSpec, all_experts: int = 0
+    ) -> MoeGemmProblem:
+        """Problem of ``tokens`` tokens; ``all_experts`` only under expert parallelism."""
+        return MoeGemmProblem(signature, tokens, routing, all_experts or signature.experts)
+
+    def parse_problem(self, fields: Mapping[str, str], routing: RoutingSpec) -> MoeGemmProblem:
+        """Problem from ``--problem experts=8,n=2048,k=1024,top_k=2,tokens=16[,stage=][,activation=][,bias=]``."""
+        values = dict(fields)
+        tokens = _whole("tokens", values.pop("tokens", "1"))
+        return self.problem(MoeGemmSignature.parse(values), tokens, routing)
+
+    def tensors(self, signature: MoeGemmSignature) -> tuple[TensorSpec, ...]:
+        """Tensors of a call; see the module's docstring for what they mean."""
+        return signature.tensors()
+
+    def weights(self, signature: MoeGemmSignature, seed: int) -> Arrays:
+        """Normal weights scaled so that outputs are of the inputs' magnitude, and a small bias."""
+        rows, k = signature.halves * signature.n, signature.k
+        weight = np.empty((signature.experts, rows, k), np.float32)
+        streams = np.random.SeedSequence([seed, 1]).spawn(signature.experts)
+
+        def fill(expert: int) -> None:
+            rng = np.random.Generator(np.random.SFC64(streams[expert]))
+            rng.standard_normal(out=weight[expert], dtype=np.float32)
+            weight[expert] *= np.float32(k**-0.5)
+
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            list(pool.map(fill, range(signature.experts)))
+        arrays: Arrays = {"weight": weight}
+        if signature.bias:
+            rng = np.random.default_rng([seed, 2])
+            arrays["bias"] = rng.normal(0, 0.1, (signature.experts, rows)).astype(np.float32)
+        return arrays
+
+    def inputs(self, problem: MoeGemmProblem, seed: int) -> Arrays:
+        """Normal activations and routing as the problem's spec draws it."""
+        signature = problem.signature
+        topk_ids, order = problem.order(seed)
+        rng = np.random.default_rng([seed, 3])
+        x_rows = problem.tokens if signature.stage == "up" else len(order.row_token)
+        arrays: Arrays = {
+            "x": rng.standard_normal((x_rows, signature.k), dtype=np.float32),
+            "expert_offsets": order.expert_offsets,
+        }
+        if signature.stage == "up":
+            arrays["row_token"] = order.row_token
+        if signature.stage == "down":
+            arrays["slot_row"] = order.slot_row
+            arrays["topk_weights"] = generate_topk_weights(topk_ids, seed)
+        return arrays
+
+    def reference(self, signature: MoeGemmSignature, weights: Arrays, inputs: Arrays) -> NDArray[np.float64]:
+        """The result in float64, computed by plain torch."""
+        import torch
+
+        x = torch.from_numpy(inputs["x"])
+        offsets = inputs["expert_offsets"].tolist()
+        rows = torch.zeros(offsets[-1], signature.n, dtype=torch.float64)
+        for expert in range(signature.experts):
+            begin, end = offsets[expert], offsets[expert + 1]
+            if begin == end:
+                continue
+            own = (
+                x[torch.from_numpy(inputs["row_token"][begin:end]).long()] if signature.stage == "up" else x[begin:end]
+            )
+            product = own.double() @ torch.from_numpy(weights["weight"][expert]).double().T
+            if signature.bias:
+                product += torch.from_numpy(weights["bias"][expert]).double()
+            if signature.halves == 2:
+                gate, up = product[:, : signature.n], product[:, signature.n :]
+                gelu = torch.nn.functional.gelu
+                act = (
+                    torch.nn.functional.silu(gate)
+                    if signature.activation == "swiglu"
+                    else gelu(gate, approximate="tanh")
+                )
+                product = act * up
+            rows[begin:end] = product
+        if signature.stage != "down":
+            return rows.numpy()
+        slots = torch.from_numpy(inputs["slot_row"]).long()
+        scale = torch.from_numpy(inputs["topk_weights"]).double() * (slots >= 0)
+        picked = rows[slots.clamp(min=0)] if len(rows) else rows.new_zeros(*slots.shape, signature.n)
+        return torch.einsum("tj,tjn->tn", scale, picked).numpy()
+
+    def tolerance(self, signature: MoeGemmSignature) -> float:
+        """Fp32 sums of k terms in any order: the error grows like sqrt(k) rounding steps."""
+        return 2e-6 * max(1.0, math.sqrt(signature.k) / 16)
+
+    def workload(self, problem: MoeGemmProblem, inputs: Arrays) -> Workload:
+        """Two flops per multiply-add; every active expert's weights, the inputs and the output move once."""
+        signature = problem.signature
+        counts = np.diff(inputs["expert_offsets"])
+        rows = int(counts.sum())
+        columns = signature.halves * signature.n
+        out_rows = problem.tokens if signature.stage == "down" else rows
+        elements = int((counts > 0).sum()) * columns * signature.k + inputs["x"].size + out_rows * signature.n
+        return Workload(flops=2.0 * rows * columns * signature.k, min_bytes=4.0 * elements)
+
+    def awkward_problems(self, signature: MoeGemmSignature) -> tuple[MoeGemmProblem, ...]:
+        """One token (empty experts), odd counts that no tile divides, and one hot expert."""
+        balanced, hot = RoutingSpec.parse("balanced"), RoutingSpec.parse("power-law:8")
+        odd = 2 * signature.experts // signature.top_k + 3
+        return (
+            self.problem(signature, 1, balanced),
+            self.problem(signature, odd | 1, RoutingSpec.parse("power-law")),
+            self.problem(signature, 37, hot),
+        )
+
+    def default_config(self, signature: MoeGemmSignature, arch: Arch) -> Config:
+        """A packed, cache-blocked GEMM with the register tile that textbooks give for the arch."""
+        return moe_gemm_cpu.default_config(signature, arch)
+
+
+def _whole(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise TilewrightError(f"{name}={text!r} in --problem is not a whole number") from error

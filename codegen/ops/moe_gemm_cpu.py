@@ -1,0 +1,223 @@
+"""moe_gemm on CPUs: the spaces of its two C++ templates, and what the runtime needs to call what they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from tilewright.codegen.archs import Arch
+from tilewright.codegen.layouts import WeightLayout
+from tilewright.codegen.ops.base import Template
+from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.recipe import Argument, Launch, Recipe
+from tilewright.codegen.space import Config, Constraint, Parameter, Space, Value
+
+ENTRY = "tilewright_moe_gemm"
+BLOCKED = "moe_gemm/cpu_blocked"
+STREAM = "moe_gemm/cpu_stream"
+
+_STREAM_BLOCK_M = 4096
+"""Rows of one task of the streaming template: in effect, all of an expert."""
+
+_VECTORS = Parameter("vectors", (1, 2, 4), "vectors in a row of a weight panel; with block_rows, the register tile")
+_CHUNK = Parameter("chunk_panels", (1, 2, 4, 8, 16), "panels of one task: cache block in n, and grain of the schedule")
+_SCHEDULE = Parameter("schedule", ("dynamic", "static"), "threads claim tasks one by one, or get equal shares")
+_PREFETCH = Parameter("prefetch", (0, 16, 64), "software prefetch distance in rows of a weight panel; 0: none")
+_UNROLL = Parameter("unroll", (1, 2, 4), "steps of k unrolled in the inner loop")
+
+
+def _combine(signature: MoeGemmSignature) -> Parameter:
+    """How top-k partial results are summed; the other stages have nothing to combine."""
+    values = ("direct", "partials") if signature.stage == "down" else ("none",)
+    return Parameter(
+        "combine", values, "sum into the output at once by column owner, or write partial rows and add them"
+    )
+
+
+def _whole_pairs(signature: MoeGemmSignature) -> Constraint:
+    return Constraint(
+        "gate_up_pairs",
+        lambda c: c["vectors"] % signature.halves == 0,
+        "a panel holds as many gate as up vectors",
+        ("vectors",),
+    )
+
+
+def _chunks_exist(signature: MoeGemmSignature, arch: Arch) -> Constraint:
+    def holds(c: Mapping[str, Any]) -> bool:
+        panels = _layout(signature, c["vectors"], arch).panels(signature.halves * signature.n)
+        return bool(c["chunk_panels"] == 1 or c["chunk_panels"] <= panels)
+
+    return Constraint("chunk_fits_n", holds, "a task covers no more panels than there are", ("vectors", "chunk_panels"))
+
+
+@lru_cache(maxsize=64)
+def _blocked_space(signature: MoeGemmSignature, arch: Arch) -> Space:
+    """Register tile x cache blocks x order x packing."""
+    k_blocks = tuple(block for block in (128, 256, 512, 1024) if block < signature.k)
+    parameters = (
+        _VECTORS,
+        Parameter("block_rows", (2, 3, 4, 6, 8, 12), "rows of a register tile"),
+        Parameter("k_block", (*k_blocks, signature.k), "steps of k between visits to the accumulators"),
+        Parameter("block_m", (48, 96, 192), "rows of one task: cache block in m; whole register tiles"),
+        _CHUNK,
+        Parameter("order", ("panel_outer", "rows_outer"), "what the inner loop reuses: a weight panel or a block of x"),
+        Parameter("pack_x", (False, True), "copy x k-major first, so that a step of k reads neighbouring floats"),
+        _UNROLL,
+        _PREFETCH,
+        _SCHEDULE,
+        _combine(signature),
+    )
+    spare = 3  # one broadcast value and two weight vectors
+
+    def enough_registers(c: Mapping[str, Any]) -> bool:
+        return bool(c["block_rows"] * c["vectors"] + min(c["vectors"], 2) + 1 <= arch.vector_registers)
+
+    def busy_units(c: Mapping[str, Any]) -> bool:
+        return bool(c["block_rows"] * c["vectors"] >= (arch.vector_registers - spare) // 2)
+
+    constraints = (
+        _whole_pairs(signature),
+        Constraint(
+            "registers", enough_registers, "accumulators and operands fit the registers", ("vectors", "block_rows")
+        ),
+        Constraint(
+            "latency",
+            busy_units,
+            "enough accumulators to hide the latency of a multiply-add",
+            ("vectors", "block_rows"),
+        ),
+        _chunks_exist(signature, arch),
+    )
+    return Space.enumerate(parameters, constraints)
+
+
+@lru_cache(maxsize=64)
+def _stream_space(signature: MoeGemmSignature, arch: Arch) -> Space:
+    """Streams x rows that share a pass over the weights."""
+    parameters = (
+        _VECTORS,
+        Parameter("block_rows", (1, 2, 4, 6), "rows that share one pass over the weights"),
+        Parameter("streams", (1, 2, 4, 8), "weight panels read side by side: more open memory streams"),
+        _CHUNK,
+        _UNROLL,
+        _PREFETCH,
+        _SCHEDULE,
+        _combine(signature),
+    )
+
+    def enough_registers(c: Mapping[str, Any]) -> bool:
+        return bool(c["block_rows"] * c["streams"] * c["vectors"] + 2 <= arch.vector_registers)
+
+    def whole_streams(c: Mapping[str, Any]) -> bool:
+        return bool(c["chunk_panels"] % c["streams"] == 0)
+
+    constraints = (
+        _whole_pairs(signature),
+        Constraint(
+            "registers",
+            enough_registers,
+            "accumulators and operands fit the registers",
+            ("vectors", "block_rows", "streams"),
+        ),
+        Constraint("whole_streams", whole_streams, "a task is whole groups of streams", ("streams", "chunk_panels")),
+        _chunks_exist(signature, arch),
+    )
+    return Space.enumerate(parameters, constraints)
+
+
+def _layout(signature: MoeGemmSignature, vectors: int, arch: Arch) -> WeightLayout:
+    lanes = arch.lanes(4)
+    run = lanes if signature.halves == 2 else 0
+    return WeightLayout(columns=vectors * lanes, halves=signature.halves, run=run, dtype=signature.w_dtype)
+
+
+def _block_m(config: Config) -> int:
+    return int(config.get("block_m") or _STREAM_BLOCK_M)
+
+
+def _workspace(signature: MoeGemmSignature, config: Config, arch: Arch) -> list[tuple[str, str, str]]:
+    """Parts of the workspace: name, C type, and bytes as an expression valid both in C++ and in a recipe."""
+    panel = config["vectors"] * arch.lanes(4)
+    parts = [("segments", "Segment *", f"12 * ({signature.experts} + rows // {_block_m(config)})")]
+    if signature.stage == "down":
+        parts.append(("row_slot", "int32_t *", "4 * rows"))
+        if config["combine"] == "partials":
+            parts.append(("partial", "float *", f"4 * rows * {signature.n}"))
+    if config.get("pack_x"):
+        parts.append(("packed", "float *", f"4 * rows * {signature.k}"))
+    if config.get("k_block") and config["k_block"] < signature.k:
+        per_thread = config["block_m"] * config["chunk_panels"] * panel
+        parts.append(("accumulators", "float *", f"4 * threads * {per_thread}"))
+    return parts
+
+
+_C_TYPES = {"fp32": "const float *", "int32": "const int32_t *"}
+
+
+def _recipe(signature: MoeGemmSignature, config: Config, arch: Arch) -> Recipe:
+    """One launch: the tensors' addresses, the workspace, then the dynamic sizes."""
+    tensors = signature.tensors()
+    sizes = ["rows"] if signature.stage == "plain" else ["tokens", "rows"]
+    arguments = (
+        *(Argument("tensor", t.name) for t in tensors),
+        *(Argument("size", name) for name in sizes),
+        Argument("workspace"),
+    )
+    parts = [f"({size} + 63) // 64 * 64" for _, _, size in _workspace(signature, config, arch)]
+    return Recipe(
+        tensors=tensors,
+        launches=(Launch(artifact="", entry=ENTRY, arguments=arguments),),
+        dynamic_size=signature.dynamic_size,
+        workspace_bytes=" + ".join(parts),
+        weight_layout=_layout(signature, config["vectors"], arch),
+    )
+
+
+def _context(signature: MoeGemmSignature, config: Config, arch: Arch) -> dict[str, Any]:
+    """Names that the templates use beside the signature and the config."""
+    layout = _layout(signature, config["vectors"], arch)
+    arguments = [(t.name, "float *" if t.role == "output" else _C_TYPES[t.dtype]) for t in signature.tensors()] + [
+        (name, "int64_t") for name in (["rows"] if signature.stage == "plain" else ["tokens", "rows"])
+    ]
+    k_block = config.get("k_block") or signature.k
+    return {
+        "entry": ENTRY,
+        "arguments": arguments,
+        "workspace": [
+            (name, c_type, size.replace("//", "/").replace("rows", "job.rows").replace("threads", "host->threads"))
+            for name, c_type, size in _workspace(signature, config, arch)
+        ],
+        "halves": signature.halves,
+        "ragged": signature.n % (layout.columns // layout.halves) != 0,
+        "block_m": _block_m(config),
+        "k_block": k_block,
+        "k_blocks": -(-signature.k // k_block),
+    }
+
+
+def default_config(signature: MoeGemmSignature, arch: Arch) -> Config:
+    """Six rows by two vectors (twelve accumulators), packed x, k in blocks that keep a panel in the first cache."""
+    panels = _layout(signature, 2, arch).panels(signature.halves * signature.n)
+    own: dict[str, Value] = {
+        "vectors": 2,
+        "block_rows": 6,
+        "k_block": min(256, signature.k),
+        "block_m": 96,
+        "chunk_panels": max(chunk for chunk in (1, 2, 4) if chunk <= max(panels, 1)),
+        "order": "panel_outer",
+        "pack_x": True,
+        "unroll": 4,
+        "prefetch": 0,
+        "schedule": "dynamic",
+        "combine": "partials" if signature.stage == "down" else "none",
+    }
+    spaces = {t.name: t.space(signature, arch) for t in TEMPLATES}
+    return Space.union(spaces).lift(BLOCKED, own)
+
+
+TEMPLATES = (
+    Template(BLOCKED, "cpp", ("cpu",), _blocked_space, _recipe, _context),
+    Template(STREAM, "cpp", ("cpu",), _stream_space, _recipe, _context),
+)

@@ -1,0 +1,128 @@
+"""The static part of a moe_gemm problem, and the tensors of its calls. Light to import: the runtime needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, get_args
+
+from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.recipe import TensorSpec
+from tilewright.errors import TilewrightError
+
+Stage = Literal["up", "down", "plain"]
+Activation = Literal["none", "swiglu", "geglu"]
+
+_DTYPES = {"x_dtype": ("fp32",), "w_dtype": ("fp32",), "out_dtype": ("fp32",)}
+_MAX_SIZE = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeGemmSignature(Signature):
+    """Grouped GEMM over experts. Weights are [experts, n (x2 with an activation: gate rows, then up rows), k].
+
+    Raises:
+        TilewrightError: when a field is impossible; the sentence names it.
+
+    """
+
+    op: ClassVar[str] = "moe_gemm"
+
+    stage: Stage
+    experts: int
+    """Experts on this rank."""
+    n: int
+    """Output columns, after the activation."""
+    k: int
+    """Length of the reduction."""
+    top_k: int = 1
+    activation: Activation = "none"
+    bias: bool = False
+    x_dtype: str = "fp32"
+    w_dtype: str = "fp32"
+    out_dtype: str = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in ("experts", "n", "k", "top_k"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_SIZE:
+                raise TilewrightError(f"moe_gemm: {name}={value!r} is impossible; give a whole number of at least 1")
+        if self.stage not in get_args(Stage):
+            raise TilewrightError(f"moe_gemm: unknown stage {self.stage!r}; choose one of {', '.join(get_args(Stage))}")
+        if self.activation not in get_args(Activation):
+            choices = ", ".join(get_args(Activation))
+            raise TilewrightError(f"moe_gemm: unknown activation {self.activation!r}; choose one of {choices}")
+        if self.stage != "up" and self.activation != "none":
+            raise TilewrightError(
+                f"moe_gemm: stage {self.stage!r} has no activation; leave activation={self.activation} out"
+            )
+        if self.stage == "plain" and self.top_k != 1:
+            raise TilewrightError(f"moe_gemm: stage 'plain' knows no routing; leave top_k={self.top_k} out")
+        for name, supported in _DTYPES.items():
+            if getattr(self, name) not in supported:
+                raise TilewrightError(f"moe_gemm: {name}={getattr(self, name)!r} is not supported; use {supported[0]}")
+
+    @classmethod
+    def parse(cls, values: Mapping[str, str]) -> MoeGemmSignature:
+        """Signature from ``key=value`` texts.
+
+        Raises:
+            TilewrightError: for a missing, unknown or impossible field.
+
+        """
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise TilewrightError(f"moe_gemm has no field {unknown[0]!r}; --problem takes tokens, {', '.join(known)}")
+        if missing := [name for name in ("experts", "n", "k") if name not in values]:
+            raise TilewrightError(
+                f"--problem lacks {', '.join(missing)}; give for example experts=8,n=2048,k=1024,top_k=2"
+            )
+        typed: dict[str, Any] = {"stage": "up", **values}
+        for name in ("experts", "n", "k", "top_k"):
+            if name in values:
+                try:
+                    typed[name] = int(values[name])
+                except ValueError as error:
+                    raise TilewrightError(f"{name}={values[name]!r} in --problem is not a whole number") from error
+        if "bias" in values:
+            truth = {"true": True, "1": True, "false": False, "0": False}
+            if values["bias"].lower() not in truth:
+                raise TilewrightError(f"bias={values['bias']!r} in --problem is neither true nor false")
+            typed["bias"] = truth[values["bias"].lower()]
+        return cls(**typed)
+
+    @property
+    def halves(self) -> int:
+        """2 when every output column needs a gate and an up column."""
+        return 1 if self.activation == "none" else 2
+
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """Tensors of a call, in order."""
+        rows, k, n = "rows", self.k, self.n
+        columns = self.halves * n
+        offsets = TensorSpec("expert_offsets", "int32", (self.experts + 1,), values="offsets", bound=rows)
+        return (
+            TensorSpec("x", self.x_dtype, ("tokens" if self.stage == "up" else rows, k)),
+            TensorSpec("weight", self.w_dtype, (self.experts, columns, k), role="weight"),
+            *((TensorSpec("bias", "fp32", (self.experts, columns), role="weight"),) if self.bias else ()),
+            *(
+                (TensorSpec("row_token", "int32", (rows,), values="index", bound="tokens"),)
+                if self.stage == "up"
+                else ()
+            ),
+            offsets,
+            *(self._routing_tensors() if self.stage == "down" else ()),
+            TensorSpec("out", self.out_dtype, ("tokens" if self.stage == "down" else rows, n), role="output"),
+        )
+
+    def _routing_tensors(self) -> tuple[TensorSpec, ...]:
+        shape = ("tokens", self.top_k)
+        return (
+            TensorSpec("slot_row", "int32", shape, values="slot", bound="rows"),
+            TensorSpec("topk_weights", "fp32", shape, values="finite"),
+        )
+
+    @property
+    def dynamic_size(self) -> str:
+        """The size by which plans pick a kernel."""
+        return "rows" if self.stage == "plain" else "tokens"

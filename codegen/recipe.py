@@ -1,0 +1,134 @@
+"""How a kernel is called: its tensors, what is checked of them, its launches. Plain data, stored with the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from tilewright.codegen.expressions import IntExpr
+from tilewright.codegen.layouts import WeightLayout
+
+ABI_VERSION = 1
+"""Of the C entry point that a ``host_so`` artifact exports (templates/shared/abi.jinja); the runtime refuses others."""
+
+Role = Literal["input", "weight", "output"]
+ValueCheck = Literal["none", "offsets", "index", "slot", "finite"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a call, contiguous in row-major order, in the order in which callers pass them.
+
+    ``dims`` holds constants and size names; a size name takes its value where it first appears and must agree
+    everywhere else. ``values`` names what the runtime checks of the data itself: ``offsets`` must not decrease, start
+    at 0 and end at ``bound``; ``index`` must lie in [0, ``bound``); ``slot`` likewise, or be -1; ``finite`` must hold
+    no NaN or infinity. ``optional`` tensors may be None.
+    """
+
+    name: str
+    dtype: str
+    dims: tuple[int | str, ...]
+    role: Role = "input"
+    optional: bool = False
+    values: ValueCheck = "none"
+    bound: str = ""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One 8-byte argument of an entry: the address of a tensor or of the workspace, or the value of an expression."""
+
+    kind: Literal["tensor", "workspace", "size"]
+    source: str = ""
+    """Tensor name for ``tensor`` (0 when it is optional and absent), :class:`IntExpr` text for ``size``."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of an entry point. The grid fields are used by GPU artifacts and stay empty for ``host_so``."""
+
+    artifact: str
+    """Checksum (sha256, hex) of the artifact; empty until the kernel is built."""
+    entry: str
+    arguments: tuple[Argument, ...]
+    grid: tuple[str, ...] = ()
+    block: tuple[str, ...] = ()
+    cluster: tuple[str, ...] = ()
+    shared_memory_bytes: str = "0"
+    hidden_arguments: int = 0
+    """Trailing null pointers that the compiler adds (two for Triton)."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A property that was compiled in: ``expression`` must be a multiple of ``multiple`` at dispatch."""
+
+    expression: str
+    multiple: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything needed to call a kernel, besides the artifacts' bytes.
+
+    ``dynamic_size`` names the size by which plans pick a kernel. ``workspace_bytes`` is an :class:`IntExpr` over the
+    sizes and ``threads``.
+    """
+
+    tensors: tuple[TensorSpec, ...]
+    launches: tuple[Launch, ...]
+    dynamic_size: str
+    workspace_bytes: str = "0"
+    workspace_zeroed: bool = False
+    guards: tuple[Guard, ...] = ()
+    weight_layout: WeightLayout | None = None
+    """Layout in which the (only) tensor of role ``weight`` is passed; None: as the op declares it."""
+    abi_version: int = ABI_VERSION
+    format_version: int = field(default=1)
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """Names of the dynamic sizes, in order of first appearance in ``tensors``."""
+        names = dict.fromkeys(dim for tensor in self.tensors for dim in tensor.dims if isinstance(dim, str))
+        return tuple(names)
+
+    def workspace_for(self, sizes: Mapping[str, int]) -> int:
+        """Workspace in bytes for ``sizes`` (which must hold ``threads`` too).
+
+        Raises:
+            TilewrightError: when a size is missing.
+
+        """
+        return IntExpr(self.workspace_bytes).evaluate(sizes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, read back by :meth:`from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Recipe from its JSON form."""
+        layout = data["weight_layout"]
+        return cls(
+            tensors=tuple(TensorSpec(**{**t, "dims": tuple(t["dims"])}) for t in data["tensors"]),
+            launches=tuple(
+                Launch(
+                    **{
+                        **launch,
+                        "arguments": tuple(Argument(**a) for a in launch["arguments"]),
+                        "grid": tuple(launch["grid"]),
+                        "block": tuple(launch["block"]),
+                        "cluster": tuple(launch["cluster"]),
+                    }
+                )
+                for launch in data["launches"]
+            ),
+            dynamic_size=data["dynamic_size"],
+            workspace_bytes=data["workspace_bytes"],
+            workspace_zeroed=data["workspace_zeroed"],
+            guards=tuple(Guard(**g) for g in data["guards"]),
+            weight_layout=None if layout is None else WeightLayout(**layout),
+            abi_version=data["abi_version"],
+            format_version=data["format_version"],
+        )

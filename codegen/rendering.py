@@ -1,0 +1,53 @@
+"""Templates to source text: the only module that imports jinja2."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+import jinja2
+
+from tilewright import __version__
+from tilewright.codegen.archs import Arch
+from tilewright.codegen.ops.base import Template
+from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.recipe import ABI_VERSION
+from tilewright.codegen.space import Config
+
+_SUFFIX = {"cpp": ".cpp.jinja"}
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("tilewright.templates", ""),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+
+
+def render(template: Template[Any], signature: Signature, config: Config, arch: Arch) -> str:
+    """Source text of one variant, headed by what made it. The same variant always gives the same text."""
+    body = (
+        _environment()
+        .get_template(template.name + _SUFFIX[template.language])
+        .render(
+            signature=signature,
+            config=dict(config),
+            arch=arch,
+            abi_version=ABI_VERSION,
+            **template.context(signature, config, arch),
+        )
+    )
+    knobs = " ".join(f"{name}={value}" for name, value in config.items() if value is not None and name != "template")
+    file = template.name + _SUFFIX[template.language]
+    head = (
+        f"// Made by tilewright {__version__} from templates/{file} for {arch.name}.\n"
+        f"// {signature.describe()}\n"
+        f"// {knobs}\n"
+    )
+    return re.sub(r"\n{3,}", "\n\n", head + body.lstrip("\n"))
