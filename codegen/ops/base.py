@@ -90,8 +90,8 @@ class OpDeclaration(ABC, Generic[S, P]):
         """
 
     @abstractmethod
-    def problem(self, signature: S, tokens: int, routing: RoutingSpec) -> P:
-        """Problem of ``tokens`` tokens.
+    def problem(self, signature: S, tokens: int, routing: RoutingSpec, model: ModelShape | None = None) -> P:
+        """Problem of ``tokens`` tokens; under expert parallelism ``model`` says over how many experts they are routed.
 
         Raises:
             TilewrightError: for an impossible size.

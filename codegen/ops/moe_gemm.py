@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -105,10 +105,10 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         return MoeGemmSignature(**{name: value for name, value in fields.items() if name != "op"})
 
     def problem(
-        self, signature: MoeGemmSignature, tokens: int, routing: RoutingSpec, all_experts: int = 0
+        self, signature: MoeGemmSignature, tokens: int, routing: RoutingSpec, model: ModelShape | None = None
     ) -> MoeGemmProblem:
-        """Problem of ``tokens`` tokens; ``all_experts`` only under expert parallelism."""
-        return MoeGemmProblem(signature, tokens, routing, all_experts or signature.experts)
+        """Problem of ``tokens`` tokens, routed over all experts of ``model`` (of the signature, without one)."""
+        return MoeGemmProblem(signature, tokens, routing, model.all_experts if model else signature.experts)
 
     def parse_problem(self, fields: Mapping[str, str], routing: RoutingSpec) -> MoeGemmProblem:
         """Problem from ``--problem experts=8,n=2048,k=1024,top_k=2,tokens=16[,stage=][,activation=][,bias=]``."""
