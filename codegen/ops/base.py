@@ -99,6 +99,15 @@ class OpDeclaration(ABC, Generic[S, P]):
         """
 
     @abstractmethod
+    def problem_from_dict(self, fields: Mapping[str, Any]) -> P:
+        """Problem from its JSON form, as trials keep it.
+
+        Raises:
+            TilewrightError: for a missing, unknown or impossible field.
+
+        """
+
+    @abstractmethod
     def parse_problem(self, fields: Mapping[str, str], routing: RoutingSpec) -> P:
         """Problem from ``--problem key=value,...``.
 

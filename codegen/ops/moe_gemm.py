@@ -110,6 +110,11 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         """Problem of ``tokens`` tokens, routed over all experts of ``model`` (of the signature, without one)."""
         return MoeGemmProblem(signature, tokens, routing, model.all_experts if model else signature.experts)
 
+    def problem_from_dict(self, fields: Mapping[str, Any]) -> MoeGemmProblem:
+        """Problem from its JSON form."""
+        signature = self.signature_from_dict(fields["signature"])
+        return MoeGemmProblem(signature, fields["tokens"], RoutingSpec.parse(fields["routing"]), fields["all_experts"])
+
     def parse_problem(self, fields: Mapping[str, str], routing: RoutingSpec) -> MoeGemmProblem:
         """Problem from ``--problem experts=8,n=2048,k=1024,top_k=2,tokens=16[,stage=][,activation=][,bias=]``."""
         values = dict(fields)
