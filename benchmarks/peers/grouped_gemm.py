@@ -131,11 +131,19 @@ def _torch_mm_out(cases: Sequence[GroupedGemm], _threads: int) -> list[Call]:
 
 
 def _grouped_mm(cases: Sequence[GroupedGemm], _threads: int) -> list[Call]:
-    def call_for(case: GroupedGemm) -> Call:
-        weights, ends = case.w.transpose(1, 2), case.expert_offsets[1:]
-        return lambda: F.grouped_mm(case.x.index_select(0, case.row_token_long), weights, offs=ends)
+    """Weights as models store them, seen through their transpose."""
+    return [_grouped_mm_call(case, case.w.transpose(1, 2)) for case in cases]
 
-    return [call_for(case) for case in cases]
+
+def _grouped_mm_kn(cases: Sequence[GroupedGemm], _threads: int) -> list[Call]:
+    """Weights copied once into [experts, hidden, inter]: the faster layout for few tokens."""
+    packs = packed_once(cases, lambda case: case.w, lambda w: w.transpose(1, 2).contiguous())
+    return [_grouped_mm_call(case, weights) for case, weights in zip(cases, packs, strict=True)]
+
+
+def _grouped_mm_call(case: GroupedGemm, weights: Tensor) -> Call:
+    ends = case.expert_offsets[1:]
+    return lambda: F.grouped_mm(case.x.index_select(0, case.row_token_long), weights, offs=ends)
 
 
 def _numpy(cases: Sequence[GroupedGemm], _threads: int) -> list[Call]:
@@ -224,6 +232,7 @@ PEERS: tuple[Peer[GroupedGemm], ...] = (
     Peer("torch_loop", _torch_loop),
     Peer("torch_mm_out", _torch_mm_out),
     Peer("grouped_mm", _grouped_mm, _NO_GROUPED_MM),
+    Peer("grouped_mm_kn", _grouped_mm_kn, _NO_GROUPED_MM),
     Peer("numpy", _numpy),
     Peer("onednn_packed", _onednn_packed, _NO_ONEDNN),
     Peer("mkl_packed", _mkl_packed, _NO_MKL),
