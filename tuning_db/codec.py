@@ -38,7 +38,7 @@ def decoding(what: str) -> Iterator[None]:
     """Turn whatever a malformed row makes Python raise into UndecodableError."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
         raise UndecodableError(f"{what}: {error}") from error
 
 

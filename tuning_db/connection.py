@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
 from sqlalchemy.orm import Session
 
 from tilewright.errors import TilewrightError
 from tilewright.tuning_db import codec, faults
+from tilewright.tuning_db.locations import require_file
 from tilewright.tuning_db.schema import read_only_uri, read_write_uri, require_current, schema_version
 
 T = TypeVar("T")
@@ -63,7 +64,7 @@ class Database:
             except DBAPIError as error:
                 if not _is_transient(error) or time.monotonic() > deadline:
                     raise self._explain(error) from error
-            except codec.UndecodableError as error:
+            except (codec.UndecodableError, UnicodeDecodeError) as error:
                 raise faults.damaged(self.name, str(error)) from error
             time.sleep(random.uniform(0, pause))
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
@@ -79,8 +80,7 @@ def open_sqlite(path: Path, *, create: bool) -> Database:
     """Open a SQLite file for reading and writing, in WAL mode. ``create``: make it, empty, where there is none."""
     if create:
         _create_file(path)
-    elif not path.exists():
-        raise TilewrightError(f"there is no database {path}; run `tune` to make one, or name another with --db")
+    require_file(path)
 
     def connected(connection: sqlite3.Connection, _record: object) -> None:
         # The check comes first: a database of another program must not even be switched to WAL.
@@ -97,8 +97,7 @@ def open_sqlite(path: Path, *, create: bool) -> Database:
 
 def open_sqlite_read_only(path: Path) -> Database:
     """Open a SQLite file that may be on read-only media; every write to it fails."""
-    if not path.exists():
-        raise TilewrightError(f"there is no database {path}; run `tune` to make one, or name another with --db")
+    require_file(path)
 
     def connected(connection: sqlite3.Connection, _record: object) -> None:
         require_current(schema_version(connection, path), path)
@@ -108,7 +107,7 @@ def open_sqlite_read_only(path: Path) -> Database:
     return Database(engine, str(path), path)
 
 
-def open_server(text: str) -> Database:
+def open_server(text: str, *, read_only: bool = False) -> Database:
     """Open a PostgreSQL database by its URL."""
     try:
         url = make_url(text)
@@ -120,7 +119,9 @@ def open_server(text: str) -> Database:
     if url.drivername in ("postgresql", "postgres"):
         url = url.set(drivername="postgresql+psycopg")
     try:
-        engine = _create_engine(url)
+        engine = _create_engine(url, execution_options={"postgresql_readonly": read_only})
+    except NoSuchModuleError as error:
+        raise TilewrightError(f"the database {name} needs an unknown driver; use postgresql+psycopg://") from error
     except ModuleNotFoundError as error:
         raise TilewrightError(
             f"the database {name} needs the package {error.name}; run `pip install 'tilewright[postgresql]'`"
@@ -137,10 +138,12 @@ def _is_transient(error: DBAPIError) -> bool:
 def _create_file(path: Path) -> None:
     """Make an empty file that its group cannot write whatever the umask is, for the runtime refuses such files."""
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_RDONLY, 0o644))
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o644))
+    except FileExistsError:
+        return
     except OSError as error:
         raise TilewrightError(
-            f"the database {path} cannot be made or opened: {error.strerror}; name another file with --db"
+            f"the database {path} cannot be made: {error.strerror}; name another file with --db"
         ) from error
 
 

@@ -17,7 +17,8 @@ def examine(database: Database) -> list[str]:
     """Return one sentence for each thing that is wrong with a database; an empty list for a sound one."""
     findings = _Findings(database)
     if database.path is not None:
-        findings.sentences += [f"{database.path}: {sentence}" for sentence in findings.ask(_check_file)]
+        for question in (_check_pages, _check_references):
+            findings.sentences += [f"{database.path}: {sentence}" for sentence in findings.ask(question)]
     for checksum in findings.ask(_artifact_checksums):
         findings.ask(partial(queries.artifact, checksum=checksum))
     for key in findings.ask(_kernel_keys):
@@ -51,13 +52,14 @@ class _Findings:
             return ()
 
 
-def _check_file(session: Session) -> list[str]:
-    """Let SQLite check its pages, indexes and references."""
-    pages = [finding for finding in session.scalars(text("PRAGMA integrity_check")) if finding != "ok"]
+def _check_pages(session: Session) -> list[str]:
+    findings = session.scalars(text("PRAGMA integrity_check"))
+    return [f"its pages are damaged: {finding}" for finding in findings if finding != "ok"]
+
+
+def _check_references(session: Session) -> list[str]:
     orphans = session.execute(text("PRAGMA foreign_key_check")).all()
-    return [f"its pages are damaged: {finding}" for finding in pages] + [
-        f"row {orphan[1]} of {orphan[0]} names a row of {orphan[2]} that is gone" for orphan in orphans
-    ]
+    return [f"row {orphan[1]} of {orphan[0]} names a row of {orphan[2]} that is gone" for orphan in orphans]
 
 
 def _artifact_checksums(session: Session) -> Sequence[str]:

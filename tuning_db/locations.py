@@ -2,8 +2,10 @@
 
 import os
 import re
+import stat
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 from tilewright.errors import TilewrightError
 
@@ -40,9 +42,25 @@ def sqlite_path(url_or_path: str | os.PathLike[str]) -> Path | None:
             return None
         name = text
     else:
-        name = url["rest"].removeprefix("/")
-        if "?" in name:
+        name = unquote(url["rest"].removeprefix("/"))
+        if "?" in url["rest"]:
             raise TilewrightError(f"the database {text!r} carries options that do nothing; give the path alone")
     if name in ("", ":memory:"):
         raise TilewrightError(f"the database {text!r} names no file; give a path such as tuning.db")
     return Path(name).expanduser()
+
+
+def require_file(path: Path) -> None:
+    """Refuse a path where there is no file to open. Raises TilewrightError."""
+    try:
+        is_file = stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError as error:
+        raise TilewrightError(
+            f"there is no database {path}; run `tune` to make one, or name another with --db"
+        ) from error
+    except OSError as error:
+        raise TilewrightError(
+            f"the database {path} cannot be opened: {error.strerror}; check its permissions"
+        ) from error
+    if not is_file:
+        raise TilewrightError(f"the database {path} is not a file; name a file")

@@ -24,7 +24,7 @@ from tilewright.tuning_db.codec import (
 )
 from tilewright.tuning_db.faults import damaged, explain
 from tilewright.tuning_db.integrity import DamagedArtifact, DamagedDatabase, UntrustedFile, check_private, verified
-from tilewright.tuning_db.locations import default_url, sqlite_path
+from tilewright.tuning_db.locations import default_url, require_file, sqlite_path
 from tilewright.tuning_db.records import KernelRecord, PlanRecord
 from tilewright.tuning_db.schema import read_only_uri, require_current, schema_version
 
@@ -113,6 +113,7 @@ class Reader:
         """Open a checked connection inside one read transaction, so that several queries see one state."""
         with _access:
             try:
+                require_file(self.path)
                 check_private(self.path)
                 with closing(
                     sqlite3.connect(read_only_uri(self.path), uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
@@ -123,11 +124,11 @@ class Reader:
                     require_current(schema_version(connection, self.path), self.path)
                     connection.execute("BEGIN")
                     yield connection
-            except FileNotFoundError as error:
-                raise TilewrightError(f"there is no database {self.path}; run `tune` to make one") from error
-            except OSError as error:
-                raise TilewrightError(f"the database {self.path} cannot be read: {error.strerror}") from error
+            except OSError as error:  # it was there a moment ago
+                raise TilewrightError(
+                    f"the database {self.path} cannot be read: {error.strerror}; try again"
+                ) from error
             except sqlite3.Error as error:
                 raise explain(error, self.path) from error
-            except UndecodableError as error:
+            except (UndecodableError, UnicodeDecodeError) as error:
                 raise damaged(self.path, str(error)) from error

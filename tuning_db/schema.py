@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from tilewright.errors import TilewrightError
+from tilewright.tuning_db.faults import damaged
 
 SCHEMA_VERSION = 1
 """What this release reads and writes; ``PRAGMA user_version`` of a SQLite file, set by the migrations."""
@@ -27,7 +28,17 @@ def schema_version(connection: sqlite3.Connection, path: Path) -> int:
         return 0
     if version > SCHEMA_VERSION:
         raise newer_schema(str(path), f"version {version}")
+    _require_whole_pages(connection, path)
     return int(version)
+
+
+def _require_whole_pages(connection: sqlite3.Connection, path: Path) -> None:
+    """Refuse a file that ends inside a page: SQLite would read the rest of it as zeros."""
+    (page_size,) = connection.execute("PRAGMA page_size").fetchone()
+    log = path.resolve().with_name(path.resolve().name + "-wal")
+    # A log that has not been written back yet may well end a file that a killed process left.
+    if path.stat().st_size % page_size and not (log.exists() and log.stat().st_size):
+        raise damaged(path, "its end is missing")
 
 
 def require_current(version: int, path: Path) -> None:

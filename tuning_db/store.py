@@ -3,12 +3,13 @@
 import os
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
 
-from sqlalchemy import insert, update
+from sqlalchemy import Connection, insert, update
+from sqlalchemy.orm import Session
 
 from tilewright.errors import TilewrightError
 from tilewright.tuning_db import codec, queries, writes
@@ -16,7 +17,7 @@ from tilewright.tuning_db.connection import Database, open_server, open_sqlite, 
 from tilewright.tuning_db.examination import examine
 from tilewright.tuning_db.integrity import sha256_hex
 from tilewright.tuning_db.locations import default_url, sqlite_path, user_data_path
-from tilewright.tuning_db.migrations import upgrade_database
+from tilewright.tuning_db.migrations import require_current_database, upgrade_database
 from tilewright.tuning_db.models import Run, Trial
 from tilewright.tuning_db.queries import KernelFilter, PlanFilter, TrialFilter
 from tilewright.tuning_db.records import (
@@ -56,19 +57,28 @@ class Store:
         if path is not None and path == user_data_path():
             _make_directory(path.parent)
         database = open_server(os.fspath(url_or_path)) if path is None else open_sqlite(path, create=create)
-        try:
-            database.write(lambda session: upgrade_database(session.connection()))
-        except BaseException:
-            database.close()
-            raise
-        return cls(database)
+        return cls._checked(database, database.write, upgrade_database)
 
     @classmethod
     def open_read_only(cls, url_or_path: str | os.PathLike[str] | None = None) -> Self:
         """Open for queries alone, as `tune show` does; works on read-only media and packs."""
         url_or_path = default_url() if url_or_path is None else url_or_path
         path = sqlite_path(url_or_path)
-        database = open_server(os.fspath(url_or_path)) if path is None else open_sqlite_read_only(path)
+        database = open_server(os.fspath(url_or_path), read_only=True) if path is None else open_sqlite_read_only(path)
+        return cls._checked(database, database.read, require_current_database)
+
+    @classmethod
+    def _checked(
+        cls,
+        database: Database,
+        transaction: Callable[[Callable[[Session], None]], None],
+        check: Callable[[Connection], None],
+    ) -> Self:
+        try:
+            transaction(lambda session: check(session.connection()))
+        except BaseException:
+            database.close()
+            raise
         return cls(database)
 
     @property

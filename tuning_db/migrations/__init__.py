@@ -8,6 +8,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
+from tilewright.errors import TilewrightError
 from tilewright.tuning_db.schema import newer_schema
 
 VERSION_TABLE = "tilewright_alembic_version"
@@ -23,12 +24,39 @@ def upgrade_database(connection: Connection) -> None:
     if connection.dialect.name == "postgresql":
         # SQLite's writers already wait for each other at BEGIN IMMEDIATE.
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _POSTGRESQL_LOCK})
-    config = Config(attributes={"connection": connection, "version_table": VERSION_TABLE})
-    config.set_main_option("script_location", str(Path(__file__).parent))
-    scripts = ScriptDirectory.from_config(config)
-    known = {script.revision for script in scripts.walk_revisions()}
-    current = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
-    if current is not None and current not in known:
-        raise newer_schema(connection.engine.url.render_as_string(hide_password=True), f"revision {current}")
-    if current != scripts.get_current_head():
+    config = _config()
+    if not _is_current(connection, ScriptDirectory.from_config(config)):
+        config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+def require_current_database(connection: Connection) -> None:
+    """Refuse a database that this release cannot read as it is.
+
+    Raises TilewrightError where the schema is missing, older or newer.
+    """
+    if not _is_current(connection, ScriptDirectory.from_config(_config())):
+        raise TilewrightError(
+            f"the database {_name(connection)} is empty or was written by an older tilewright; "
+            f"run `tune` on it once to upgrade it"
+        )
+
+
+def _is_current(connection: Connection, scripts: ScriptDirectory) -> bool:
+    context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
+    revision = context.get_current_revision()
+    known = {script.revision for script in scripts.walk_revisions()}
+    if revision is not None and revision not in known:
+        raise newer_schema(_name(connection), f"revision {revision}")
+    return revision == scripts.get_current_head()
+
+
+def _config() -> Config:
+    config = Config(attributes={"version_table": VERSION_TABLE})
+    # Alembic reads % as the start of an interpolation.
+    config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
+    return config
+
+
+def _name(connection: Connection) -> str:
+    return connection.engine.url.render_as_string(hide_password=True)
