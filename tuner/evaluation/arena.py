@@ -1,0 +1,94 @@
+"""Memory that the parent shares with the worker: files without a name, that end with the process."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tilewright.errors import TilewrightError
+from tilewright.tuner.evaluation.mapping import ALIGNMENT, PAGE, round_up
+
+_CANARY = 0xA5
+_CANARY_BYTES = PAGE
+_ids = itertools.count()
+
+
+class SharedRegion:
+    """Anonymous file that both sides map: here writable, in the worker between guard pages and mostly read-only.
+
+    There is always at least a page in front of the data, which a kernel must leave as it is.
+
+    Raises:
+        TilewrightError: when the memory cannot be had.
+
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.id = next(_ids)
+        self.capacity_bytes = round_up(nbytes, ALIGNMENT)
+        self.file_bytes = round_up(self.capacity_bytes + _CANARY_BYTES, PAGE)
+        try:
+            self.fd = os.memfd_create("tilewright", os.MFD_CLOEXEC)
+            os.truncate(self.fd, self.file_bytes)
+            self._mapping = mmap.mmap(self.fd, self.file_bytes)
+        except OSError as error:
+            raise TilewrightError(
+                f"cannot get {nbytes} bytes of shared memory ({error.strerror}); free memory or tune a smaller problem"
+            ) from error
+        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8)
+
+    def close(self) -> None:
+        """Close the file; its memory goes when the last array on it does."""
+        os.close(self.fd)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """``nbytes`` at the end of a region, on a 64-byte boundary."""
+
+    region: SharedRegion
+    nbytes: int
+
+    @property
+    def _start(self) -> int:
+        return self.region.file_bytes - round_up(self.nbytes, ALIGNMENT)
+
+    def array(self, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """The block as an array that shares its memory."""
+        return self.region.bytes[self._start : self._start + self.nbytes].view(dtype).reshape(shape)
+
+    def lay_canaries(self) -> None:
+        """Fill what surrounds the block with a pattern that :meth:`damage` looks for."""
+        for surrounding in self._surroundings():
+            surrounding[:] = _CANARY
+
+    def damage(self) -> str | None:
+        """What was written outside the block since :meth:`lay_canaries`; None when nothing was."""
+        before, after = (int(np.count_nonzero(part != _CANARY)) for part in self._surroundings())
+        if not before and not after:
+            return None
+        return f"{before} bytes before and {after} bytes after it"
+
+    def _surroundings(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        file = self.region.bytes
+        return file[self._start - _CANARY_BYTES : self._start], file[self._start + self.nbytes :]
+
+
+def share(array: npt.NDArray[Any]) -> Block:
+    """Copy of ``array`` (C order) in a region of its own."""
+    block = Block(SharedRegion(array.nbytes), array.nbytes)
+    block.array(array.dtype, array.shape)[...] = array
+    return block
+
+
+def huge_pages_by_default() -> bool:
+    """Whether the system backs ordinary large allocations, but never shared files, by huge pages."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.exists() and "[always]" in setting.read_text()

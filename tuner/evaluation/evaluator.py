@@ -1,0 +1,260 @@
+"""The evaluator of the CPU target: checks kernels, then races those that are right."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self
+
+from tilewright.codegen.cpu_info import read_cpu_info
+from tilewright.codegen.ops.base import OpDeclaration, Problem
+from tilewright.codegen.ops.signature import Signature
+from tilewright.errors import TilewrightError
+from tilewright.tuner.evaluation.arena import huge_pages_by_default
+from tilewright.tuner.evaluation.binding import broken_guard
+from tilewright.tuner.evaluation.contest import Contest
+from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation, TimeSpent
+from tilewright.tuner.evaluation.problems import ProblemData, expected_bytes, share_inputs
+from tilewright.tuner.evaluation.racing import RaceRules
+from tilewright.tuner.evaluation.rotation import input_sets, weight_copies
+from tilewright.tuner.evaluation.session import KernelFaultError, Session
+from tilewright.tuner.evaluation.statistics import Ratio, paired_ratio
+from tilewright.tuner.evaluation.weights import WeightStore, declared_bytes
+from tilewright.tuner.evaluation.workbench import Mode, Workbench, failed
+from tilewright.tuning_db.records import Outcome
+
+_MEMORY_SHARE = 0.6
+"""Of this machine's memory that weights and inputs may take together."""
+_PROBLEM_SHARE = 0.1
+"""Of memory for problems that are kept for when they are asked for again."""
+_FALLBACK_CACHE_BYTES = 32 << 20
+"""Of the last-level cache, where the system does not tell."""
+
+
+class CpuEvaluator:
+    """Checks and measures kernels of one signature on this machine's CPU, in a worker process.
+
+    Weights are made when it is created and inputs when a problem is first seen, all from ``seed``. Not thread-safe: use
+    it from the thread that created it, and on a machine that has nothing else to do.
+
+    Args:
+        op: the op.
+        signature: of all kernels and problems.
+        threads: that kernels are measured with; they are checked with one, too.
+        seed: of all data and of the order of races.
+        time_limit_s: for one call of a kernel.
+        memory_limit_bytes: that a kernel may allocate for itself.
+
+    Raises:
+        TilewrightError: when the weights take more than 60 % of the memory, or no worker can be started.
+
+    """
+
+    def __init__(
+        self,
+        op: OpDeclaration[Any, Any],
+        signature: Signature,
+        *,
+        threads: int,
+        seed: int = 0,
+        time_limit_s: float = 10.0,
+        memory_limit_bytes: int = 1 << 30,
+    ) -> None:
+        self._op = op
+        self._signature = signature
+        self._seed = seed
+        self._order = random.Random(seed)
+        self._deployed = Mode(threads)
+        self._checks = (Mode(1), self._deployed, Mode(threads, fork=False))
+        self._spent = TimeSpent()
+        self._verdicts: dict[tuple[str, str], Evaluation] = {}
+        self._problems: dict[str, ProblemData] = {}
+        cpu = read_cpu_info()
+        self._cache_bytes = cpu.l3_bytes or cpu.l2_bytes or _FALLBACK_CACHE_BYTES
+        self._memory_bytes = cpu.memory_bytes
+        tensors = op.tensors(signature)
+        weight_bytes = declared_bytes(tensors)
+        self._refuse_if_too_large("weights and their packed copy", 2 * weight_bytes)
+        self._copies = weight_copies(weight_bytes, self._cache_bytes)
+        self._session = Session(threads=threads, time_limit_s=time_limit_s, memory_limit_bytes=memory_limit_bytes)
+        with self._clock("preparing_s"):
+            room = (_MEMORY_SHARE - _PROBLEM_SHARE) * self._memory_bytes - weight_bytes
+            weights = WeightStore(
+                tensors,
+                op.weights(signature, seed),
+                copies=self._copies,
+                # Of what the worker copies to get huge pages, there are two.
+                capacity_bytes=int(room / (2 if huge_pages_by_default() else 1)),
+                release=self._session.release,
+            )
+            self._workbench = Workbench(self._session, weights, op.tolerance(signature))
+            self._awkward = tuple(self._make_data(problem, rotate=False) for problem in op.awkward_problems(signature))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker and free all memory."""
+        self._workbench.close()
+        for data in (*self._awkward, *self._problems.values()):
+            self._session.release(data.regions)
+
+    @property
+    def spent(self) -> TimeSpent:
+        """Wall seconds used so far."""
+        return self._spent
+
+    @property
+    def worker_pid(self) -> int | None:
+        """Process that runs the kernels; None when there is none at the moment."""
+        return self._session.worker_pid
+
+    def evaluate(self, batch: Sequence[BuiltKernel], problem: Problem, *, budget_s: float) -> list[Evaluation]:
+        """Check every kernel of ``batch`` and race those that are right, interleaved; one evaluation each, in order.
+
+        Sample i of every raced kernel comes from the same moment and the same data (unless their weight layouts
+        together exceed the memory), so that :func:`paired_ratio` of two of them is meaningful.
+
+        Args:
+            batch: kernels of this evaluator's signature.
+            problem: what to measure.
+            budget_s: wall seconds for the race; checking comes on top, and every kernel is timed at least once.
+
+        Raises:
+            TilewrightError: when the problem does not fit the memory, or no worker can be started.
+
+        """
+        data = self._data(problem)
+        evaluations = [self._check(kernel, data) for kernel in batch]
+        racers = [index for index, evaluation in enumerate(evaluations) if evaluation.outcome is Outcome.OK]
+        for group in self._workbench.weights.groups([batch[index].recipe.weight_layout for index in racers]):
+            members = [racers[position] for position in group]
+            raced = self._race(
+                [batch[index] for index in members],
+                [evaluations[index] for index in members],
+                data,
+                budget_s=budget_s * len(members) / len(racers),
+                rules=RaceRules(),
+            )
+            for index, evaluation in zip(members, raced, strict=True):
+                evaluations[index] = evaluation
+        return evaluations
+
+    def measure_noise(self, kernel: BuiltKernel, problem: Problem, *, budget_s: float) -> Ratio:
+        """Race ``kernel`` against itself: what this machine makes of two equal times.
+
+        Raises:
+            TilewrightError: when the kernel is not right, or does not survive.
+
+        """
+        data = self._data(problem)
+        evaluation = self._check(kernel, data)
+        twins = [evaluation, evaluation]
+        if evaluation.outcome is Outcome.OK:
+            twins = self._race([kernel] * 2, twins, data, budget_s=budget_s, rules=RaceRules(eliminate=False))
+        for twin in twins:
+            if twin.outcome is not Outcome.OK:
+                raise TilewrightError(
+                    f"the noise cannot be measured with kernel {kernel.key}, which is no good: {twin.message}"
+                )
+        return paired_ratio(twins[0].samples_us, twins[1].samples_us)
+
+    def _race(
+        self,
+        kernels: Sequence[BuiltKernel],
+        checked: Sequence[Evaluation],
+        data: ProblemData,
+        *,
+        budget_s: float,
+        rules: RaceRules,
+    ) -> list[Evaluation]:
+        with self._clock("preparing_s"):
+            self._workbench.reserve(kernels, data, self._deployed.threads)
+        with self._clock("measuring_s"):
+            contest = Contest(self._workbench, kernels, data, self._deployed, self._order)
+            evaluations = contest.run(checked, budget_s=budget_s, rules=rules)
+        self._session.forget_programs()
+        return evaluations
+
+    def _check(self, kernel: BuiltKernel, data: ProblemData) -> Evaluation:
+        """Whether ``kernel`` is right on the awkward problems and on this one; every problem once per kernel."""
+        evaluation = Evaluation(kernel.key, Outcome.OK)
+        for checked, modes in (*((awkward, self._checks) for awkward in self._awkward), (data, (self._deployed,))):
+            identity = (kernel.key, checked.problem.key)
+            if identity not in self._verdicts:
+                self._verdicts[identity] = self._check_on(kernel, checked, modes)
+            evaluation = self._verdicts[identity]
+            if evaluation.outcome is not Outcome.OK:
+                break
+        return evaluation
+
+    def _check_on(self, kernel: BuiltKernel, data: ProblemData, modes: Sequence[Mode]) -> Evaluation:
+        where = f"{kernel.recipe.dynamic_size}={data.problem.dynamic_size}"
+        if broken := broken_guard(kernel.recipe, data.sets[0].sizes):
+            # The runtime falls back where a guard fails; only on the measured problem that makes a kernel useless.
+            outcome = Outcome.OK if data in self._awkward else Outcome.REJECTED
+            return Evaluation(kernel.key, outcome, f"a guard refuses the problem: {broken} ({where})")
+        errors = []
+        for mode in modes:
+            with self._clock("preparing_s"):
+                self._workbench.reserve([kernel], data, mode.threads)
+            with self._clock("checking_s"):
+                try:
+                    errors.append(self._workbench.checked_run(kernel, data, mode))
+                except KernelFaultError as fault:
+                    return failed(kernel.key, fault, f"{where}, {mode}")
+        return Evaluation(kernel.key, Outcome.OK, error=max(errors))
+
+    def _data(self, problem: Problem) -> ProblemData:
+        """Data of a problem to measure; what was used least recently makes room."""
+        key = problem.key
+        data = self._problems.pop(key, None)
+        if data is None:
+            with self._clock("preparing_s"):
+                data = self._make_data(problem, rotate=True)
+        room = _PROBLEM_SHARE * self._memory_bytes - data.nbytes
+        while self._problems and sum(other.nbytes for other in self._problems.values()) > room:
+            self._session.release(self._problems.pop(next(iter(self._problems))).regions)
+        self._problems[key] = data
+        return data
+
+    def _make_data(self, problem: Problem, *, rotate: bool) -> ProblemData:
+        """Inputs, outputs and reference; with ``rotate``, enough sets of them to exceed the cache."""
+        first = self._op.inputs(problem, self._seed)
+        needed = declared_bytes(self._op.tensors(self._signature)) + expected_bytes(self._op, problem, first)
+        self._refuse_if_too_large(f"{problem.dynamic_size} tokens", needed)
+        touched = self._op.workload(problem, first).min_bytes
+        sets = input_sets(touched, self._copies, self._cache_bytes) if rotate else 1
+        others = (self._op.inputs(problem, self._seed + index) for index in range(1, sets))
+        return ProblemData(
+            problem,
+            tuple(share_inputs(self._op, problem, inputs) for inputs in (first, *others)),
+            self._op.reference(self._signature, self._workbench.weights.arrays, first),
+        )
+
+    def _refuse_if_too_large(self, what: str, needed_bytes: int) -> None:
+        if needed_bytes > _MEMORY_SHARE * self._memory_bytes:
+            raise TilewrightError(
+                f"{self._signature.describe()} is too large for this machine: {what} take {needed_bytes / 1e9:.1f} GB "
+                f"of {self._memory_bytes / 1e9:.1f} GB, and at most {_MEMORY_SHARE:.0%} may be used; "
+                "raise --tp or --ep, or tune on a machine with more memory"
+            )
+
+    @contextlib.contextmanager
+    def _clock(self, purpose: str) -> Iterator[None]:
+        """Count the time inside towards ``purpose``, a field of :class:`TimeSpent`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed_s = time.perf_counter() - begin
+            self._spent = replace(self._spent, **{purpose: getattr(self._spent, purpose) + elapsed_s})

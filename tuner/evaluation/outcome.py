@@ -1,0 +1,59 @@
+"""What goes into an evaluation and what comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tilewright.codegen.recipe import Recipe
+from tilewright.tuning_db.records import Outcome
+
+
+@dataclass(frozen=True)
+class BuiltKernel:
+    """A kernel as the builder left it."""
+
+    key: str
+    """Identity of the kernel: equal keys, equal bytes. A key is checked once."""
+    path: Path
+    """The shared object."""
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How one kernel did on one problem.
+
+    With ``Outcome.OK`` the times are set, in microseconds; with every other outcome ``message`` says in one sentence
+    what went wrong. ``low_us`` and ``high_us`` bound the median with 95 % confidence; with fewer than six samples they
+    are the range of the samples, which covers less. Sample i of all kernels of a batch comes from the same moment and
+    the same data; kernels that were clearly slower have fewer samples.
+    """
+
+    kernel_key: str
+    outcome: Outcome
+    message: str = ""
+    error: float | None = None
+    """Largest relative error seen, max |out - reference| / max |reference|; None when no run finished."""
+    samples_us: tuple[float, ...] = field(default=(), repr=False)
+    median_us: float | None = None
+    low_us: float | None = None
+    high_us: float | None = None
+
+
+@dataclass(frozen=True)
+class TimeSpent:
+    """Wall seconds that an evaluator has used, by purpose; the difference of two says what a call cost."""
+
+    preparing_s: float = 0.0
+    """Making inputs and references, packing weights."""
+    checking_s: float = 0.0
+    measuring_s: float = 0.0
+
+    def __sub__(self, earlier: TimeSpent) -> TimeSpent:
+        """What was used since ``earlier``."""
+        return TimeSpent(
+            self.preparing_s - earlier.preparing_s,
+            self.checking_s - earlier.checking_s,
+            self.measuring_s - earlier.measuring_s,
+        )

@@ -1,0 +1,146 @@
+"""A signature's weights: as the op declares them, and packed for the kernels in the race."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilewright.codegen.layouts import WeightLayout
+from tilewright.codegen.ops.base import Arrays
+from tilewright.codegen.recipe import TensorSpec
+from tilewright.errors import TilewrightError
+from tilewright.tuner.evaluation.arena import Block, SharedRegion, share
+from tilewright.tuner.evaluation.binding import DTYPES
+
+Release = Callable[[Iterable[SharedRegion]], None]
+
+_PACKED_DTYPES = {"fp32": np.float32}
+
+
+def packable(tensors: Sequence[TensorSpec]) -> TensorSpec | None:
+    """The weight that a :class:`WeightLayout` packs: [experts, n, k]. A bias has the role of a weight, too."""
+    return next((tensor for tensor in tensors if tensor.role == "weight" and len(tensor.dims) == 3), None)
+
+
+def pack(weight: NDArray[np.float32], layout: WeightLayout, out: NDArray[np.float32]) -> None:
+    """Pack ``weight`` [experts, n, k] into ``out`` as the runtime does it.
+
+    Raises:
+        TilewrightError: when the layout does not suit the weight.
+
+    """
+    import torch
+
+    from tilewright.runtime.calls import pack_weight
+
+    pack_weight(torch.from_numpy(weight), layout, out=torch.from_numpy(out))
+
+
+class WeightStore:
+    """The weights in shared memory, several copies of each layout; the least recently used layouts make room.
+
+    Args:
+        tensors: of the op's calls.
+        arrays: what the op made for the role ``weight``; copied.
+        copies: of the packable weight, so that a rotation of them exceeds the cache.
+        capacity_bytes: for all layouts together; what a single request needs is always granted.
+        release: called with regions that are no longer used.
+
+    """
+
+    def __init__(
+        self, tensors: Sequence[TensorSpec], arrays: Arrays, *, copies: int, capacity_bytes: int, release: Release
+    ) -> None:
+        self._packable = packable(tensors)
+        self._copies = copies
+        self._capacity_bytes = capacity_bytes
+        self._release = release
+        self._blocks = {name: share(array) for name, array in arrays.items()}
+        self.arrays: Arrays = {
+            name: block.array(arrays[name].dtype, arrays[name].shape) for name, block in self._blocks.items()
+        }
+        self._layouts: dict[WeightLayout | None, list[Block]] = {}
+
+    def groups(self, layouts: Sequence[WeightLayout | None]) -> list[list[int]]:
+        """Split indices into ``layouts`` into groups whose distinct layouts fit the capacity together, in order."""
+        groups: list[list[int]] = []
+        members: set[WeightLayout | None] = set()
+        for index, layout in enumerate(layouts):
+            wanted = members | {layout}
+            if groups and sum(map(self._layout_bytes, wanted)) <= self._capacity_bytes:
+                groups[-1].append(index)
+                members = wanted
+            else:
+                groups.append([index])
+                members = {layout}
+        return groups
+
+    def require(self, layouts: Iterable[WeightLayout | None]) -> None:
+        """Make ``layouts``, and drop others when there is no room for them."""
+        wanted = dict.fromkeys(layouts)
+        held = {layout: self._layouts.pop(layout) for layout in wanted if layout in self._layouts}
+        needed = sum(map(self._layout_bytes, wanted))
+        while self._layouts and needed + sum(map(self._layout_bytes, self._layouts)) > self._capacity_bytes:
+            oldest = next(iter(self._layouts))
+            self._drop(self._layouts.pop(oldest))
+        for layout in wanted:
+            self._layouts[layout] = held.get(layout) or self._make(layout)
+
+    def tensors(self, layout: WeightLayout | None, copy: int) -> Mapping[str, Block]:
+        """Weight tensors with the packable one in ``layout``, which must have been required."""
+        if self._packable is None:
+            return self._blocks
+        copies = self._layouts[layout]
+        return {**self._blocks, self._packable.name: copies[copy % len(copies)]}
+
+    def close(self) -> None:
+        """Free everything."""
+        for blocks in self._layouts.values():
+            self._drop(blocks)
+        self._layouts.clear()
+        self._release(block.region for block in self._blocks.values())
+
+    def _layout_bytes(self, layout: WeightLayout | None) -> int:
+        if self._packable is None:
+            return 0
+        weight = self.arrays[self._packable.name]
+        if layout is None:
+            return (self._copies - 1) * weight.nbytes
+        experts, n, k = weight.shape
+        return self._copies * layout.packed_elements(experts, n, k) * _itemsize(layout)
+
+    def _make(self, layout: WeightLayout | None) -> list[Block]:
+        if self._packable is None:
+            return []
+        name = self._packable.name
+        weight = self.arrays[name]
+        if layout is None:
+            return [self._blocks[name], *(share(weight) for _ in range(self._copies - 1))]
+        experts, n, k = weight.shape
+        nbytes = layout.packed_elements(experts, n, k) * _itemsize(layout)
+        first = Block(SharedRegion(nbytes), nbytes)
+        packed = first.array(_PACKED_DTYPES[layout.dtype], (experts, layout.panels(n), k, layout.columns))
+        pack(weight, layout, packed)
+        return [first, *(share(packed) for _ in range(self._copies - 1))]
+
+    def _drop(self, blocks: Iterable[Block]) -> None:
+        declared = set(self._blocks.values())
+        self._release(block.region for block in blocks if block not in declared)
+
+
+def _itemsize(layout: WeightLayout) -> int:
+    if layout.dtype not in _PACKED_DTYPES:
+        raise TilewrightError(f"weights packed as {layout.dtype} cannot be measured yet; use fp32")
+    return np.dtype(_PACKED_DTYPES[layout.dtype]).itemsize
+
+
+def declared_bytes(tensors: Sequence[TensorSpec]) -> int:
+    """Bytes of all tensors of the role ``weight`` as the op declares them; their dims are constants."""
+    return sum(
+        math.prod(int(dim) for dim in tensor.dims) * np.dtype(DTYPES[tensor.dtype]).itemsize
+        for tensor in tensors
+        if tensor.role == "weight"
+    )
