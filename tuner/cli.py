@@ -1,0 +1,71 @@
+"""The command line: ``tune --arch A --op O`` tunes; ``tune show``, ``compare``, ``doctor`` and ``export`` read."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from tilewright import __version__
+from tilewright.errors import TilewrightError
+
+_COMMANDS = {
+    "show": "what is known, for which device, how",
+    "compare": "variants side by side",
+    "doctor": "whether this machine can build, measure and store",
+    "export": "trials as an Optuna study, for its dashboard",
+}
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 1 for a failure, 2 for bad usage, 130 when interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(words)
+    except TilewrightError as error:
+        print(f"tune: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ntune: interrupted; finished trials are kept, and --resume goes on from them", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output went away; nobody is left to be told.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(words: list[str]) -> int:
+    signal.signal(signal.SIGTERM, _interrupt)
+    if words and words[0] in _COMMANDS:
+        return _run_command(words)
+    parser = argparse.ArgumentParser(
+        prog="tune",
+        description="Generate, compile, check, measure and store kernels for one op on one arch.",
+        epilog="other commands: " + "; ".join(f"tune {name}: {what}" for name, what in _COMMANDS.items()),
+    )
+    parser.add_argument("--version", action="version", version=f"tilewright {__version__}")
+    command = importlib.import_module("tilewright.tuner.commands.tune")
+    command.add_arguments(parser)
+    return int(command.run(parser.parse_args(words)))
+
+
+def _run_command(words: list[str]) -> int:
+    """Only the command's own module is imported: ``tune show`` needs no compiler and no torch."""
+    parser = argparse.ArgumentParser(prog="tune")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    command = importlib.import_module(f"tilewright.tuner.commands.{words[0]}")
+    command.add_parser(subparsers)
+    parsed = parser.parse_args(words)
+    return int(parsed.run(parsed))
+
+
+def _interrupt(signum: int, frame: object) -> None:  # noqa: ARG001  (the signature is the signal module's)
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""The loop in which search, building, evaluation and storage meet, for one problem."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.space import Config
+from tilewright.tuner.evaluation.evaluator import CpuEvaluator
+from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation
+from tilewright.tuner.progress import Progress
+from tilewright.tuner.search import Prior, SearchExhausted, ToldTrial, TuningStudy, make_search
+from tilewright.tuner.variants import BuildResult, Workshop
+from tilewright.tuning_db.records import Outcome, TrialRecord
+from tilewright.tuning_db.store import Store
+
+BATCH = 8
+"""Variants that are built together and raced together: enough to keep compilers busy, few enough to learn between."""
+FINAL_RACE = "final race"
+"""In place of a search's name, of trials that measure finalists again."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When to stop a problem: after so many trials, or at a moment (monotonic clock)."""
+
+    trials: int
+    deadline: float
+
+    def allows(self, trials_done: int, next_batch_s: float) -> bool:
+        """Whether another batch fits; the first one always does."""
+        return trials_done < self.trials and (trials_done == 0 or time.monotonic() + next_batch_s <= self.deadline)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where trials come from: fields that all trials of a run share."""
+
+    run_id: str
+    device_key: str
+    threads: int
+    seed: int
+    search: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A config that was right, with its time made comparable across batches."""
+
+    config: Config
+    kernel: BuiltKernel
+    time_us: float
+    """Median; corrected for the machine's drift by the incumbent, which every batch races again."""
+
+
+@dataclass
+class ProblemResult:
+    """What a problem's search found."""
+
+    problem: Problem
+    default: Config
+    candidates: dict[Config, Candidate] = field(default_factory=dict)
+    outcomes: Counter[Outcome] = field(default_factory=Counter)
+
+    @property
+    def trials(self) -> int:
+        """Trials of this problem that count against its budget, earlier runs' included when resumed."""
+        return self.outcomes.total()
+
+    def ranked(self, layout_key: str | None = None) -> list[Candidate]:
+        """Candidates, fastest first; of one weight layout if named."""
+        chosen = [c for c in self.candidates.values() if layout_key in (None, layout_key_of(c.kernel))]
+        return sorted(chosen, key=lambda c: c.time_us)
+
+
+def layout_key_of(kernel: BuiltKernel) -> str:
+    """Name of the weight layout that ``kernel`` reads; empty for an op without weights."""
+    return kernel.recipe.weight_layout.key if kernel.recipe.weight_layout else ""
+
+
+class ProblemTuner:
+    """Tunes one problem. Batches of variants are built, then checked and raced; never both at once on the CPU."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        workshop: Workshop,
+        evaluator: CpuEvaluator,
+        store: Store,
+        origin: Origin,
+        progress: Progress,
+    ) -> None:
+        self._problem = problem
+        self._workshop = workshop
+        self._evaluator = evaluator
+        self._store = store
+        self._origin = origin
+        self._progress = progress
+        self._space = workshop.op.space(workshop.signature, workshop.arch)
+        self.build_s = 0.0
+        """Wall seconds spent building."""
+
+    def run(self, budget: Budget, priors: Iterable[Prior], earlier: Sequence[TrialRecord]) -> ProblemResult:
+        """Search until the budget is spent; ``earlier`` trials (of an interrupted run) count against it.
+
+        Raises:
+            TilewrightError: when the problem does not fit the memory.
+
+        """
+        op, signature = self._workshop.op, self._workshop.signature
+        result = ProblemResult(self._problem, op.default_config(signature, self._workshop.arch))
+        search = make_search(
+            self._origin.search, self._space, seed=self._origin.seed, budget=budget.trials, priors=tuple(priors)
+        )
+        study = TuningStudy(self._space, search, name=self._problem.key, problem=self._problem.key)
+        self._replay(earlier, study, result)
+        batch_s = 0.0
+        while budget.allows(result.trials, batch_s):
+            configs = self._next_batch(study, result, min(BATCH, budget.trials - result.trials))
+            if not configs:
+                break
+            begin = time.monotonic()
+            self._run_batch(configs, study, result, budget)
+            batch_s = time.monotonic() - begin
+            self._progress.batch_done(result, budget.trials)
+        return result
+
+    def _replay(self, earlier: Sequence[TrialRecord], study: TuningStudy, result: ProblemResult) -> None:
+        """Tell the search what an interrupted run found; its kernels are in the build cache, or are built again."""
+        study.rebuild(ToldTrial(Config(t.config), t.median_us, t.outcome.value) for t in earlier)
+        result.outcomes.update(t.outcome for t in earlier)
+        best = sorted((t for t in earlier if t.median_us is not None), key=lambda t: t.median_us or 0.0)
+        configs = [config for config in (Config(t.config) for t in best[:BATCH]) if config in self._space]
+        times = {Config(t.config): t.median_us for t in best}
+        for built in self._build(configs):
+            time_us = times[built.variant.config]
+            if built.path and time_us is not None:
+                result.candidates[built.variant.config] = Candidate(built.variant.config, built.kernel, time_us)
+
+    def _next_batch(self, study: TuningStudy, result: ProblemResult, count: int) -> list[Config]:
+        """The default when it has not been tried, then what the search asks for."""
+        configs = [] if result.default in result.candidates else [result.default]
+        tried = set(result.candidates)
+        while len(configs) < count:
+            try:
+                config = study.ask()
+            except SearchExhausted:
+                break
+            if config not in configs and config not in tried:
+                configs.append(config)
+        return configs
+
+    def _build(self, configs: Sequence[Config]) -> list[BuildResult]:
+        begin = time.monotonic()
+        built = self._workshop.build(configs, self._progress.built)
+        self.build_s += time.monotonic() - begin
+        return built
+
+    def _run_batch(self, configs: Sequence[Config], study: TuningStudy, result: ProblemResult, budget: Budget) -> None:
+        built = self._build(configs)
+        incumbents = result.ranked()[:1]
+        entrants = [c.kernel for c in incumbents] + [b.kernel for b in built if b.path]
+        evaluations = self._evaluator.evaluate(
+            entrants, self._problem, budget_s=self._race_seconds(result, len(entrants), budget)
+        )
+        drift = 1.0
+        if incumbents and evaluations[0].median_us:
+            drift = incumbents[0].time_us / evaluations[0].median_us
+        ready = iter(evaluations[len(incumbents) :])
+        trials = []
+        for build in built:
+            evaluation = next(ready) if build.path else None
+            trial = self._trial(build, evaluation)
+            trials.append(trial)
+            result.outcomes[trial.outcome] += 1
+            told_us = trial.median_us * drift if trial.median_us is not None else None
+            study.tell(build.variant.config, told_us, outcome=trial.outcome.value)
+            if told_us is not None:
+                result.candidates[build.variant.config] = Candidate(build.variant.config, build.kernel, told_us)
+        self._store.add_trials(trials)
+
+    def _race_seconds(self, result: ProblemResult, entrants: int, budget: Budget) -> float:
+        """About a dozen rounds of everybody at the default's speed, within reason and the time left."""
+        default = result.candidates.get(result.default)
+        wanted = 12 * entrants * default.time_us * 1e-6 if default else 1.5
+        left = max(0.5, 0.5 * (budget.deadline - time.monotonic()))
+        return min(max(wanted, 0.4), 4.0, left)
+
+    def _trial(self, build: BuildResult, evaluation: Evaluation | None, search: str = "") -> TrialRecord:
+        """Record of one variant; without an evaluation, its build failed."""
+        timed = evaluation is not None and evaluation.median_us is not None
+        facts: dict[str, Any] = {"outcome": Outcome.BUILD_FAILED, "message": build.message}
+        if evaluation is not None:
+            facts = {
+                "outcome": evaluation.outcome,
+                "message": evaluation.message,
+                "timing": "measured" if timed else "none",
+                "median_us": evaluation.median_us,
+                "low_us": evaluation.low_us,
+                "high_us": evaluation.high_us,
+                "samples_us": evaluation.samples_us,
+                "error": evaluation.error,
+            }
+        return TrialRecord(
+            run_id=self._origin.run_id,
+            op=self._workshop.op.name,
+            signature_key=self._workshop.signature.key,
+            problem_key=self._problem.key,
+            problem=self._problem.to_dict(),
+            device_key=self._origin.device_key,
+            threads=self._origin.threads,
+            template=build.variant.config["template"],
+            config=dict(build.variant.config),
+            kernel_key=build.variant.key,
+            seed=self._origin.seed,
+            search=search or self._origin.search,
+            build_s=build.build_s,
+            **facts,
+        )
+
+    def race_again(self, configs: Sequence[Config], budget_s: float) -> list[tuple[BuildResult, Evaluation]]:
+        """Race finalists once more, longer and interleaved; stored as trials of their own."""
+        built = [b for b in self._build(configs) if b.path]
+        evaluations = self._evaluator.evaluate([b.kernel for b in built], self._problem, budget_s=budget_s)
+        self._store.add_trials([self._trial(b, e, FINAL_RACE) for b, e in zip(built, evaluations, strict=True)])
+        return list(zip(built, evaluations, strict=True))
