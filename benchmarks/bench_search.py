@@ -4,7 +4,7 @@
 
 A recorded space holds every config's measured time, so that a search can be replayed in seconds. Printed is the
 fraction of optimum (best time in the space / best time found): per space the median over seeds, below that its mean
-over the spaces.
+over the spaces. "gp warm" is given, as priors, what a search of 60 tries found in the other spaces of the same kernel.
 """
 
 import argparse
@@ -21,10 +21,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from tilewright.codegen.space import Parameter, Space
-from tilewright.tuner.search import SEARCHES, make_search
+from tilewright.codegen.space import Config, Parameter, Space
+from tilewright.tuner.search import SEARCHES, Prior, Search, make_search
 
 BUDGETS = (25, 50, 100)
+WARM = "gp warm"
+PRIOR_TRIES = 60
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,13 @@ class RecordedSpace:
     """A space with every config's time in ms (float64 [configs], nan where it failed)."""
 
     name: str
+    kernel: str
     space: Space
     time_ms: npt.NDArray[np.float64]
+
+    def time_us(self, config: Config) -> float | None:
+        time_ms = float(self.time_ms[self.space.index_of(config)])
+        return None if math.isnan(time_ms) else time_ms * 1e3
 
 
 def recorded_spaces(folder: Path, name_contains: str) -> Iterator[RecordedSpace]:
@@ -44,27 +51,37 @@ def recorded_spaces(folder: Path, name_contains: str) -> Iterator[RecordedSpace]
                 values = zip(meta["params"], meta["values"], strict=True)
                 parameters = tuple(Parameter(name, tuple(v), "") for name, v in values)
                 space = Space(parameters, data["idx"].astype(np.int16))
-                yield RecordedSpace(path.stem, space, data["time"].astype(float))
+                yield RecordedSpace(path.stem, meta["kernel"], space, data["time"].astype(float))
 
 
-def replay(search_name: str, recorded: RecordedSpace, seed: int) -> tuple[list[float], float]:
-    """Fraction of optimum after each budget, and the mean time of one ask and tell in ms."""
-    search = make_search(search_name, recorded.space, seed=seed, budget=max(BUDGETS))
-    optimum, best, spent_s = float(np.nanmin(recorded.time_ms)), math.inf, 0.0
-    fractions = []
-    for tried in range(1, max(BUDGETS) + 1):
+def replay(search: Search, recorded: RecordedSpace, tries: int) -> tuple[list[tuple[Config, float | None]], float]:
+    """What was tried, and the mean time of one ask and tell in ms."""
+    tried, spent_s = [], 0.0
+    for _ in range(tries):
         start = time.perf_counter()
         config = search.ask()
         spent_s += time.perf_counter() - start
-        time_ms = float(recorded.time_ms[recorded.space.index_of(config)])
-        failed = math.isnan(time_ms)
+        tried.append((config, recorded.time_us(config)))
         start = time.perf_counter()
-        search.tell(config, None if failed else time_ms * 1e3)
+        search.tell(*tried[-1])
         spent_s += time.perf_counter() - start
-        best = best if failed else min(best, time_ms)
-        if tried in BUDGETS:
-            fractions.append(optimum / best)
-    return fractions, spent_s / max(BUDGETS) * 1e3
+    return tried, spent_s / tries * 1e3
+
+
+def contender(name: str, recorded: RecordedSpace, neighbours: list[RecordedSpace], seed: int) -> Search:
+    priors = []
+    if name == WARM:
+        for neighbour in neighbours:
+            search = make_search("gp", neighbour.space, seed=1000 + seed, budget=PRIOR_TRIES)
+            tried, _ = replay(search, neighbour, PRIOR_TRIES)
+            priors.append(Prior(neighbour.name, tuple((c, time_us) for c, time_us in tried if time_us is not None)))
+    return make_search("gp" if name == WARM else name, recorded.space, seed=seed, budget=max(BUDGETS), priors=priors)
+
+
+def fractions_of_optimum(recorded: RecordedSpace, tried: list[tuple[Config, float | None]]) -> list[float]:
+    optimum_us = float(np.nanmin(recorded.time_ms)) * 1e3
+    found_us = [min((t for _, t in tried[:budget] if t is not None), default=math.inf) for budget in BUDGETS]
+    return [optimum_us / t for t in found_us]
 
 
 def main() -> int:
@@ -82,12 +99,17 @@ def main() -> int:
         return 1
 
     print(f"{'space':<28}{'search':<8}" + "".join(f"{f'@{b}':>8}" for b in BUDGETS) + f"{'ms a try':>10}")
-    rows: dict[str, list[list[float]]] = {name: [] for name in SEARCHES}
+    rows: dict[str, list[list[float]]] = {name: [] for name in (WARM, *SEARCHES)}
     for recorded in spaces:
-        for name in SEARCHES:
-            runs = [replay(name, recorded, seed) for seed in range(arguments.seeds)]
-            medians = [statistics.median(fractions[i] for fractions, _ in runs) for i in range(len(BUDGETS))]
-            rows[name].append([*medians, statistics.mean(ms for _, ms in runs)])
+        neighbours = [other for other in spaces if other.kernel == recorded.kernel and other is not recorded]
+        for name in rows:
+            runs = []
+            for seed in range(arguments.seeds):
+                search = contender(name, recorded, neighbours, seed)
+                tried, ask_and_tell_ms = replay(search, recorded, max(BUDGETS))
+                runs.append([*fractions_of_optimum(recorded, tried), ask_and_tell_ms])
+            *fractions, times_ms = zip(*runs, strict=True)
+            rows[name].append([*map(statistics.median, fractions), statistics.mean(times_ms)])
             print(line(recorded.name, name, rows[name][-1]), flush=True)
     for name, results in rows.items():
         print(line(f"mean of {len(spaces)}", name, [statistics.mean(column) for column in zip(*results, strict=True)]))

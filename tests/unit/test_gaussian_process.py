@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from tilewright.codegen.space import Parameter, Space
-from tilewright.tuner.search import gaussian_process
+from tilewright.codegen.space import Config, Parameter, Space
+from tilewright.tuner.search import Prior, gaussian_process
 from tilewright.tuner.search.features import Features, features_of
 from tilewright.tuner.search.gaussian_process import GaussianProcessSearch, log_expected_improvement, spread_rows
 from tilewright.tuner.search.regression import Kernel, LogPrior, Posterior, fit, negative_log_posterior
+from tilewright.tuner.search.targets import compressed, log_or_nan
+from tilewright.tuner.search.transfer import with_prior_axes
 
 
 def axes_of(*values):
@@ -107,6 +109,19 @@ class TestRegression:
         assert deviation**2 == pytest.approx(1.3 - np.einsum("ij,jk,ik->i", cross, inverse, cross), abs=1e-4)
 
 
+class TestTargets:
+    def test_slow_times_are_compressed_in_order_and_failures_are_as_bad_as_the_slowest(self):
+        logs = [0.0, 1.0, 2.0, 3.0, math.nan, 10.0, 20.0]
+        values = compressed(logs)
+        assert values[:4].tolist() == [0.0, 1.0, 2.0, 3.0]
+        assert values[3] < values[5] < values[6] < 20.0
+        assert values[4] == values[6]
+
+    def test_failures_have_no_logarithm(self):
+        assert log_or_nan(math.e) == pytest.approx(1.0)
+        assert math.isnan(log_or_nan(None))
+
+
 class TestAcquisition:
     @pytest.mark.parametrize(("mean", "deviation", "best"), [(0.0, 1.0, 0.5), (1.0, 0.3, 0.2), (-2.0, 2.0, -1.0)])
     def test_it_is_the_expected_improvement(self, mean, deviation, best):
@@ -137,6 +152,56 @@ def bowl_us(config):
         return None
     octaves_off = sum(abs(math.log2(config[name]) - best) for name, best in {"a": 2, "b": 3, "c": 2, "d": 3}.items())
     return 10.0 * math.exp(0.2 * octaves_off)
+
+
+def prior_of(source, count=40, seed=0):
+    """What a neighbour with the same bowl, 10 times as slow, has seen at random configs."""
+    rows = np.random.default_rng(seed).choice(len(BOWL), count, replace=False)
+    return Prior(source, tuple((BOWL[r], 10 * bowl_us(BOWL[r])) for r in rows if bowl_us(BOWL[r]) is not None))
+
+
+class TestPriorAxes:
+    own = features_of(BOWL)
+
+    def test_a_prior_becomes_an_axis_along_which_its_good_configs_are_near_zero(self):
+        features = with_prior_axes(BOWL, self.own, [prior_of("other size", 200)])
+        assert features.group_count == self.own.group_count + 1
+        axis = features.points[:, -1]
+        assert (axis.min(), axis.max()) == (0.0, 1.0)
+        best = BOWL.index_of({"a": 4, "b": 8, "c": 4, "d": 8})
+        assert axis[best] < np.quantile(axis, 0.02)
+
+    def test_a_large_space_is_predicted_in_chunks_to_the_same_effect(self, monkeypatch):
+        whole = with_prior_axes(BOWL, self.own, [prior_of("other size")])
+        monkeypatch.setattr("tilewright.tuner.search.transfer.CHUNK", 500)
+        assert with_prior_axes(BOWL, self.own, [prior_of("other size")]).points == pytest.approx(whole.points, abs=1e-4)
+
+    def test_only_the_nearest_priors_become_axes(self):
+        features = with_prior_axes(BOWL, self.own, [prior_of(str(seed), seed=seed) for seed in range(6)])
+        assert features.group_count == self.own.group_count + 4
+
+    @pytest.mark.parametrize(
+        "results",
+        [
+            (),
+            tuple((BOWL[row], 5.0 + row) for row in range(9)),
+            tuple((Config({"a": row}), 5.0 + row) for row in range(20)),
+            tuple((BOWL[row], 5.0) for row in range(20)),
+        ],
+        ids=["none", "few", "of another space", "all equal"],
+    )
+    def test_a_prior_that_says_nothing_becomes_no_axis(self, results):
+        features = with_prior_axes(BOWL, self.own, [Prior("neighbour", results)])
+        assert features.group_count == self.own.group_count
+
+    def test_with_a_prior_the_best_config_is_found_in_fewer_tries(self):
+        search = GaussianProcessSearch(BOWL, seed=0, budget=25, priors=[prior_of("other size")])
+        times = []
+        for _ in range(25):
+            config = search.ask()
+            times.append(bowl_us(config))
+            search.tell(config, times[-1])
+        assert min(t for t in times if t is not None) == pytest.approx(10.0)
 
 
 class TestSearch:

@@ -23,6 +23,7 @@ class Prior:
     """Results of a neighbouring problem (another size, another device): its best configs are tried first.
 
     `results` holds (config, time in us), successes only; configs outside of the searched space have no influence.
+    Priors are given nearest neighbour first.
     """
 
     source: str

@@ -6,14 +6,23 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 from scipy.special import erfcx, ndtr
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from tilewright.codegen.space import Space
 from tilewright.tuner.search.base import EnumeratedSearch, Prior
 from tilewright.tuner.search.features import FloatArray, features_of
 from tilewright.tuner.search.regression import Kernel, Posterior, fit
+from tilewright.tuner.search.targets import compressed, log_or_nan
+from tilewright.tuner.search.transfer import with_prior_axes
+
+BLAS = ThreadpoolController()
+"""Matrices here are small, and builds keep the other cores busy: BLAS threads that wait for each other cost 10x."""
 
 FIRST_SPREAD = 10
 """Configs tried before the process is fitted, spread over the space."""
+
+FIRST_SPREAD_WITH_PRIORS = 4
+"""The same where neighbouring problems say what to expect."""
 
 SPREAD_POOL = 400
 """Random configs among which the spread ones are chosen."""
@@ -21,25 +30,23 @@ SPREAD_POOL = 400
 MAX_CANDIDATES = 30_000
 """Configs that the posterior covers; from a larger space, this many are drawn again at every refit."""
 
-SLOW_QUANTILE = 0.75
-"""Times slower than this quantile are compressed: how bad a bad config is says little about the best one."""
-
-SLOW_SLOPE = 0.25
-"""How much of a slow config's excess (in log time) is kept, at first; less the further out."""
-
 
 class GaussianProcessSearch(EnumeratedSearch):
     """An exact Gaussian process on log time over all valid configs, kept incrementally; no inner optimiser.
 
-    Failures count as badly as the slowest success. A config that is being tried is believed to turn out as
-    predicted, so that outstanding asks spread out. From a space of more than MAX_CANDIDATES configs, a seeded
-    sample, and the neighbours of the best config, are the candidates.
+    Failures count as badly as the slowest success. A config that is being tried is believed to turn out as predicted,
+    so that outstanding asks spread out. Priors with enough results become further axes of the surrogate. From a space
+    of more than MAX_CANDIDATES configs, a seeded sample, and the neighbours of the best config, are the candidates.
     """
 
     def __init__(self, space: Space, *, seed: int, budget: int, priors: Iterable[Prior] = ()) -> None:
         super().__init__(space, seed=seed, budget=budget, priors=priors)
-        self._features = features_of(space)
-        self._start = spread_rows(self._features.points, min(FIRST_SPREAD, budget), self._rng)
+        own = features_of(space)
+        with BLAS.limit(limits=1, user_api="blas"):
+            self._features = with_prior_axes(space, own, self._priors)
+        informed = self._features.group_count > own.group_count
+        spread = FIRST_SPREAD_WITH_PRIORS if informed else FIRST_SPREAD
+        self._start = spread_rows(own.points, min(spread, budget), self._rng)
         self._believed: dict[int, float] = {}
         self._kernel: Kernel | None = None
         self._posterior: Posterior | None = None
@@ -51,10 +58,11 @@ class GaussianProcessSearch(EnumeratedSearch):
             row = self._start.pop(0)
             if self._free[row]:
                 return row
-        successes = sum(time is not None for time in self._told.values())
+        successes = sum(time_us is not None for time_us in self._told.values())
         if successes < 2 or not self._features.group_count:
             return self._any_free()
-        return self._best_candidate()
+        with BLAS.limit(limits=1, user_api="blas"):
+            return self._best_candidate()
 
     def _best_candidate(self) -> int:
         self._update_posterior()
@@ -99,28 +107,19 @@ class GaussianProcessSearch(EnumeratedSearch):
         free = np.flatnonzero(self._free)
         if len(free) <= MAX_CANDIDATES:
             return free
-        best = min((row for row, t in self._told.items() if t is not None), key=lambda row: self._told[row] or 0.0)
+        best = min((time_us, row) for row, time_us in self._told.items() if time_us is not None)[1]
         differing = (self.space.indices[free] != self.space.indices[best]).sum(axis=1)
         sample = self._rng.choice(free, MAX_CANDIDATES, replace=False)
         return np.union1d(sample, free[differing == 1])
 
     def _targets(self, rows: list[int]) -> tuple[FloatArray, float, float, float]:
-        """Standardised log times of rows, the best success among them, and the centre and scale that were used."""
-        logs = np.array([self._log_time(row) for row in rows])
-        known = np.isfinite(logs)
-        slow = np.quantile(logs[known], SLOW_QUANTILE)
-        excess = np.maximum(logs - slow, 0.0, where=known, out=np.zeros_like(logs))
-        compressed = np.where(known, np.minimum(logs, slow) + SLOW_SLOPE * np.log1p(excess), np.nan)
-        values = np.where(known, compressed, np.nanmax(compressed))
+        """Return the rows' standardised log times, the best success so far, and the centre and scale used."""
+        # A config that is being tried has no time yet, but a believed one.
+        logs = [log_or_nan(self._told[row]) if row in self._told else self._believed[row] for row in rows]
+        values = compressed(logs)
         centre, scale = float(values.mean()), float(values.std()) or 1.0
         best = min(math.log(t) for t in self._told.values() if t is not None)
         return (values - centre) / scale, (best - centre) / scale, centre, scale
-
-    def _log_time(self, row: int) -> float:
-        if row not in self._told:
-            return self._believed[row]
-        time_us = self._told[row]
-        return math.nan if time_us is None else math.log(time_us)
 
 
 def log_expected_improvement(mean: FloatArray, deviation: FloatArray, best: float) -> FloatArray:
