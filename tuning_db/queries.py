@@ -172,8 +172,8 @@ def counts(session: Session) -> Counts:
 
 
 def _problem_summary(session: Session, rows: Sequence[codec.Columns]) -> ProblemSummary:
-    first_id = min(row["first_id"] for row in rows)
     with codec.decoding("a trial"):
+        first_id = min(row["first_id"] for row in rows)
         (trial,) = _rows(session, select(Trial.problem).where(Trial.id == first_id))
         outcomes: dict[Outcome, int] = {}
         for row in rows:
