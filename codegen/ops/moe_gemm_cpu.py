@@ -20,11 +20,18 @@ STREAM = "moe_gemm/cpu_stream"
 _STREAM_BLOCK_M = 4096
 """Rows of one task of the streaming template: in effect, all of an expert."""
 
-_VECTORS = Parameter("vectors", (1, 2, 4), "vectors in a row of a weight panel; with block_rows, the register tile")
+_VECTORS = Parameter("vectors", (1, 2, 4), "vectors in a row of a weight panel: the weight layout")
 _CHUNK = Parameter("chunk_panels", (1, 2, 4, 8, 16), "panels of one task: cache block in n, and grain of the schedule")
 _SCHEDULE = Parameter("schedule", ("dynamic", "static"), "threads claim tasks one by one, or get equal shares")
 _PREFETCH = Parameter("prefetch", (0, 16, 64), "software prefetch distance in rows of a weight panel; 0: none")
-_UNROLL = Parameter("unroll", (1, 2, 4), "steps of k unrolled in the inner loop")
+_UNROLL = Parameter("unroll", (1, 4), "steps of k unrolled in the inner loop")
+
+_WHOLE_STREAMS = Constraint(
+    "whole_streams",
+    lambda c: c["chunk_panels"] % c["streams"] == 0,
+    "a task is whole groups of panels that are read side by side",
+    ("streams", "chunk_panels"),
+)
 
 
 def _combine(signature: MoeGemmSignature) -> Parameter:
@@ -55,10 +62,11 @@ def _chunks_exist(signature: MoeGemmSignature, arch: Arch) -> Constraint:
 @lru_cache(maxsize=64)
 def _blocked_space(signature: MoeGemmSignature, arch: Arch) -> Space:
     """Register tile x cache blocks x order x packing."""
-    k_blocks = tuple(block for block in (128, 256, 512, 1024) if block < signature.k)
+    k_blocks = tuple(block for block in (256, 512, 1024) if block < signature.k)
     parameters = (
         _VECTORS,
         Parameter("block_rows", (2, 3, 4, 6, 8, 12), "rows of a register tile"),
+        Parameter("streams", (1, 2), "neighbouring weight panels of a register tile"),
         Parameter("k_block", (*k_blocks, signature.k), "steps of k between visits to the accumulators"),
         Parameter("block_m", (48, 96, 192), "rows of one task: cache block in m; whole register tiles"),
         _CHUNK,
@@ -69,25 +77,20 @@ def _blocked_space(signature: MoeGemmSignature, arch: Arch) -> Space:
         _SCHEDULE,
         _combine(signature),
     )
-    spare = 3  # one broadcast value and two weight vectors
+    tile = ("vectors", "block_rows", "streams")
 
     def enough_registers(c: Mapping[str, Any]) -> bool:
-        return bool(c["block_rows"] * c["vectors"] + min(c["vectors"], 2) + 1 <= arch.vector_registers)
+        columns = c["streams"] * c["vectors"]
+        return bool(c["block_rows"] * columns + min(columns, 2) + 1 <= arch.vector_registers)
 
     def busy_units(c: Mapping[str, Any]) -> bool:
-        return bool(c["block_rows"] * c["vectors"] >= (arch.vector_registers - spare) // 2)
+        return bool(c["block_rows"] * c["streams"] * c["vectors"] >= arch.vector_registers // 2)
 
     constraints = (
         _whole_pairs(signature),
-        Constraint(
-            "registers", enough_registers, "accumulators and operands fit the registers", ("vectors", "block_rows")
-        ),
-        Constraint(
-            "latency",
-            busy_units,
-            "enough accumulators to hide the latency of a multiply-add",
-            ("vectors", "block_rows"),
-        ),
+        Constraint("registers", enough_registers, "accumulators and operands fit the registers", tile),
+        Constraint("latency", busy_units, "enough accumulators to hide the latency of a multiply-add", tile),
+        _WHOLE_STREAMS,
         _chunks_exist(signature, arch),
     )
     return Space.enumerate(parameters, constraints)
@@ -110,9 +113,6 @@ def _stream_space(signature: MoeGemmSignature, arch: Arch) -> Space:
     def enough_registers(c: Mapping[str, Any]) -> bool:
         return bool(c["block_rows"] * c["streams"] * c["vectors"] + 2 <= arch.vector_registers)
 
-    def whole_streams(c: Mapping[str, Any]) -> bool:
-        return bool(c["chunk_panels"] % c["streams"] == 0)
-
     constraints = (
         _whole_pairs(signature),
         Constraint(
@@ -121,7 +121,7 @@ def _stream_space(signature: MoeGemmSignature, arch: Arch) -> Space:
             "accumulators and operands fit the registers",
             ("vectors", "block_rows", "streams"),
         ),
-        Constraint("whole_streams", whole_streams, "a task is whole groups of streams", ("streams", "chunk_panels")),
+        _WHOLE_STREAMS,
         _chunks_exist(signature, arch),
     )
     return Space.enumerate(parameters, constraints)
@@ -190,6 +190,7 @@ def _context(signature: MoeGemmSignature, config: Config, arch: Arch) -> dict[st
             for name, c_type, size in _workspace(signature, config, arch)
         ],
         "halves": signature.halves,
+        "panels": layout.panels(signature.halves * signature.n),
         "ragged": signature.n % (layout.columns // layout.halves) != 0,
         "block_m": _block_m(config),
         "k_block": k_block,
@@ -203,6 +204,7 @@ def default_config(signature: MoeGemmSignature, arch: Arch) -> Config:
     own: dict[str, Value] = {
         "vectors": 2,
         "block_rows": 6,
+        "streams": 1,
         "k_block": min(256, signature.k),
         "block_m": 96,
         "chunk_panels": max(chunk for chunk in (1, 2, 4) if chunk <= max(panels, 1)),
