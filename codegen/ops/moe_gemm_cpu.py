@@ -20,18 +20,11 @@ STREAM = "moe_gemm/cpu_stream"
 _STREAM_BLOCK_M = 4096
 """Rows of one task of the streaming template: in effect, all of an expert."""
 
-_VECTORS = Parameter("vectors", (1, 2, 4), "vectors in a row of a weight panel: the weight layout")
-_CHUNK = Parameter("chunk_panels", (1, 2, 4, 8, 16), "panels of one task: cache block in n, and grain of the schedule")
+_VECTORS = Parameter("vectors", (1, 2), "vectors in a row of a weight panel: the weight layout")
+_CHUNK = Parameter("chunk_groups", (1, 2, 4, 8), "groups of streams in a task: cache block in n, grain of the schedule")
 _SCHEDULE = Parameter("schedule", ("dynamic", "static"), "threads claim tasks one by one, or get equal shares")
 _PREFETCH = Parameter("prefetch", (0, 16, 64), "software prefetch distance in rows of a weight panel; 0: none")
 _UNROLL = Parameter("unroll", (1, 4), "steps of k unrolled in the inner loop")
-
-_WHOLE_STREAMS = Constraint(
-    "whole_streams",
-    lambda c: c["chunk_panels"] % c["streams"] == 0,
-    "a task is whole groups of panels that are read side by side",
-    ("streams", "chunk_panels"),
-)
 
 
 def _combine(signature: MoeGemmSignature) -> Parameter:
@@ -54,9 +47,10 @@ def _whole_pairs(signature: MoeGemmSignature) -> Constraint:
 def _chunks_exist(signature: MoeGemmSignature, arch: Arch) -> Constraint:
     def holds(c: Mapping[str, Any]) -> bool:
         panels = _layout(signature, c["vectors"], arch).panels(signature.halves * signature.n)
-        return bool(c["chunk_panels"] == 1 or c["chunk_panels"] <= panels)
+        return c["streams"] * c["chunk_groups"] == 1 or bool(c["streams"] * c["chunk_groups"] <= panels)
 
-    return Constraint("chunk_fits_n", holds, "a task covers no more panels than there are", ("vectors", "chunk_panels"))
+    knobs = ("vectors", "streams", "chunk_groups")
+    return Constraint("chunk_fits_n", holds, "a task covers no more panels than there are", knobs)
 
 
 @lru_cache(maxsize=64)
@@ -66,7 +60,7 @@ def _blocked_space(signature: MoeGemmSignature, arch: Arch) -> Space:
     parameters = (
         _VECTORS,
         Parameter("block_rows", (2, 3, 4, 6, 8, 12), "rows of a register tile"),
-        Parameter("streams", (1, 2), "neighbouring weight panels of a register tile"),
+        Parameter("streams", (1, 2, 3), "neighbouring weight panels of a register tile"),
         Parameter("k_block", (*k_blocks, signature.k), "steps of k between visits to the accumulators"),
         Parameter("block_m", (48, 96, 192), "rows of one task: cache block in m; whole register tiles"),
         _CHUNK,
@@ -90,7 +84,6 @@ def _blocked_space(signature: MoeGemmSignature, arch: Arch) -> Space:
         _whole_pairs(signature),
         Constraint("registers", enough_registers, "accumulators and operands fit the registers", tile),
         Constraint("latency", busy_units, "enough accumulators to hide the latency of a multiply-add", tile),
-        _WHOLE_STREAMS,
         _chunks_exist(signature, arch),
     )
     return Space.enumerate(parameters, constraints)
@@ -102,7 +95,7 @@ def _stream_space(signature: MoeGemmSignature, arch: Arch) -> Space:
     parameters = (
         _VECTORS,
         Parameter("block_rows", (1, 2, 4, 6), "rows that share one pass over the weights"),
-        Parameter("streams", (1, 2, 4, 8), "weight panels read side by side: more open memory streams"),
+        Parameter("streams", (1, 2, 3, 4, 6, 8), "weight panels read side by side: more open memory streams"),
         _CHUNK,
         _UNROLL,
         _PREFETCH,
@@ -121,7 +114,6 @@ def _stream_space(signature: MoeGemmSignature, arch: Arch) -> Space:
             "accumulators and operands fit the registers",
             ("vectors", "block_rows", "streams"),
         ),
-        _WHOLE_STREAMS,
         _chunks_exist(signature, arch),
     )
     return Space.enumerate(parameters, constraints)
@@ -148,7 +140,7 @@ def _workspace(signature: MoeGemmSignature, config: Config, arch: Arch) -> list[
     if config.get("pack_x"):
         parts.append(("packed", "float *", f"4 * rows * {signature.k}"))
     if config.get("k_block") and config["k_block"] < signature.k:
-        per_thread = config["block_m"] * config["chunk_panels"] * panel
+        per_thread = config["block_m"] * config["streams"] * config["chunk_groups"] * panel
         parts.append(("accumulators", "float *", f"4 * threads * {per_thread}"))
     return parts
 
@@ -207,7 +199,7 @@ def default_config(signature: MoeGemmSignature, arch: Arch) -> Config:
         "streams": 1,
         "k_block": min(256, signature.k),
         "block_m": 96,
-        "chunk_panels": max(chunk for chunk in (1, 2, 4) if chunk <= max(panels, 1)),
+        "chunk_groups": max(groups for groups in (1, 2, 4) if groups <= max(panels, 1)),
         "order": "panel_outer",
         "pack_x": True,
         "unroll": 4,
