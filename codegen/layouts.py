@@ -22,16 +22,16 @@ class ScaleSpec:
 class WeightLayout:
     """Weights [experts, n, k] packed in panels: [experts, panels, k, ``columns``], zero-padded to whole panels.
 
-    A panel holds ``columns`` output columns and is contiguous, so that a kernel streams it. With ``halves`` = 2 the n
-    axis is two halves (gate, then up); a panel then holds alternating runs of ``run`` columns of the first and the
-    second half, the same output columns of each, so that one register tile holds both factors of an output. Panels are
-    counted over the columns of one half then.
+    A panel holds ``columns`` columns and is contiguous, so that a kernel streams it. With ``halves`` = 2 the n axis is
+    two halves (gate, then up), which alternate in runs of ``run`` columns, the same output columns of each, before they
+    are cut into panels: one register tile then holds both factors of an output, side by side in a panel
+    (``columns`` a multiple of ``2 * run``) or in neighbouring panels (``columns`` = ``run``).
     """
 
     columns: int
     halves: int = 1
     run: int = 0
-    """Columns of one half that lie together; 0 (only with ``halves`` = 1): the whole panel."""
+    """Columns of one half that lie together; 0 (only with ``halves`` = 1): a whole panel."""
     dtype: str = "fp32"
     scales: ScaleSpec | None = None
 
@@ -42,8 +42,9 @@ class WeightLayout:
 
     def panels(self, n: int) -> int:
         """Panels per expert for a weight of ``n`` rows in all (both halves counted)."""
-        per_half = self.columns // self.halves
-        return -(-(n // self.halves) // per_half)
+        run = self.run or self.columns
+        runs = self.halves * -(-(n // self.halves) // run)
+        return -(-runs * run // self.columns)
 
     def packed_elements(self, experts: int, n: int, k: int) -> int:
         """Elements of the packed weight, padding included."""

@@ -35,18 +35,24 @@ def _combine(signature: MoeGemmSignature) -> Parameter:
     )
 
 
+def _gate_up(signature: MoeGemmSignature) -> Parameter:
+    """How gate and up columns alternate: within a panel of two vectors, or as neighbouring panels of one."""
+    values = ("interleaved", "apart") if signature.halves == 2 else ("none",)
+    return Parameter("gate_up", values, "gate and up columns share a stream of weights, or have one each")
+
+
 def _whole_pairs(signature: MoeGemmSignature) -> Constraint:
     return Constraint(
         "gate_up_pairs",
-        lambda c: c["vectors"] % signature.halves == 0,
+        lambda c: c["vectors"] % signature.halves == 0 and (c["gate_up"] != "apart" or c["vectors"] == 2),
         "a panel holds as many gate as up vectors",
-        ("vectors",),
+        ("vectors", "gate_up"),
     )
 
 
 def _chunks_exist(signature: MoeGemmSignature, arch: Arch) -> Constraint:
     def holds(c: Mapping[str, Any]) -> bool:
-        panels = _layout(signature, c["vectors"], arch).panels(signature.halves * signature.n)
+        panels = _groups(signature, c["vectors"], arch)
         return c["streams"] * c["chunk_groups"] == 1 or bool(c["streams"] * c["chunk_groups"] <= panels)
 
     knobs = ("vectors", "streams", "chunk_groups")
@@ -69,6 +75,7 @@ def _blocked_space(signature: MoeGemmSignature, arch: Arch) -> Space:
         _UNROLL,
         _PREFETCH,
         _SCHEDULE,
+        _gate_up(signature),
         _combine(signature),
     )
     tile = ("vectors", "block_rows", "streams")
@@ -100,6 +107,7 @@ def _stream_space(signature: MoeGemmSignature, arch: Arch) -> Space:
         _UNROLL,
         _PREFETCH,
         _SCHEDULE,
+        _gate_up(signature),
         _combine(signature),
     )
 
@@ -119,10 +127,17 @@ def _stream_space(signature: MoeGemmSignature, arch: Arch) -> Space:
     return Space.enumerate(parameters, constraints)
 
 
-def _layout(signature: MoeGemmSignature, vectors: int, arch: Arch) -> WeightLayout:
+def _layout(signature: MoeGemmSignature, config: Mapping[str, Any], arch: Arch) -> WeightLayout:
     lanes = arch.lanes(4)
+    columns = lanes if config["gate_up"] == "apart" else config["vectors"] * lanes
     run = lanes if signature.halves == 2 else 0
-    return WeightLayout(columns=vectors * lanes, halves=signature.halves, run=run, dtype=signature.w_dtype)
+    return WeightLayout(columns=columns, halves=signature.halves, run=run, dtype=signature.w_dtype)
+
+
+def _groups(signature: MoeGemmSignature, vectors: int, arch: Arch) -> int:
+    """Panels as the templates count them: ``vectors`` vectors, gate and up columns of the same outputs together."""
+    out_columns = vectors * arch.lanes(4) // signature.halves
+    return -(-signature.n // out_columns)
 
 
 def _block_m(config: Config) -> int:
@@ -163,13 +178,12 @@ def _recipe(signature: MoeGemmSignature, config: Config, arch: Arch) -> Recipe:
         launches=(Launch(artifact="", entry=ENTRY, arguments=arguments),),
         dynamic_size=signature.dynamic_size,
         workspace_bytes=" + ".join(parts),
-        weight_layout=_layout(signature, config["vectors"], arch),
+        weight_layout=_layout(signature, config, arch),
     )
 
 
 def _context(signature: MoeGemmSignature, config: Config, arch: Arch) -> dict[str, Any]:
     """Names that the templates use beside the signature and the config."""
-    layout = _layout(signature, config["vectors"], arch)
     arguments = [(t.name, "float *" if t.role == "output" else _C_TYPES[t.dtype]) for t in signature.tensors()] + [
         (name, "int64_t") for name in (["rows"] if signature.stage == "plain" else ["tokens", "rows"])
     ]
@@ -182,8 +196,8 @@ def _context(signature: MoeGemmSignature, config: Config, arch: Arch) -> dict[st
             for name, c_type, size in _workspace(signature, config, arch)
         ],
         "halves": signature.halves,
-        "panels": layout.panels(signature.halves * signature.n),
-        "ragged": signature.n % (layout.columns // layout.halves) != 0,
+        "panels": _groups(signature, config["vectors"], arch),
+        "ragged": signature.n % (config["vectors"] * arch.lanes(4) // signature.halves) != 0,
         "block_m": _block_m(config),
         "k_block": k_block,
         "k_blocks": -(-signature.k // k_block),
@@ -192,7 +206,7 @@ def _context(signature: MoeGemmSignature, config: Config, arch: Arch) -> dict[st
 
 def default_config(signature: MoeGemmSignature, arch: Arch) -> Config:
     """Six rows by two vectors (twelve accumulators), packed x, k in blocks that keep a panel in the first cache."""
-    panels = _layout(signature, 2, arch).panels(signature.halves * signature.n)
+    panels = _groups(signature, 2, arch)
     own: dict[str, Value] = {
         "vectors": 2,
         "block_rows": 6,
@@ -205,6 +219,7 @@ def default_config(signature: MoeGemmSignature, arch: Arch) -> Config:
         "unroll": 4,
         "prefetch": 0,
         "schedule": "dynamic",
+        "gate_up": "interleaved" if signature.halves == 2 else "none",
         "combine": "partials" if signature.stage == "down" else "none",
     }
     spaces = {t.name: t.space(signature, arch) for t in TEMPLATES}
