@@ -1,0 +1,169 @@
+"""Which kernel serves which size on this machine: the plan of the database, checked, with its kernels loaded.
+
+Nothing here raises for what is missing, damaged or made elsewhere: torch serves those sizes, and one warning says why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from tilewright.codegen.archs import ARCHS, runs_on
+from tilewright.codegen.cpu_info import read_cpu_info
+from tilewright.codegen.layouts import WeightLayout
+from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.recipe import ABI_VERSION, Argument, Recipe
+from tilewright.errors import TilewrightError
+from tilewright.runtime.loading import KernelRefused, LoadedArtifact, load_artifact
+from tilewright.runtime.notices import warn_once
+from tilewright.tuning_db.locations import default_url
+from tilewright.tuning_db.reader import Reader
+from tilewright.tuning_db.records import KernelRecord, PlanEntry, PlanRecord
+
+RECIPE_FORMAT = 1
+
+Database = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedKernel:
+    """A kernel that this process can call."""
+
+    record: KernelRecord
+    recipe: Recipe
+    launches: tuple[tuple[int, tuple[Argument, ...]], ...]
+    """Address of the entry and its arguments, per launch."""
+    artifacts: tuple[LoadedArtifact, ...]
+
+
+@dataclass(frozen=True)
+class SizeRange:
+    """Dynamic sizes above the previous range's, up to ``max_size`` (None: without end), and what serves them."""
+
+    max_size: int | None
+    kernel: LoadedKernel | None
+    """None: plain torch."""
+    entry: PlanEntry | None
+    """Row of the plan, with its timings; None where no plan speaks of these sizes."""
+    why_torch: str = ""
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What serves a signature on this machine, and why."""
+
+    signature: MoeGemmSignature
+    device_key: str
+    database: str
+    plan: PlanRecord | None
+    ranges: tuple[SizeRange, ...]
+
+    @property
+    def kernels(self) -> tuple[LoadedKernel, ...]:
+        """Kernels that serve some size."""
+        return tuple(part.kernel for part in self.ranges if part.kernel is not None)
+
+    @property
+    def layout(self) -> WeightLayout | None:
+        """The layout that every served kernel takes its weight in; None: as declared."""
+        return self.kernels[0].recipe.weight_layout if self.kernels else None
+
+
+def resolve(signature: MoeGemmSignature, threads: int, database: Database | None) -> Resolution:
+    """Find the plan for ``signature`` on this machine and load its kernels.
+
+    ``database`` None means ``$TILEWRIGHT_DB``, else the user's own. Of several plans for this device, the one made with
+    ``threads`` threads is taken, else the one that comes nearest.
+    """
+    database = os.fspath(default_url() if database is None else database)
+    device_key = read_cpu_info().key
+    try:
+        reader = Reader.open(database)
+        plan = _choose_plan(reader.plans_for(signature.op, signature.key), device_key, threads)
+    except TilewrightError as error:
+        warn_once(f"{signature.describe()} is served by plain torch: {error}")
+        return Resolution(signature, device_key, database, None, (SizeRange(None, None, None, str(error)),))
+    return Resolution(signature, device_key, database, plan, _load_ranges(reader, plan, signature))
+
+
+def _choose_plan(plans: Sequence[PlanRecord], device_key: str, threads: int) -> PlanRecord:
+    """The plan for this device whose thread count is nearest to ``threads``."""
+    here = [plan for plan in plans if plan.device_key == device_key]
+    if here:
+        return min(here, key=lambda plan: (abs(plan.threads - threads), plan.threads))
+    if plans:
+        elsewhere = ", ".join(sorted({plan.device_key for plan in plans}))
+        raise TilewrightError(
+            f"its plans were made on other devices ({elsewhere}), this one is {device_key}; tune here"
+        )
+    raise TilewrightError("the database holds no plan for it; run `tune` with its shapes")
+
+
+def _load_ranges(reader: Reader, plan: PlanRecord, signature: MoeGemmSignature) -> tuple[SizeRange, ...]:
+    """The plan's entries with their kernels loaded; torch where that fails, and beyond the end of the plan."""
+    ranges: list[SizeRange] = []
+    layouts: list[WeightLayout | None] = []
+    above = 0
+    for entry in plan.entries:
+        kernel, why_torch = None, "the plan found nothing faster"
+        if entry.kernel_key is not None:
+            try:
+                kernel = _load_kernel(reader, entry.kernel_key, signature)
+                layouts.append(kernel.recipe.weight_layout)
+                _require_one_layout(layouts, kernel)
+            except TilewrightError as error:
+                kernel, why_torch = None, str(error)
+                sizes = f"{above + 1} to {entry.max_tokens}" if entry.max_tokens else f"above {above}"
+                warn_once(f"{signature.describe()} is served by plain torch for sizes {sizes}: {error}")
+        ranges.append(SizeRange(entry.max_tokens, kernel, entry, "" if kernel else why_torch))
+        above = entry.max_tokens or above
+    if ranges[-1].max_size is not None:
+        ranges.append(SizeRange(None, None, None, "the plan ends below these sizes"))
+    return tuple(ranges)
+
+
+def _require_one_layout(layouts: Sequence[WeightLayout | None], kernel: LoadedKernel) -> None:
+    """Weights are packed once per plan, in the first kernel's layout."""
+    if layouts[-1] != layouts[0]:
+        raise KernelRefused(
+            f"kernel {kernel.record.key[:16]} takes its weight in another layout than the plan's first; tune again"
+        )
+
+
+def _load_kernel(reader: Reader, key: str, signature: MoeGemmSignature) -> LoadedKernel:
+    """The kernel ``key``, checked to fit this machine, this release and ``signature``, and loaded.
+
+    Raises:
+        TilewrightError: when it does not fit, or is damaged or not to be trusted.
+
+    """
+    record = reader.kernel(key)
+    arch = ARCHS.get(record.arch)
+    if arch is None or not runs_on(arch, read_cpu_info()):
+        raise KernelRefused(f"kernel {key[:16]} was built for {record.arch}, which this CPU does not run; tune here")
+    recipe = _read_recipe(record)
+    if recipe.tensors != signature.tensors() or recipe.dynamic_size != signature.dynamic_size:
+        raise KernelRefused(f"kernel {key[:16]} takes other tensors than this tilewright's {signature.op}; tune again")
+    artifacts = {
+        checksum: load_artifact(checksum, partial(reader.artifact, checksum))
+        for checksum in dict.fromkeys(launch.artifact for launch in recipe.launches)
+    }
+    launches = tuple(
+        (artifacts[launch.artifact].entry_address(launch.entry), launch.arguments) for launch in recipe.launches
+    )
+    return LoadedKernel(record, recipe, launches, tuple(artifacts.values()))
+
+
+def _read_recipe(record: KernelRecord) -> Recipe:
+    version, abi = record.recipe.get("format_version"), record.recipe.get("abi_version")
+    if (version, abi) != (RECIPE_FORMAT, ABI_VERSION):
+        raise KernelRefused(
+            f"kernel {record.key[:16]} has recipe format {version} for ABI version {abi}, this tilewright reads "
+            f"{RECIPE_FORMAT} for {ABI_VERSION}; tune again"
+        )
+    try:
+        return Recipe.from_dict(record.recipe)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise KernelRefused(f"the recipe of kernel {record.key[:16]} cannot be read ({error!r}); tune again") from error
