@@ -12,3 +12,13 @@ _OPENBLAS_SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OPENBLAS_NUM_THR
 _found = [name for name in _OPENBLAS_SETTINGS if os.environ.pop(name, None) is not None]
 if _found and "numpy" in sys.modules:
     raise pytest.UsageError(f"numpy was imported under {', '.join(_found)} already: unset them and start again.")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what the races add up to, below pytest-benchmark's own tables."""
+    from summary import POINTS, render
+
+    if POINTS:
+        terminalreporter.section("ours against the best peer at each point")
+        for line in render():
+            terminalreporter.write_line(line)

@@ -20,6 +20,9 @@ STREAM = "moe_gemm/cpu_stream"
 _STREAM_BLOCK_M = 4096
 """Rows of one task of the streaming template: in effect, all of an expert."""
 
+_STREAM_OPERANDS = 2
+"""Registers that the streaming template needs beside its accumulators."""
+
 _VECTORS = Parameter("vectors", (1, 2), "vectors in a row of a weight panel: the weight layout")
 _CHUNK = Parameter("chunk_groups", (1, 2, 4, 8), "groups of streams in a task: cache block in n, grain of the schedule")
 _SCHEDULE = Parameter("schedule", ("dynamic", "static"), "threads claim tasks one by one, or get equal shares")
@@ -101,8 +104,12 @@ def _stream_space(signature: MoeGemmSignature, arch: Arch) -> Space:
     """Streams x rows that share a pass over the weights."""
     parameters = (
         _VECTORS,
-        Parameter("block_rows", (1, 2, 4, 6), "rows that share one pass over the weights"),
-        Parameter("streams", (1, 2, 3, 4, 6, 8), "weight panels read side by side: more open memory streams"),
+        Parameter("block_rows", (1, 2, 3, 4, 6), "rows that share one pass over the weights"),
+        Parameter(
+            "streams",
+            (1, 2, 3, 4, 6, 8),
+            "weight panels read side by side by one row; fewer by more rows, as registers allow",
+        ),
         _CHUNK,
         _UNROLL,
         _PREFETCH,
@@ -112,7 +119,8 @@ def _stream_space(signature: MoeGemmSignature, arch: Arch) -> Space:
     )
 
     def enough_registers(c: Mapping[str, Any]) -> bool:
-        return bool(c["block_rows"] * c["streams"] * c["vectors"] + 2 <= arch.vector_registers)
+        needed = max(c["block_rows"], c["streams"]) * c["vectors"]
+        return bool(needed + _STREAM_OPERANDS <= arch.vector_registers)
 
     constraints = (
         _whole_pairs(signature),
@@ -138,6 +146,12 @@ def _groups(signature: MoeGemmSignature, vectors: int, arch: Arch) -> int:
     """Panels as the templates count them: ``vectors`` vectors, gate and up columns of the same outputs together."""
     out_columns = vectors * arch.lanes(4) // signature.halves
     return -(-signature.n // out_columns)
+
+
+def _streams_for_rows(config: Config, arch: Arch) -> list[int]:
+    """Panels that 1, 2, ... ``block_rows`` rows read side by side in the streaming template."""
+    room = (arch.vector_registers - _STREAM_OPERANDS) // config["vectors"]
+    return [max(1, min(config["streams"], room // rows)) for rows in range(1, config["block_rows"] + 1)]
 
 
 def _block_m(config: Config) -> int:
@@ -199,6 +213,7 @@ def _context(signature: MoeGemmSignature, config: Config, arch: Arch) -> dict[st
         "panels": _groups(signature, config["vectors"], arch),
         "ragged": signature.n % (config["vectors"] * arch.lanes(4) // signature.halves) != 0,
         "block_m": _block_m(config),
+        "streams_for_rows": _streams_for_rows(config, arch),
         "k_block": k_block,
         "k_blocks": -(-signature.k // k_block),
     }

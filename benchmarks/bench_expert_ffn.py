@@ -1,0 +1,92 @@
+"""The whole expert FFN, routing included, against ONNX Runtime, torch and Transformers.
+
+    pytest benchmarks/bench_expert_ffn.py --benchmark-json out.json
+"""
+
+from functools import cache
+
+import pytest
+import torch
+from interleave import Race, race, record, recorded_time
+from peers import limited_to, prepare_checked
+from peers.expert_ffn import PEERS, ExpertFfn, make_cases, reference
+from summary import POINTS, Point
+from tuned import ensure_tuned
+
+from tilewright.codegen.cpu_info import read_cpu_info, usable_cores
+from tilewright.runtime import Experts
+from tilewright.tuner.roofline import measure_roofline
+
+SHAPES = {
+    "E8 k2 1024->2048": {"experts": 8, "top_k": 2, "hidden": 1024, "inter": 2048},
+    "E64 k6 512->1024": {"experts": 64, "top_k": 6, "hidden": 512, "inter": 1024},
+}
+TOKENS = (1, 4, 16, 64, 256)
+THREADS = tuple(dict.fromkeys((1, min(2, usable_cores()))))
+OURS = "tilewright"
+BUDGET_S = 5.0
+
+
+@cache
+def plan_for(shape: str, threads: int) -> str:
+    s = SHAPES[shape]
+    common = f"experts={s['experts']},top_k={s['top_k']}"
+    up = f"{common},stage=up,activation=swiglu,k={s['hidden']},n={s['inter']}"
+    down = f"{common},stage=down,k={s['inter']},n={s['hidden']}"
+    ensure_tuned(up, TOKENS, threads)
+    return str(ensure_tuned(down, TOKENS, threads))
+
+
+def our_calls(cases: list[ExpertFfn], threads: int, database: str) -> list:
+    """One call per case through the runtime; weights are packed once per weight tensor."""
+    layers = {
+        id(case.w13): Experts(case.w13, case.w2, top_k=case.top_k, threads=threads, database=database)
+        for case in cases
+    }
+
+    def call_for(case: ExpertFfn):
+        layer, out = layers[id(case.w13)], torch.empty_like(case.x)
+        return lambda: layer(case.x, case.router_logits, out=out)
+
+    return [call_for(case) for case in cases]
+
+
+@cache
+def run_race(shape: str, tokens: int, threads: int) -> Race:
+    database = plan_for(shape, threads)
+    cases = make_cases(**SHAPES[shape], tokens=tokens, exceed_bytes=3 * (read_cpu_info().l3_bytes or 32 << 20))
+    contenders = prepare_checked(PEERS, cases, threads, reference)
+    ours = our_calls(cases, threads, database)
+    for case, call in zip(cases, ours, strict=True):
+        torch.testing.assert_close(call().double(), reference(case), rtol=1e-3, atol=1e-4)
+    with limited_to(threads):
+        result = race({OURS: ours, **contenders}, control=OURS, budget_s=BUDGET_S, min_rounds=11)
+    best = result.fastest(list(contenders))
+    mine = result.results[OURS].median_us
+    share = measure_roofline(threads).time_us(cases[0].flops, cases[0].bytes_moved) / mine.median
+    POINTS.append(
+        Point(
+            table="expert FFN",
+            label=f"{shape} T={tokens}",
+            threads=threads,
+            ours_us=mine,
+            best_peer=best,
+            speedup=result.ratio(best, OURS),
+            noise=result.noise,
+            roofline_share=share,
+        )
+    )
+    return result
+
+
+@pytest.mark.parametrize("contender", [OURS, *(peer.name for peer in PEERS)])
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.benchmark(timer=recorded_time)
+def bench_expert_ffn(benchmark, shape: str, threads: int, tokens: int, contender: str) -> None:
+    peer = next((peer for peer in PEERS if peer.name == contender), None)
+    if peer is not None and not peer.available:
+        pytest.skip(peer.why_not)
+    benchmark.group = f"expert FFN {shape} T={tokens} threads={threads}"
+    record(benchmark, run_race(shape, tokens, threads), contender)

@@ -1,0 +1,27 @@
+"""Databases tuned for the benchmarks' own shapes, made by the command that users run."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from tilewright.tuner.cli import main as tune
+
+TRIALS = int(os.environ.get("TILEWRIGHT_BENCH_TRIALS", "40"))
+"""Per problem; the build cache makes later sizes of a shape cheap."""
+
+
+def database() -> Path:
+    """Where the benchmarks' plans are kept between runs: ``$TILEWRIGHT_BENCH_DB``, or a file in .benchmarks/."""
+    path = Path(os.environ.get("TILEWRIGHT_BENCH_DB", ".benchmarks/tuning.db"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def ensure_tuned(problem: str, tokens: Sequence[int], threads: int) -> Path:
+    """Tune ``problem`` (key=value,...) at all ``tokens``; finished trials of an earlier run count."""
+    arguments = ["--arch", "native", "--op", "moe_gemm", "--problem", problem, "--resume", "--db", str(database())]
+    sizes = ",".join(map(str, tokens))
+    code = tune([*arguments, "--tokens", sizes, "--threads", str(threads), "--trials", str(TRIALS)])
+    if code != 0:
+        raise RuntimeError(f"tuning {problem} ended with exit code {code}")
+    return database()
