@@ -53,9 +53,7 @@ static void body(void *data) {
         for (int64_t r = offsets[e]; r < offsets[e + 1]; r++)
             for (int n = 0; n < N; n++) {
                 float sum = 0;
-                for (int k = 0; k < K; k++)
-                    sum += x[r * K + k] * w[COLUMNS ? (((int64_t)e * PANELS + n / COLUMNS_) * K + k) * COLUMNS_ + n % COLUMNS_
-                                                    : ((int64_t)e * N + n) * K + k];
+                for (int k = 0; k < K; k++) sum += x[r * K + k] * w[WEIGHT_INDEX];
                 out[r * N + n] = sum;
             }
 }
@@ -96,9 +94,11 @@ class KernelMaker:
         guards: tuple[Guard, ...] = (),
     ) -> BuiltKernel:
         """Kernel that runs C code before and after its work; ``rows``, ``size``, ``out`` and ``calls`` are in scope."""
-        panels = -(-SIGNATURE.n // columns) if columns else 0
-        names = {"ABI": abi, "EXPERTS": SIGNATURE.experts, "N": SIGNATURE.n, "K": SIGNATURE.k, "COLUMNS": columns}
-        names |= {"COLUMNS_": columns or 1, "PANELS": panels, "BEFORE": before, "AFTER": after, "ON_LOAD": on_load}
+        index = "(e * N + n) * K + k"
+        if columns:
+            index = f"((e * {-(-SIGNATURE.n // columns)} + n / {columns}) * K + k) * {columns} + n % {columns}"
+        names = {"ABI": abi, "EXPERTS": SIGNATURE.experts, "N": SIGNATURE.n, "K": SIGNATURE.k, "WEIGHT_INDEX": index}
+        names |= {"BEFORE": before, "AFTER": after, "ON_LOAD": on_load}
         defines = "".join(f"#define {name} {value}\n" for name, value in names.items())
         digest = hashlib.sha256((defines + entry + workspace_bytes).encode()).hexdigest()[:16]
         path = self._directory / f"{digest}.so"

@@ -8,8 +8,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import ceil, log
 from typing import Any
 
+import numpy as np
 import optuna
 
 from tilewright import __version__
@@ -18,10 +20,10 @@ from tilewright.codegen.building.cpp import CppBuilder
 from tilewright.codegen.cpu_info import read_cpu_info
 from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.codegen.ops.signature import Signature
-from tilewright.codegen.space import Config
+from tilewright.codegen.space import Config, Space
 from tilewright.tuner.evaluation.evaluator import CpuEvaluator
 from tilewright.tuner.loop import FINAL_RACE, Budget, Origin, ProblemResult, ProblemTuner
-from tilewright.tuner.plan import Final, Layout, choose_layout, decide, distil, kept_kernels
+from tilewright.tuner.plan import Final, Layout, choose_layout, decide, distil, kept, priced
 from tilewright.tuner.progress import Progress
 from tilewright.tuner.search import Prior
 from tilewright.tuner.variants import Workshop
@@ -32,8 +34,12 @@ _KEPT_PER_PROBLEM = 6
 """Kernels of a problem that the database keeps, source and bytes, beside every trial's config."""
 _PRIOR_CONFIGS = 12
 """Fastest configs of a neighbouring problem that a search is told of."""
+_EXPLORE_SHARE = 0.6
+"""Of a problem's trials, before all sizes of a signature agree on a weight layout; the others stay within it."""
+_REFINE_SHARE = 0.3
+"""Of the time, for the search within the layout."""
 _FINAL_SHARE = 0.2
-"""Of a problem's time, for the last race among its finalists."""
+"""Of the time, for the last race among the finalists."""
 
 
 @dataclass(frozen=True)
@@ -140,18 +146,20 @@ class Campaign:
     def _tune_signature(
         self, run_id: str, signature: Signature, problems: Sequence[Problem], left: int, deadline: float, report: Report
     ) -> SignatureReport:
+        """Search every problem freely, choose one weight layout, search on within it, and race the finalists.
+
+        ``left`` problems, these included, share the time until ``deadline``.
+        """
         request = self._request
         mine = SignatureReport(signature)
         workshop = Workshop(request.op, signature, request.arch, self._builder)
         origin = Origin(run_id, self._device_key, request.threads, request.seed, request.search)
         space = request.op.space(signature, request.arch)
-        self._progress.say(f"{signature.describe()}")
+        self._progress.say(signature.describe())
         self._progress.say(space.describe().splitlines()[0])
         with CpuEvaluator(request.op, signature, threads=request.threads, seed=request.seed) as evaluator:
-            tuners: list[tuple[ProblemTuner, ProblemResult, float]] = []
-            for done, problem in enumerate(problems):
-                share = max(0.0, deadline - time.monotonic()) / (left - done)
-                tuner = ProblemTuner(
+            tuners = [
+                ProblemTuner(
                     problem,
                     workshop=workshop,
                     evaluator=evaluator,
@@ -159,45 +167,68 @@ class Campaign:
                     origin=origin,
                     progress=self._progress,
                 )
-                self._progress.problem(problem_title(problem))
-                earlier = self._earlier(problem) if request.resume else []
-                budget = Budget(request.trials, time.monotonic() + share * (1 - _FINAL_SHARE))
-                result = tuner.run(budget, self._priors(problem, mine.results), earlier)
-                mine.results.append(result)
-                self._keep(workshop, result)
-                tuners.append((tuner, result, min(share * _FINAL_SHARE, 6.0)))
-            self._finish_signature(mine, tuners, evaluator, workshop)
+                for problem in problems
+            ]
+            mine.results = [tuner.result for tuner in tuners]
+            until = time.monotonic() + (deadline - time.monotonic()) * len(problems) / left
+            for tuner in tuners:
+                tuner.replay(self._earlier(tuner.result.problem) if request.resume else [])
+            explore = ceil(request.trials * _EXPLORE_SHARE)
+            self._search(tuners, space, explore, _share(until, 1 - _REFINE_SHARE - _FINAL_SHARE))
+            mine.layout = choose_layout(mine.results)
+            if mine.layout is not None:
+                self._progress.say(f"one weight layout for all sizes: {mine.layout.key}")
+                within = self._of_layout(space, signature, mine.layout.key)
+                remaining = _REFINE_SHARE / (_REFINE_SHARE + _FINAL_SHARE)
+                self._search(tuners, within, request.trials, _share(until, remaining))
+                self._finish(mine, mine.layout, tuners, evaluator, workshop, until)
             spent = evaluator.spent
-        report.build_s += sum(tuner.build_s for tuner, _, _ in tuners)
+        report.build_s += sum(tuner.build_s for tuner in tuners)
         report.check_s += spent.checking_s
         report.measure_s += spent.measuring_s
         report.prepare_s += spent.preparing_s
         return mine
 
-    def _finish_signature(
+    def _search(self, tuners: Sequence[ProblemTuner], space: Space, trials: int, until: float) -> None:
+        """Search every problem in turn, up to ``trials`` each; they share the time evenly."""
+        for done, tuner in enumerate(tuners):
+            problem = tuner.result.problem
+            self._progress.problem(problem_title(problem))
+            budget = Budget(trials, _share(until, 1 / (len(tuners) - done)))
+            siblings = [other.result for other in tuners if other is not tuner]
+            tuner.search(space, budget, self._priors(problem, siblings))
+
+    def _of_layout(self, space: Space, signature: Signature, layout_key: str) -> Space:
+        """The part of ``space`` whose kernels read one weight layout."""
+        op, arch = self._request.op, self._request.arch
+        chosen = [op.layout_key(signature, config, arch) == layout_key for config in space]
+        return Space(space.parameters, space.indices[np.array(chosen)])
+
+    def _finish(
         self,
         mine: SignatureReport,
-        tuners: Sequence[tuple[ProblemTuner, ProblemResult, float]],
+        layout: Layout,
+        tuners: Sequence[ProblemTuner],
         evaluator: CpuEvaluator,
         workshop: Workshop,
+        until: float,
     ) -> None:
-        """Choose the layout, race the finalists, and store the plan with its kernels."""
-        mine.layout = choose_layout(mine.results)
-        if mine.layout is None:
-            return
-        self._progress.say(f"finalists race again, all in weight layout {mine.layout.key}")
-        for tuner, result, seconds in tuners:
-            final = decide(tuner, evaluator, result, mine.layout, max(seconds, 1.0)) if result.candidates else None
+        """Race the finalists, and store the plan and the kernels that are worth keeping."""
+        mine.layout = layout = priced(layout, mine.results)
+        self._progress.say("finalists race again")
+        for done, tuner in enumerate(tuners):
+            result = tuner.result
+            seconds = (until - time.monotonic()) / (len(tuners) - done)
+            final = decide(tuner, evaluator, layout, min(max(seconds, 1.0), 6.0)) if result.candidates else None
             if final is None:
                 self._progress.say(f"{problem_title(result.problem)}: no finalist was right; the plan leaves it out")
                 continue
             mine.finals.append(final)
-            record, artifact = workshop.record(final.winner, "device")
-            self._store.add_kernel(record, [artifact])
+            self._keep(workshop, [final.winner.variant.config, *(c.config for c in kept(result, _KEPT_PER_PROBLEM))])
         if mine.finals:
             mine.plan = distil(
                 mine.finals,
-                mine.layout,
+                layout,
                 op=self._request.op.name,
                 device_key=self._device_key,
                 threads=self._request.threads,
@@ -205,9 +236,9 @@ class Campaign:
             )
             self._store.put_plan(mine.plan)
 
-    def _keep(self, workshop: Workshop, result: ProblemResult) -> None:
-        """Store the fastest kernels, so that they can be compared later."""
-        for built in workshop.build([c.config for c in kept_kernels(result, _KEPT_PER_PROBLEM)]):
+    def _keep(self, workshop: Workshop, configs: Sequence[Config]) -> None:
+        """Store kernels, source and bytes, so that they can be served and compared."""
+        for built in workshop.build(list(dict.fromkeys(configs))):
             record, artifact = workshop.record(built, "device")
             self._store.add_kernel(record, [artifact])
 
@@ -218,7 +249,8 @@ class Campaign:
 
     def _priors(self, problem: Problem, siblings: Sequence[ProblemResult]) -> Iterator[Prior]:
         """What is known of neighbours: this run's other sizes, nearest first, then the database's problems."""
-        for result in sorted(siblings, key=lambda r: -r.problem.dynamic_size):
+        size = problem.dynamic_size
+        for result in sorted(siblings, key=lambda r: abs(log(r.problem.dynamic_size / size))):
             best = result.ranked()[:_PRIOR_CONFIGS]
             yield Prior(problem_title(result.problem), tuple((c.config, c.time_us) for c in best))
         seen = {result.problem.key for result in siblings}
@@ -234,6 +266,12 @@ class Campaign:
                 neighbours.setdefault(trial.problem_key, []).append(trial)
         for key, trials in neighbours.items():
             yield Prior(key, tuple((Config(t.config), t.median_us or 0.0) for t in trials))
+
+
+def _share(until: float, share: float) -> float:
+    """The moment at which ``share`` of the time from now to ``until`` is over."""
+    now = time.monotonic()
+    return now + max(0.0, until - now) * share
 
 
 def problem_title(problem: Problem) -> str:

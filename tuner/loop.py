@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tilewright.codegen.ops.base import Problem
-from tilewright.codegen.space import Config
+from tilewright.codegen.space import Config, Space
 from tilewright.tuner.evaluation.evaluator import CpuEvaluator
 from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation
 from tilewright.tuner.progress import Progress
@@ -59,17 +59,23 @@ class Candidate:
 
 @dataclass
 class ProblemResult:
-    """What a problem's search found."""
+    """What a problem's search found so far."""
 
     problem: Problem
     default: Config
     candidates: dict[Config, Candidate] = field(default_factory=dict)
-    outcomes: Counter[Outcome] = field(default_factory=Counter)
+    told: list[ToldTrial] = field(default_factory=list)
+    """Every trial, with the time that the search was told."""
 
     @property
     def trials(self) -> int:
-        """Trials of this problem that count against its budget, earlier runs' included when resumed."""
-        return self.outcomes.total()
+        """Trials that count against the budget, earlier runs' included when resumed."""
+        return len(self.told)
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """How many trials ended in which way."""
+        return Counter(trial.outcome for trial in self.told)
 
     def ranked(self, layout_key: str | None = None) -> list[Candidate]:
         """Candidates, fastest first; of one weight layout if named."""
@@ -101,57 +107,59 @@ class ProblemTuner:
         self._store = store
         self._origin = origin
         self._progress = progress
-        self._space = workshop.op.space(workshop.signature, workshop.arch)
+        self.result = ProblemResult(problem, workshop.op.default_config(workshop.signature, workshop.arch))
         self.build_s = 0.0
         """Wall seconds spent building."""
 
-    def run(self, budget: Budget, priors: Iterable[Prior], earlier: Sequence[TrialRecord]) -> ProblemResult:
-        """Search until the budget is spent; ``earlier`` trials (of an interrupted run) count against it.
+    def replay(self, earlier: Sequence[TrialRecord]) -> None:
+        """Take over the trials of an interrupted run; the kernels of the best are in the build cache, or built anew."""
+        self.result.told += [ToldTrial(Config(t.config), t.median_us, t.outcome.value) for t in earlier]
+        times = {Config(t.config): t.median_us for t in earlier if t.median_us is not None}
+        best = sorted(times, key=lambda config: times[config])[:BATCH]
+        if self.result.default in times and self.result.default not in best:
+            best.append(self.result.default)
+        for built in self._build(best):
+            if built.path:
+                config = built.variant.config
+                self.result.candidates[config] = Candidate(config, built.kernel, times[config])
+
+    def search(self, space: Space, budget: Budget, priors: Iterable[Prior]) -> None:
+        """Search ``space`` until the budget is spent; the default config always comes first.
 
         Raises:
             TilewrightError: when the problem does not fit the memory.
 
         """
-        op, signature = self._workshop.op, self._workshop.signature
-        result = ProblemResult(self._problem, op.default_config(signature, self._workshop.arch))
-        search = make_search(
-            self._origin.search, self._space, seed=self._origin.seed, budget=budget.trials, priors=tuple(priors)
-        )
-        study = TuningStudy(self._space, search, name=self._problem.key, problem=self._problem.key)
-        self._replay(earlier, study, result)
+        result = self.result
+        study = self._study(space, budget, priors)
         batch_s = 0.0
         while budget.allows(result.trials, batch_s):
-            configs = self._next_batch(study, result, min(BATCH, budget.trials - result.trials))
+            configs = self._next_batch(study, min(BATCH, budget.trials - result.trials))
             if not configs:
                 break
             begin = time.monotonic()
-            self._run_batch(configs, study, result, budget)
+            self._run_batch(configs, study, budget)
             batch_s = time.monotonic() - begin
             self._progress.batch_done(result, budget.trials)
-        return result
 
-    def _replay(self, earlier: Sequence[TrialRecord], study: TuningStudy, result: ProblemResult) -> None:
-        """Tell the search what an interrupted run found; its kernels are in the build cache, or are built again."""
-        study.rebuild(ToldTrial(Config(t.config), t.median_us, t.outcome.value) for t in earlier)
-        result.outcomes.update(t.outcome for t in earlier)
-        best = sorted((t for t in earlier if t.median_us is not None), key=lambda t: t.median_us or 0.0)
-        configs = [config for config in (Config(t.config) for t in best[:BATCH]) if config in self._space]
-        times = {Config(t.config): t.median_us for t in best}
-        for built in self._build(configs):
-            time_us = times[built.variant.config]
-            if built.path and time_us is not None:
-                result.candidates[built.variant.config] = Candidate(built.variant.config, built.kernel, time_us)
+    def _study(self, space: Space, budget: Budget, priors: Iterable[Prior]) -> TuningStudy:
+        search = make_search(
+            self._origin.search, space, seed=self._origin.seed, budget=min(budget.trials, len(space)), priors=priors
+        )
+        study = TuningStudy(space, search, name=self._problem.key, problem=self._problem.key)
+        study.rebuild(self.result.told)
+        return study
 
-    def _next_batch(self, study: TuningStudy, result: ProblemResult, count: int) -> list[Config]:
+    def _next_batch(self, study: TuningStudy, count: int) -> list[Config]:
         """The default when it has not been tried, then what the search asks for."""
-        configs = [] if result.default in result.candidates else [result.default]
-        tried = set(result.candidates)
+        tried = {trial.config for trial in self.result.told}
+        configs = [] if self.result.default in tried else [self.result.default]
         while len(configs) < count:
             try:
                 config = study.ask()
             except SearchExhausted:
                 break
-            if config not in configs and config not in tried:
+            if config not in configs:
                 configs.append(config)
         return configs
 
@@ -161,12 +169,13 @@ class ProblemTuner:
         self.build_s += time.monotonic() - begin
         return built
 
-    def _run_batch(self, configs: Sequence[Config], study: TuningStudy, result: ProblemResult, budget: Budget) -> None:
+    def _run_batch(self, configs: Sequence[Config], study: TuningStudy, budget: Budget) -> None:
+        result = self.result
         built = self._build(configs)
         incumbents = result.ranked()[:1]
         entrants = [c.kernel for c in incumbents] + [b.kernel for b in built if b.path]
         evaluations = self._evaluator.evaluate(
-            entrants, self._problem, budget_s=self._race_seconds(result, len(entrants), budget)
+            entrants, self._problem, budget_s=self._race_seconds(len(entrants), budget)
         )
         drift = 1.0
         if incumbents and evaluations[0].median_us:
@@ -177,16 +186,16 @@ class ProblemTuner:
             evaluation = next(ready) if build.path else None
             trial = self._trial(build, evaluation)
             trials.append(trial)
-            result.outcomes[trial.outcome] += 1
             told_us = trial.median_us * drift if trial.median_us is not None else None
+            result.told.append(ToldTrial(build.variant.config, told_us, trial.outcome.value))
             study.tell(build.variant.config, told_us, outcome=trial.outcome.value)
             if told_us is not None:
                 result.candidates[build.variant.config] = Candidate(build.variant.config, build.kernel, told_us)
         self._store.add_trials(trials)
 
-    def _race_seconds(self, result: ProblemResult, entrants: int, budget: Budget) -> float:
+    def _race_seconds(self, entrants: int, budget: Budget) -> float:
         """About a dozen rounds of everybody at the default's speed, within reason and the time left."""
-        default = result.candidates.get(result.default)
+        default = self.result.candidates.get(self.result.default)
         wanted = 12 * entrants * default.time_us * 1e-6 if default else 1.5
         left = max(0.5, 0.5 * (budget.deadline - time.monotonic()))
         return min(max(wanted, 0.4), 4.0, left)

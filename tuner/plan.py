@@ -50,23 +50,24 @@ def choose_layout(results: Sequence[ProblemResult]) -> Layout | None:
     solved = [result for result in results if result.candidates]
     if not solved:
         return None
-    keys_by_problem = [{layout_key_of(c.kernel) for c in result.candidates.values()} for result in solved]
-    common = set.intersection(*keys_by_problem)
-
-    def cost(key: str) -> float:
-        losses = [r.ranked(key)[0].time_us / r.ranked()[0].time_us for r in solved]
-        return math.exp(sum(map(math.log, losses)) / len(losses))
-
-    return min((Layout(key, cost(key)) for key in sorted(common)), key=lambda layout: layout.cost, default=None)
+    found = [{layout_key_of(c.kernel) for c in result.candidates.values()} for result in solved]
+    common = [Layout(key, 1.0) for key in sorted(set.intersection(*found))]
+    return min((priced(layout, solved) for layout in common), key=lambda layout: layout.cost, default=None)
 
 
-def decide(
-    tuner: ProblemTuner, evaluator: CpuEvaluator, result: ProblemResult, layout: Layout, budget_s: float
-) -> Final | None:
+def priced(layout: Layout, results: Sequence[ProblemResult]) -> Layout:
+    """``layout`` with its cost by what is known now."""
+    solved = [result for result in results if result.candidates]
+    losses = [r.ranked(layout.key)[0].time_us / r.ranked()[0].time_us for r in solved]
+    return Layout(layout.key, math.exp(sum(map(math.log, losses)) / len(losses)))
+
+
+def decide(tuner: ProblemTuner, evaluator: CpuEvaluator, layout: Layout, budget_s: float) -> Final | None:
     """Race the finalists of one problem; None when none of them was right any more.
 
     The winner has the smallest median; within the noise of the default, the default stays.
     """
+    result = tuner.result
     finalists = [c.config for c in result.ranked(layout.key)[:FINALISTS]]
     if result.default not in finalists:
         finalists.append(result.default)
@@ -121,8 +122,8 @@ def distil(
     )
 
 
-def kept_kernels(result: ProblemResult, count: int) -> list[Candidate]:
-    """Candidates whose kernels the database keeps: the fastest few and the default."""
+def kept(result: ProblemResult, count: int) -> list[Candidate]:
+    """Candidates that the database keeps as kernels: the fastest few and the default."""
     fastest = result.ranked()[:count]
     default = result.candidates.get(result.default)
     return fastest if default is None or default in fastest else [*fastest, default]

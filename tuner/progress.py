@@ -11,7 +11,7 @@ from tilewright.tuning_db.records import Outcome
 if TYPE_CHECKING:
     from tilewright.tuner.loop import ProblemResult
 
-_WORDS = {
+_WORDS: dict[str, str] = {
     Outcome.WRONG: "wrong",
     Outcome.BUILD_FAILED: "failed to build",
     Outcome.CRASHED: "crashed",
@@ -48,7 +48,9 @@ class Progress:
     def batch_done(self, result: ProblemResult, trials: int) -> None:
         """Report a batch: a line when there is a new best, else the status."""
         ranked = result.ranked()
-        failures = ", ".join(f"{n} {_WORDS[o]}" for o, n in sorted(result.outcomes.items()) if o in _WORDS)
+        failures = ", ".join(
+            f"{count} {_WORDS[how]}" for how, count in sorted(result.outcomes.items()) if how in _WORDS
+        )
         line = f"{self._title}  {result.trials:3d}/{trials}"
         if ranked:
             line += f"  best {format_us(ranked[0].time_us)}"

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.archs import Arch
+from tilewright.codegen.layouts import WeightLayout
 from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops.signature import Signature, stable_key
 from tilewright.codegen.recipe import Recipe, TensorSpec
@@ -57,6 +58,8 @@ class Template(Generic[S]):
     families: tuple[str, ...]
     """Families of archs that it is for."""
     space: Callable[[S, Arch], Space]
+    layout: Callable[[S, Config, Arch], WeightLayout | None]
+    """Weight layout that a config's kernel reads; None for an op without packed weights."""
     recipe: Callable[[S, Config, Arch], Recipe]
     context: Callable[[S, Config, Arch], dict[str, Any]]
     """What the Jinja file needs beside ``signature``, ``config`` and ``arch``."""
@@ -152,6 +155,11 @@ class OpDeclaration(ABC, Generic[S, P]):
         """Every valid config of every template for ``arch``, the template's name being a parameter."""
         spaces = {t.name: t.space(signature, arch) for t in self.templates if arch.family in t.families}
         return Space.union(spaces)
+
+    def layout_key(self, signature: S, config: Config, arch: Arch) -> str:
+        """Name of the weight layout that the config's kernel reads; empty where weights are not packed."""
+        layout = self.template(config).layout(signature, config, arch)
+        return layout.key if layout else ""
 
     def template(self, config: Config) -> Template[Any]:
         """Template that ``config`` belongs to."""

@@ -108,7 +108,7 @@ def _stream_space(signature: MoeGemmSignature, arch: Arch) -> Space:
         Parameter(
             "streams",
             (1, 2, 3, 4, 6, 8),
-            "weight panels read side by side by one row; fewer by more rows, as registers allow",
+            "panels that one row reads side by side; more rows read fewer",
         ),
         _CHUNK,
         _UNROLL,
@@ -135,7 +135,7 @@ def _stream_space(signature: MoeGemmSignature, arch: Arch) -> Space:
     return Space.enumerate(parameters, constraints)
 
 
-def _layout(signature: MoeGemmSignature, config: Mapping[str, Any], arch: Arch) -> WeightLayout:
+def _layout(signature: MoeGemmSignature, config: Config, arch: Arch) -> WeightLayout:
     lanes = arch.lanes(4)
     columns = lanes if config["gate_up"] == "apart" else config["vectors"] * lanes
     run = lanes if signature.halves == 2 else 0
@@ -242,6 +242,6 @@ def default_config(signature: MoeGemmSignature, arch: Arch) -> Config:
 
 
 TEMPLATES = (
-    Template(BLOCKED, "cpp", ("cpu",), _blocked_space, _recipe, _context),
-    Template(STREAM, "cpp", ("cpu",), _stream_space, _recipe, _context),
+    Template(BLOCKED, "cpp", ("cpu",), _blocked_space, _layout, _recipe, _context),
+    Template(STREAM, "cpp", ("cpu",), _stream_space, _layout, _recipe, _context),
 )

@@ -37,16 +37,17 @@ class SharedRegion:
         try:
             self.fd = os.memfd_create("tilewright", os.MFD_CLOEXEC)
             os.truncate(self.fd, self.file_bytes)
-            self._mapping = mmap.mmap(self.fd, self.file_bytes)
+            mapping = mmap.mmap(self.fd, self.file_bytes)
         except OSError as error:
             raise TilewrightError(
                 f"cannot get {nbytes} bytes of shared memory ({error.strerror}); free memory or tune a smaller problem"
             ) from error
-        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8)
+        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
 
     def close(self) -> None:
-        """Close the file; its memory goes when the last array on it does."""
+        """Let go of the memory, which goes when the last array on it does."""
         os.close(self.fd)
+        self.bytes = np.empty(0, np.uint8)
 
 
 @dataclass(frozen=True, eq=False)

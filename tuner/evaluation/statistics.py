@@ -88,13 +88,13 @@ def clearly_slower(times: NDArray[np.float64], best: NDArray[np.float64], margin
     """Whether a contestant need not be timed any further against the ``best`` one.
 
     With six pairs or more: the interval of their ratio lies above ``1 + margin``. With fewer, every single pair must
-    speak against it by a margin that shrinks as they agree (2x after one, 1.25x after two, 1.11x after three): noise
-    makes calls slower, never faster, and rarely hits only one side several times running.
+    speak against it by a margin that shrinks as they agree (3x after one, 1.5x after two, 1.22x after three): noise
+    rarely hits only one side, and by that much, several times running.
     """
     pairs = min(len(times), len(best))
     if pairs >= MIN_SAMPLES:
         return paired_ratio(times, best).low > 1 + margin
-    return bool(np.min(times[:pairs] / best[:pairs]) > 1 + 1 / pairs**2)
+    return bool(np.min(times[:pairs] / best[:pairs]) > 1 + 2 / pairs**2)
 
 
 @lru_cache(maxsize=4096)

@@ -124,7 +124,7 @@ class WorkerProcess:
         self.kill()
         status = self._process.returncode
         if running:
-            reason = "cut its connection to the tuner"
+            reason = "broke its connection to the tuner"
         elif status < 0:
             reason = f"killed by {_signal_name(-status)}"
         else:

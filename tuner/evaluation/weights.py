@@ -101,6 +101,7 @@ class WeightStore:
         for blocks in self._layouts.values():
             self._drop(blocks)
         self._layouts.clear()
+        self.arrays.clear()
         self._release(block.region for block in self._blocks.values())
 
     def _layout_bytes(self, layout: WeightLayout | None) -> int:

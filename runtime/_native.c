@@ -1,0 +1,141 @@
+/* CPython extension `tilewright.runtime._native`: the fast half of runtime/calls.py, packing.py and routing.py, which
+ * describe what its functions take. Wherever it returns a refusal, the pure-Python twin says what is wrong. */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <errno.h>
+#include <stdbool.h>
+
+#include "native/bound_call.h"
+#include "native/host.h"
+#include "native/pack.h"
+#include "native/routing.h"
+#include "native/tensors.h"
+
+static PyObject *set_fork(PyObject *Py_UNUSED(module), PyObject *address) {
+    unsigned long long value = PyLong_AsUnsignedLongLong(address);
+    if (PyErr_Occurred()) {
+        return NULL;
+    }
+    int error = tw_set_fork((tw_fork_fn)(uintptr_t)value);
+    if (error != 0) {
+        errno = error;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *setup_torch(PyObject *Py_UNUSED(module), PyObject *args) {
+    PyObject *tensor_type, *parameter_type, *capsule, *is_grad_enabled;
+    if (!PyArg_ParseTuple(args, "O!O!OO", &PyType_Type, &tensor_type, &PyType_Type, &parameter_type, &capsule,
+                          &is_grad_enabled) ||
+        tw_tensors_setup(tensor_type, parameter_type, capsule, is_grad_enabled) != 0) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *pack(PyObject *Py_UNUSED(module), PyObject *args) {
+    tw_packing p;
+    unsigned long long weight, packed;
+    long long expert_stride, row_stride, experts, n, k, columns, halves, run;
+    int threads;
+    if (!PyArg_ParseTuple(args, "KLLLLLLLLKi", &weight, &expert_stride, &row_stride, &experts, &n, &k, &columns,
+                          &halves, &run, &packed, &threads)) {
+        return NULL;
+    }
+    if (columns < 1 || columns > TW_MAX_COLUMNS || halves < 1 || run < 1 || columns % run != 0) {
+        PyErr_SetString(PyExc_ValueError, "impossible weight layout");
+        return NULL;
+    }
+    p = (tw_packing){(const float *)(uintptr_t)weight, expert_stride, row_stride, experts, n, k, columns, halves, run,
+                     (float *)(uintptr_t)packed};
+    Py_BEGIN_ALLOW_THREADS
+    tw_pack(&p, threads);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static bool is_dense_kind(PyObject *object, DLTensor *tensor, int code, int bits) {
+    return tw_read_tensor(object, tensor) && tensor->device.device_type == kDLCPU && tensor->dtype.code == code &&
+           tensor->dtype.bits == bits && tensor->dtype.lanes == 1 && tw_is_dense(tensor);
+}
+
+/* (topk_ids, experts, row_token, expert_offsets, slot_row) -> rows, or -1: refused. */
+static PyObject *sort_tokens(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count) {
+    DLTensor ids, row_token, offsets, slot_row;
+    if (count != 5) {
+        return PyErr_Format(PyExc_TypeError, "sort_tokens takes 5 arguments");
+    }
+    Py_ssize_t experts = PyLong_AsSsize_t(args[1]);
+    if (experts == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    bool wide = !is_dense_kind(args[0], &ids, kDLInt, 32);
+    if ((wide && !is_dense_kind(args[0], &ids, kDLInt, 64)) || !is_dense_kind(args[2], &row_token, kDLInt, 32) ||
+        !is_dense_kind(args[3], &offsets, kDLInt, 32) || !is_dense_kind(args[4], &slot_row, kDLInt, 32) ||
+        ids.ndim != 2 || slot_row.ndim != 2 || row_token.ndim != 1 || offsets.ndim != 1) {
+        return PyLong_FromLong(-1);
+    }
+    int64_t tokens = ids.shape[0], top_k = ids.shape[1];
+    if (experts < 1 || tokens * top_k > INT32_MAX || slot_row.shape[0] != tokens || slot_row.shape[1] != top_k ||
+        row_token.shape[0] < tokens * top_k || offsets.shape[0] != experts + 1) {
+        return PyLong_FromLong(-1);
+    }
+    return PyLong_FromLongLong(
+        tw_sort_tokens(ids.data, wide, tokens, top_k, experts, row_token.data, offsets.data, slot_row.data));
+}
+
+/* (logits, renormalize, topk_ids, topk_weights) -> whether it was done. */
+static PyObject *softmax_topk(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count) {
+    DLTensor logits, ids, weights;
+    if (count != 4) {
+        return PyErr_Format(PyExc_TypeError, "softmax_topk takes 4 arguments");
+    }
+    int renormalize = PyObject_IsTrue(args[1]);
+    if (renormalize < 0) {
+        return NULL;
+    }
+    if (!is_dense_kind(args[0], &logits, kDLFloat, 32) || !is_dense_kind(args[2], &ids, kDLInt, 32) ||
+        !is_dense_kind(args[3], &weights, kDLFloat, 32) || logits.ndim != 2 || ids.ndim != 2 || weights.ndim != 2) {
+        Py_RETURN_FALSE;
+    }
+    int64_t tokens = logits.shape[0], experts = logits.shape[1], top_k = ids.shape[1];
+    if (ids.shape[0] != tokens || weights.shape[0] != tokens || weights.shape[1] != top_k || top_k < 1 ||
+        top_k > experts) {
+        Py_RETURN_FALSE;
+    }
+    int64_t refused;
+    Py_BEGIN_ALLOW_THREADS
+    refused = tw_softmax_topk(logits.data, experts, tokens, experts, top_k, renormalize, ids.data, weights.data);
+    Py_END_ALLOW_THREADS
+    return PyBool_FromLong(refused < 0);
+}
+
+static PyMethodDef functions[] = {
+    {"set_fork", set_fork, METH_O, "set_fork(address): install GOMP_parallel as the thread pool of this process."},
+    {"setup_torch", setup_torch, METH_VARARGS,
+     "setup_torch(Tensor, Parameter, Tensor.__dlpack_c_exchange_api__, is_grad_enabled): before any call with tensors."},
+    {"pack", pack, METH_VARARGS,
+     "pack(weight, expert_stride, row_stride, experts, n, k, columns, halves, run, packed, threads), by addresses."},
+    {"sort_tokens", (PyCFunction)(void (*)(void))sort_tokens, METH_FASTCALL,
+     "sort_tokens(topk_ids, experts, row_token, expert_offsets, slot_row) -> rows, or -1 for input it refuses."},
+    {"softmax_topk", (PyCFunction)(void (*)(void))softmax_topk, METH_FASTCALL,
+     "softmax_topk(logits, renormalize, topk_ids, topk_weights) -> False for input it refuses."},
+    {NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_native", "Calls, packing and routing in C.", -1, functions, NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__native(void) {
+    PyObject *self = PyModule_Create(&module);
+    PyObject *type = self == NULL ? NULL : tw_bound_call_type();
+    if (type == NULL || PyModule_AddObjectRef(self, "BoundCall", type) != 0) {
+        Py_XDECREF(type);
+        Py_XDECREF(self);
+        return NULL;
+    }
+    Py_DECREF(type);
+    return self;
+}

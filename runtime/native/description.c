@@ -1,0 +1,191 @@
+#include "description.h"
+
+#include <stddef.h>
+
+struct tw_block {
+    struct tw_block *next;
+    max_align_t memory[];
+};
+
+static void *allocate(tw_description *description, size_t count, size_t size) {
+    struct tw_block *block = PyMem_Calloc(1, sizeof(struct tw_block) + count * size);
+    if (block == NULL) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    block->next = description->blocks;
+    description->blocks = block;
+    return block->memory;
+}
+
+void tw_description_free(tw_description *description) {
+    while (description->blocks != NULL) {
+        struct tw_block *block = description->blocks;
+        description->blocks = block->next;
+        PyMem_Free(block);
+    }
+}
+
+/* Length of a tuple that may have up to `most` items; -1 with an exception. */
+static int length_of(PyObject *tuple, Py_ssize_t most) {
+    if (!PyTuple_Check(tuple)) {
+        PyErr_SetString(PyExc_TypeError, "a binding is described by tuples");
+        return -1;
+    }
+    Py_ssize_t length = PyTuple_GET_SIZE(tuple);
+    if (length > most) {
+        PyErr_Format(PyExc_ValueError, "a binding has %zd parts of a kind; at most %zd are possible", length, most);
+        return -1;
+    }
+    return (int)length;
+}
+
+static int parse_program(tw_description *description, PyObject *tuple, tw_program *program) {
+    int length = length_of(tuple, 4096);
+    int64_t *code = length < 0 ? NULL : allocate(description, (size_t)length, sizeof(int64_t));
+    if (code == NULL) {
+        return -1;
+    }
+    for (int i = 0; i < length; i++) {
+        code[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
+        if (code[i] == -1 && PyErr_Occurred()) {
+            return -1;
+        }
+    }
+    *program = (tw_program){length, code};
+    if (length > 0 && !tw_program_valid(program, description->symbol_count)) {
+        PyErr_SetString(PyExc_ValueError, "an expression is malformed or too deep");
+        return -1;
+    }
+    return 0;
+}
+
+static int parse_tensor(tw_description *description, PyObject *tuple, tw_tensor_rule *rule) {
+    int code, bits, optional, values;
+    PyObject *dims, *bound;
+    if (!PyArg_ParseTuple(tuple, "iipiOO", &code, &bits, &optional, &values, &dims, &bound)) {
+        return -1;
+    }
+    rule->code = (uint8_t)code;
+    rule->bits = (uint8_t)bits;
+    rule->optional = optional;
+    rule->values = (tw_value_check)values;
+    if ((rule->ndim = length_of(dims, TW_MAX_DIMS)) < 0) {
+        return -1;
+    }
+    for (int d = 0; d < rule->ndim; d++) {
+        rule->dims[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(dims, d));
+    }
+    return PyErr_Occurred() ? -1 : parse_program(description, bound, &rule->bound);
+}
+
+static int parse_launch(tw_description *description, PyObject *tuple, tw_launch *launch) {
+    unsigned long long entry;
+    PyObject *arguments;
+    if (!PyArg_ParseTuple(tuple, "KO", &entry, &arguments)) {
+        return -1;
+    }
+    launch->entry = (tw_entry)(uintptr_t)entry;
+    if ((launch->argument_count = length_of(arguments, TW_MAX_ARGUMENTS)) < 0) {
+        return -1;
+    }
+    for (int i = 0; i < launch->argument_count; i++) {
+        tw_argument *argument = &launch->arguments[i];
+        int kind;
+        long long value;
+        PyObject *program;
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(arguments, i), "iLO", &kind, &value, &program) ||
+            parse_program(description, program, &argument->program) != 0) {
+            return -1;
+        }
+        argument->kind = (tw_argument_kind)kind;
+        argument->value = value;
+    }
+    return 0;
+}
+
+static int parse_guard(tw_description *description, PyObject *tuple, tw_guard *guard) {
+    PyObject *expression;
+    long long multiple;
+    if (!PyArg_ParseTuple(tuple, "OL", &expression, &multiple)) {
+        return -1;
+    }
+    guard->multiple = multiple;
+    return parse_program(description, expression, &guard->expression);
+}
+
+static int parse_variant(tw_description *description, PyObject *tuple, tw_variant *variant) {
+    long long max_size;
+    int zeroed;
+    PyObject *workspace, *launches, *guards;
+    if (!PyArg_ParseTuple(tuple, "LOpOO", &max_size, &workspace, &zeroed, &launches, &guards) ||
+        parse_program(description, workspace, &variant->workspace_bytes) != 0 ||
+        (variant->launch_count = length_of(launches, 64)) < 0 || (variant->guard_count = length_of(guards, 256)) < 0) {
+        return -1;
+    }
+    variant->max_size = max_size;
+    variant->workspace_zeroed = zeroed;
+    variant->launches = allocate(description, (size_t)variant->launch_count, sizeof(tw_launch));
+    variant->guards = allocate(description, (size_t)variant->guard_count, sizeof(tw_guard));
+    if (variant->launches == NULL || variant->guards == NULL) {
+        return -1;
+    }
+    for (int i = 0; i < variant->launch_count; i++) {
+        if (parse_launch(description, PyTuple_GET_ITEM(launches, i), &variant->launches[i]) != 0) {
+            return -1;
+        }
+    }
+    for (int i = 0; i < variant->guard_count; i++) {
+        if (parse_guard(description, PyTuple_GET_ITEM(guards, i), &variant->guards[i]) != 0) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static int parse_ranges(tw_description *description, PyObject *tuple) {
+    if ((description->range_count = length_of(tuple, TW_MAX_TENSORS)) < 0) {
+        return -1;
+    }
+    for (int i = 0; i < description->range_count; i++) {
+        unsigned long long begin, end;
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(tuple, i), "KK", &begin, &end)) {
+            return -1;
+        }
+        description->ranges[i] = (tw_range){(uintptr_t)begin, (uintptr_t)end};
+    }
+    return 0;
+}
+
+int tw_description_parse(tw_description *description, PyObject *tuple) {
+    PyObject *tensors, *ranges, *variants;
+    if (!PyArg_ParseTuple(tuple, "iiiiiOOO", &description->symbol_count, &description->dynamic_symbol,
+                          &description->threads_symbol, &description->output, &description->threads, &tensors, &ranges,
+                          &variants)) {
+        return -1;
+    }
+    if (description->symbol_count > TW_MAX_SYMBOLS) {
+        PyErr_Format(PyExc_ValueError, "a binding has %d sizes; at most %d are possible", description->symbol_count,
+                     TW_MAX_SYMBOLS);
+        return -1;
+    }
+    if ((description->tensor_count = length_of(tensors, TW_MAX_TENSORS)) < 0 ||
+        (description->variant_count = length_of(variants, 4096)) < 0 || parse_ranges(description, ranges) != 0) {
+        return -1;
+    }
+    for (int i = 0; i < description->tensor_count; i++) {
+        if (parse_tensor(description, PyTuple_GET_ITEM(tensors, i), &description->tensors[i]) != 0) {
+            return -1;
+        }
+    }
+    description->variants = allocate(description, (size_t)description->variant_count, sizeof(tw_variant));
+    if (description->variants == NULL) {
+        return -1;
+    }
+    for (int i = 0; i < description->variant_count; i++) {
+        if (parse_variant(description, PyTuple_GET_ITEM(variants, i), &description->variants[i]) != 0) {
+            return -1;
+        }
+    }
+    return 0;
+}

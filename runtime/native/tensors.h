@@ -1,0 +1,25 @@
+/* Reading torch tensors without Python attributes. */
+#ifndef TILEWRIGHT_TENSORS_H
+#define TILEWRIGHT_TENSORS_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdbool.h>
+
+#include "dlpack.h"
+
+/* Remember torch's types, exchange table and `is_grad_enabled`. 0, or -1 with an exception. */
+int tw_tensors_setup(PyObject *tensor_type, PyObject *parameter_type, PyObject *capsule, PyObject *is_grad_enabled);
+
+/* Read a plain torch tensor (no subclass). False, with no exception set, for everything else. */
+bool tw_read_tensor(PyObject *object, DLTensor *tensor);
+
+/* Whether torch would record a graph for one of these plain tensors; also true when asking fails. */
+bool tw_needs_grad(PyObject *const *tensors, Py_ssize_t count);
+
+/* Whether elements lie in row-major order with no gaps, at an address that is a multiple of their size. */
+bool tw_is_dense(const DLTensor *tensor);
+
+int64_t tw_elements(const DLTensor *tensor);
+
+#endif

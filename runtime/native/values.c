@@ -1,0 +1,35 @@
+#include <features.h>
+
+#include "values.h"
+
+TW_WIDEST bool tw_are_offsets(const int32_t *values, int64_t count, int64_t end) {
+    int32_t decreases = 0;
+    for (int64_t i = 1; i < count; i++) {
+        decreases |= values[i] < values[i - 1];
+    }
+    return values[0] == 0 && values[count - 1] == end && !decreases;
+}
+
+TW_WIDEST bool tw_are_within(const int32_t *values, int64_t count, int64_t lowest, int64_t end) {
+    int64_t span = end - lowest;
+    if (span <= 0) {
+        return count == 0;
+    }
+    /* One comparison per value: what lies below wraps around to above. */
+    int64_t widest = (int64_t)INT32_MAX + 1 - lowest;
+    uint32_t limit = (uint32_t)(span < widest ? span : widest), base = (uint32_t)lowest;
+    int32_t outside = 0;
+    for (int64_t i = 0; i < count; i++) {
+        outside |= (uint32_t)values[i] - base >= limit;
+    }
+    return !outside;
+}
+
+TW_WIDEST bool tw_are_finite(const float *values, int64_t count) {
+    int32_t found = 0;
+    for (int64_t i = 0; i < count; i++) {
+        /* 0 times an infinity is NaN, and NaN differs from 0. */
+        found |= values[i] * 0.0f != 0.0f;
+    }
+    return !found;
+}

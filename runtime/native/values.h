@@ -1,0 +1,27 @@
+/* Checks of a tensor's data, which a kernel relies on for its addresses. */
+#ifndef TILEWRIGHT_VALUES_H
+#define TILEWRIGHT_VALUES_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* Runs on the widest vectors of this CPU where the compiler can choose at load time. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
+#if __has_attribute(target_clones)
+#define TW_WIDEST __attribute__((target_clones("avx2", "default")))
+#endif
+#endif
+#ifndef TW_WIDEST
+#define TW_WIDEST
+#endif
+
+/* Starts at 0, never decreases, ends at `end`. `count` is at least 1. */
+bool tw_are_offsets(const int32_t *values, int64_t count, int64_t end);
+
+/* Every value lies in [lowest, end). */
+bool tw_are_within(const int32_t *values, int64_t count, int64_t lowest, int64_t end);
+
+/* No value is NaN or infinite. */
+bool tw_are_finite(const float *values, int64_t count);
+
+#endif

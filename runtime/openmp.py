@@ -1,0 +1,68 @@
+"""The thread pool that kernels run on: torch's own, through ``GOMP_parallel``. Imports no torch.
+
+libgomp's pool does not survive ``fork``, and a child that enters it waits forever. So kernels run on the calling
+thread in every forked child, whoever forked it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_SYMBOL = "GOMP_parallel"
+_forked = False
+_address: int | None = None
+
+
+def fork_address() -> int:
+    """Address of ``GOMP_parallel``; 0 (run on the calling thread) in a forked child, or where there is no OpenMP."""
+    global _address  # noqa: PLW0603 - found once per process
+    if _forked:
+        return 0
+    if _address is None:
+        _address = _find()
+    return _address
+
+
+def forked() -> bool:
+    """Whether this process is a forked child, where torch's own threads are gone, too."""
+    return _forked
+
+
+def _find() -> int:
+    for library in _libraries():
+        function = getattr(library, _SYMBOL, None)
+        if function is not None:
+            return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return 0
+
+
+def _libraries() -> Iterator[ctypes.CDLL]:
+    """What this process has loaded already (torch loads its libgomp for all to see), torch's copy, the system's."""
+    yield ctypes.CDLL(None)
+    for name in (*map(str, _bundled_with_torch()), "libgomp.so.1", "libomp.so.5"):
+        try:
+            yield ctypes.CDLL(name)
+        except OSError:
+            continue
+
+
+def _bundled_with_torch() -> list[Path]:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return []
+    package = Path(spec.origin).parent
+    return sorted(
+        path for folder in (package / "lib", package.parent / "torch.libs") for path in folder.glob("libgomp*.so*")
+    )
+
+
+def _mark_forked() -> None:
+    global _forked  # noqa: PLW0603 - set in the child only
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_mark_forked)
