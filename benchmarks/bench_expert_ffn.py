@@ -1,6 +1,6 @@
 """The whole expert FFN, routing included, against ONNX Runtime, torch and Transformers.
 
-    pytest benchmarks/bench_expert_ffn.py --benchmark-json out.json
+pytest benchmarks/bench_expert_ffn.py --benchmark-json out.json
 """
 
 from functools import cache
@@ -40,8 +40,7 @@ def plan_for(shape: str, threads: int) -> str:
 def our_calls(cases: list[ExpertFfn], threads: int, database: str) -> list:
     """One call per case through the runtime; weights are packed once per weight tensor."""
     layers = {
-        id(case.w13): Experts(case.w13, case.w2, top_k=case.top_k, threads=threads, database=database)
-        for case in cases
+        id(case.w13): Experts(case.w13, case.w2, top_k=case.top_k, threads=threads, database=database) for case in cases
     }
 
     def call_for(case: ExpertFfn):

@@ -1,6 +1,6 @@
 """Grouped GEMM in fp32 against torch, numpy, oneDNN, MKL and ggml, in one interleaved run per point.
 
-    pytest benchmarks/bench_grouped_gemm.py --benchmark-json out.json
+pytest benchmarks/bench_grouped_gemm.py --benchmark-json out.json
 """
 
 from functools import cache

@@ -26,7 +26,8 @@ POINTS: list[Point] = []
 def render() -> list[str]:
     """Lines of text: every point, then per table and thread count the geometric mean and the worst point."""
     lines = [
-        f"{'':28} {'thr':>3} {'ours us':>10}  {'best peer':>22}  {'speed-up [95 %]':>22}  {'A/A noise':>16} {'roofline':>8}"
+        f"{'':28} {'thr':>3} {'ours us':>10}  {'best peer':>22}  {'speed-up [95 %]':>22}"
+        f"  {'A/A noise':>16} {'roofline':>8}"
     ]
     for key in sorted({(p.table, p.threads) for p in POINTS}):
         chosen = [p for p in POINTS if (p.table, p.threads) == key]

@@ -34,7 +34,7 @@ _CHECKED_DTYPE = {"offsets": "int32", "index": "int32", "slot": "int32", "finite
 
 @dataclass(frozen=True)
 class CallVariant:
-    """What serves dynamic sizes up to ``max_size`` (None: all larger ones): launches in order, or none for the fallback.
+    """What serves dynamic sizes up to ``max_size`` (None: all larger ones): launches in order, none: the fallback.
 
     A launch is the address of a ``host_so`` entry with its arguments. ``owner`` keeps the loaded code alive.
     """

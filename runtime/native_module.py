@@ -25,7 +25,7 @@ def native_module() -> ModuleType | None:
 
 @cache
 def native_for_torch() -> ModuleType | None:
-    """The extension, ready to read torch tensors; None, too, where torch lacks the DLPack exchange API (before 2.10)."""
+    """The extension, ready to read torch tensors; None where torch lacks the DLPack exchange API (before 2.10), too."""
     import torch
 
     native = native_module()

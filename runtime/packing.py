@@ -27,9 +27,14 @@ def packed_shape(layout: WeightLayout, shape: tuple[int, int, int]) -> tuple[int
     run = _run(layout)
     if layout.dtype != "fp32" or layout.scales is not None:
         raise TilewrightError(f"cannot pack weights as {layout.key}: only fp32 without scales is supported")
-    if not 1 <= layout.columns <= MAX_COLUMNS or run < 1 or (layout.columns != run and layout.columns % (layout.halves * run)):
+    if (
+        not 1 <= layout.columns <= MAX_COLUMNS
+        or run < 1
+        or (layout.columns != run and layout.columns % (layout.halves * run))
+    ):
         raise TilewrightError(
-            f"cannot pack weights as {layout.key}: columns must be one run or whole runs of every half, {MAX_COLUMNS} at most"
+            f"cannot pack weights as {layout.key}: columns must be one run, or whole runs of every half, "
+            f"{MAX_COLUMNS} at most"
         )
     if n % layout.halves:
         raise TilewrightError(f"cannot pack weights as {layout.key}: {n} rows do not split into {layout.halves} halves")

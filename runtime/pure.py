@@ -90,7 +90,7 @@ class PureCall:
         subject = f"{self.binding.name}: {spec.name}"
         if not isinstance(value, Tensor):
             try:
-                value = torch.from_dlpack(value)
+                value = torch.utils.dlpack.from_dlpack(value)
             except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
                 raise TilewrightError(f"{subject} is a {type(value).__name__}; {expected}") from error
         if value.device.type != "cpu":
@@ -103,9 +103,11 @@ class PureCall:
             raise TilewrightError(f"{subject} has dtype {value.dtype}; {expected}")
         if value.requires_grad and torch.is_grad_enabled():
             raise TilewrightError(
-                f"{subject} requires grad, but there is no backward pass; use torch.no_grad(), or pass {spec.name}.detach()"
+                f"{subject} requires grad, but there is no backward pass; "
+                f"use torch.no_grad(), or pass {spec.name}.detach()"
             )
-        return value
+        tensor: Tensor = value
+        return tensor
 
     def _checked_sizes(self, tensors: Sequence[Tensor | None]) -> dict[str, int]:
         """Value of every symbol, all shapes agreeing."""
@@ -253,7 +255,8 @@ def _wrong_values(spec: TensorSpec, values: NDArray[Any], end: int) -> tuple[tup
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
     try:
-        return np.shares_memory(_as_bytes(a), _as_bytes(b), max_work=_OVERLAP_EFFORT)
+        # The stubs know only the two special values; numpy takes any effort.
+        return np.shares_memory(_as_bytes(a), _as_bytes(b), max_work=_OVERLAP_EFFORT)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 

@@ -1,4 +1,4 @@
-"""The command line: ``tune --arch A --op O`` tunes; ``tune show``, ``compare``, ``doctor`` and ``export`` read."""
+"""The command line: ``tune --arch A --op O`` tunes; ``tune show``, ``compare`` and ``doctor`` read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ _COMMANDS = {
     "show": "what is known, for which device, how",
     "compare": "variants side by side",
     "doctor": "whether this machine can build, measure and store",
-    "export": "trials as an Optuna study, for its dashboard",
 }
 _INTERRUPTED = 130
 

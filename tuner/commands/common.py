@@ -1,0 +1,50 @@
+"""What the reading commands share: options, selection by key, and plain-text tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+from tilewright.errors import TilewrightError
+
+T = TypeVar("T")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """``--db`` and ``--json``."""
+    parser.add_argument("--db", metavar="PATH|URL", help="database (default $TILEWRIGHT_DB, or the user's data folder)")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+
+def print_json(document: Any) -> None:
+    """Print the one document."""
+    print(json.dumps(document, indent=1, default=str))
+
+
+def only_one(what: str, prefix: str, items: Iterable[tuple[str, T]]) -> T:
+    """The one item whose key starts with ``prefix``.
+
+    Raises:
+        TilewrightError: when none or several do.
+
+    """
+    found = {key: item for key, item in items if key.startswith(prefix)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if not found:
+        raise TilewrightError(f"no {what} has a key that starts with {prefix!r}; `tune show` lists them")
+    raise TilewrightError(f"{len(found)} keys of a {what} start with {prefix!r}; give more of it: {', '.join(found)}")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Aligned columns, the first to the left, the others to the right."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]

@@ -1,0 +1,131 @@
+"""``tune doctor``: whether this machine can build, measure, store and serve."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tilewright.codegen.archs import native_arch
+from tilewright.codegen.building.cpp import CppBuilder, cache_directory, find_compiler
+from tilewright.codegen.cpu_info import read_cpu_info, usable_cores
+from tilewright.errors import TilewrightError
+from tilewright.runtime.native_module import native_module
+from tilewright.runtime.openmp import fork_address
+from tilewright.tuner.commands.common import add_options, print_json
+from tilewright.tuner.evaluation.statistics import paired_ratio
+from tilewright.tuning_db.locations import default_url, sqlite_path
+from tilewright.tuning_db.store import Store
+
+Finding = tuple[str, str]
+"""``ok``, ``warn`` or ``fail``, and a sentence."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser("doctor", help="whether this machine can build, measure and store")
+    add_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Examine everything; 1 when something fails."""
+    checks: dict[str, Callable[[], Finding]] = {
+        "cpu": _cpu,
+        "compiler": _compiler,
+        "cache": _cache,
+        "database": lambda: _database(arguments.db),
+        "extension": _extension,
+        "openmp": _openmp,
+        "noise": _noise,
+    }
+    findings: dict[str, Finding] = {}
+    for name, check in checks.items():
+        try:
+            findings[name] = check()
+        except TilewrightError as error:
+            findings[name] = ("fail", str(error))
+    if arguments.json:
+        print_json({name: {"status": status, "message": text} for name, (status, text) in findings.items()})
+    else:
+        for name, (status, text) in findings.items():
+            print(f"{status:4}  {name:9}  {text}")
+    return 1 if any(status == "fail" for status, _ in findings.values()) else 0
+
+
+def _cpu() -> Finding:
+    cpu, arch = read_cpu_info(), native_arch()
+    return "ok", f"{cpu.name}, {usable_cores()} cores, {cpu.memory_bytes >> 30} GiB; arch {arch.name}; device {cpu.key}"
+
+
+def _compiler() -> Finding:
+    compiler = find_compiler()
+    build = CppBuilder(native_arch(), compiler).build('extern "C" int tilewright_doctor() { return 0; }\n')
+    if build.path is None:
+        return "fail", f"{compiler.command} does not build kernels: {build.message}"
+    return "ok", f"{compiler.command}: {compiler.version}"
+
+
+def _cache() -> Finding:
+    return _private(cache_directory())
+
+
+def _database(url: str | None) -> Finding:
+    path = sqlite_path(url or default_url())
+    if path is not None and not path.exists():
+        return "warn", f"{path} does not exist yet; it is made by the first run of tune"
+    with Store.open_read_only(url) as store:
+        problems = store.check()
+        counts = store.counts()
+    if problems:
+        return "fail", f"{len(problems)} things are wrong, the first: {problems[0]}"
+    if path is not None and (finding := _private(path))[0] != "ok":
+        return finding
+    known = f"{counts.trials} trials, {counts.kernels} kernels, {counts.plans} plans"
+    return "ok", f"{path or url}: {known}, {counts.artifact_bytes / 1e6:.1f} MB of kernels, all checksums match"
+
+
+def _private(path: Path) -> Finding:
+    mode = path.stat().st_mode if path.exists() else 0
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return "fail", f"{path} can be written by others, so the runtime refuses it; run: chmod go-w {path}"
+    if path.exists() and not os.access(path, os.W_OK):
+        return "warn", f"{path} cannot be written; kernels can be served from it, but not tuned"
+    return "ok", str(path)
+
+
+def _extension() -> Finding:
+    if native_module() is None:
+        return "warn", "the compiled extension is missing, so calls cost more; reinstall with a C compiler"
+    return "ok", "the compiled extension is there"
+
+
+def _openmp() -> Finding:
+    import torch  # noqa: F401  (its OpenMP is what kernels run on)
+
+    if not fork_address():
+        return "warn", "no GOMP_parallel was found, so kernels run on one thread"
+    return "ok", "kernels share torch's OpenMP threads"
+
+
+def _noise() -> Finding:
+    """The same small product timed twice, interleaved: what this machine makes of two equal times."""
+    x = np.random.default_rng(0).standard_normal((384, 384), dtype=np.float32)
+    times: tuple[list[int], list[int]] = ([], [])
+    for _ in range(100):
+        for samples in times:
+            begin = time.perf_counter_ns()
+            x @ x
+            samples.append(time.perf_counter_ns() - begin)
+    ratio = paired_ratio(*times)
+    spread = float(np.percentile(times[0], 90) / np.median(times[0]) - 1)
+    text = (
+        f"A/A ratio {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}], slowest tenth of calls {spread:.0%} slower"
+    )
+    return ("ok" if ratio.noise < 0.05 and spread < 0.5 else "warn"), text
