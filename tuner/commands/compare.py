@@ -61,10 +61,15 @@ def _variants(store: Store, summary: ProblemSummary, top: int) -> dict[str, Any]
     problem = op.problem_from_dict(summary.problem)
     work = op.workload(problem, op.inputs(problem, 0))
     bound_us = measure_roofline(summary.threads).time_us(work.flops, work.min_bytes)
-    where = {"problem_key": summary.problem_key, "device_key": summary.device_key, "threads": summary.threads}
     default_config = dict(op.default_config(problem.signature, native_arch()))
     ranked: dict[str, TrialRecord] = {}
-    for trial in store.best_trials(limit=10 * top + 50, **where):
+    known = store.best_trials(
+        limit=10 * top + 50,
+        problem_key=summary.problem_key,
+        device_key=summary.device_key,
+        threads=summary.threads,
+    )
+    for trial in known:
         ranked.setdefault(trial.kernel_key or "", trial)
     default = next((t for t in ranked.values() if t.config == default_config), None)
     chosen = list(ranked.values())[:top]

@@ -125,7 +125,5 @@ def _noise() -> Finding:
             samples.append(time.perf_counter_ns() - begin)
     ratio = paired_ratio(*times)
     spread = float(np.percentile(times[0], 90) / np.median(times[0]) - 1)
-    text = (
-        f"A/A ratio {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}], slowest tenth of calls {spread:.0%} slower"
-    )
+    text = f"A/A ratio {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}], slowest tenth {spread:.0%} slower"
     return ("ok" if ratio.noise < 0.05 and spread < 0.5 else "warn"), text

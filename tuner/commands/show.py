@@ -114,13 +114,11 @@ def _plan_lines(plan: PlanRecord, store: Store) -> list[str]:
         upto = "any more" if entry.max_tokens is None else f"<= {entry.max_tokens}"
         kernel = kernels.get(entry.kernel_key or "")
         what = "plain torch" if kernel is None else f"{kernel.key[:8]}  {kernel.template}"
-        time = f"{format_us(entry.median_us)} (default {format_us(entry.default_us)})" if _timed(entry) else ""
+        time = ""
+        if entry.median_us is not None and entry.default_us is not None:
+            time = f"{format_us(entry.median_us)} (default {format_us(entry.default_us)})"
         lines.append(f"         {upto:>9} tokens: {what}  {time}")
     return lines
-
-
-def _timed(entry: Any) -> bool:
-    return entry.median_us is not None and entry.default_us is not None
 
 
 def _show_kernel(kernel: KernelRecord, arguments: argparse.Namespace) -> None:
