@@ -1,0 +1,84 @@
+"""Expressions, layouts, recipes, keys and the default config: the plain data that kernels are described by."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tilewright.codegen.archs import ARCHS, find_arch
+from tilewright.codegen.expressions import IntExpr
+from tilewright.codegen.layouts import WeightLayout
+from tilewright.codegen.model_presets import PRESETS
+from tilewright.codegen.models import load_model
+from tilewright.codegen.ops import find_op
+from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.recipe import Recipe
+from tilewright.codegen.rendering import render
+from tilewright.codegen.routing import RoutingSpec
+from tilewright.errors import TilewrightError
+
+OP = find_op("moe_gemm")
+
+
+def test_expression_values() -> None:
+    sizes = {"rows": 10, "threads": 3}
+    assert IntExpr("4 * rows + ceildiv(rows, threads) * max(2, min(rows, 7)) - rows // 3").evaluate(sizes) == 65
+
+
+@pytest.mark.parametrize("text", ["__import__('os')", "rows ** 2", "rows.x", "1.5", "f(rows)", "rows +", "True"])
+def test_expression_grammar_is_closed(text: str) -> None:
+    with pytest.raises(TilewrightError, match="recipe expression"):
+        IntExpr(text)
+
+
+@given(st.integers(1, 200), st.sampled_from([8, 16]), st.booleans())
+def test_layout_holds_every_column(n: int, columns: int, gated: bool) -> None:
+    halves = 2 if gated else 1
+    layout = WeightLayout(columns=columns, halves=halves, run=8 if gated else 0)
+    held = layout.panels(halves * n) * columns
+    assert held >= halves * n
+    assert held - halves * n < halves * columns + halves * 8
+
+
+@pytest.mark.parametrize("arch", ARCHS.values(), ids=lambda arch: arch.name)
+@pytest.mark.parametrize("name", [n for n in PRESETS if "gpt-oss" not in n])
+def test_default_config_is_valid_and_renders(name: str, arch) -> None:
+    for signature in OP.signatures(load_model(name)):
+        config = OP.default_config(signature, arch)
+        assert config in OP.space(signature, arch)
+        template = OP.template(config)
+        source = render(template, signature, config, arch)
+        assert source == render(template, signature, config, arch)
+        assert f"constexpr int64_t kK = {signature.k};" in source
+        recipe = template.recipe(signature, config, arch)
+        assert Recipe.from_dict(recipe.to_dict()) == recipe
+        assert recipe.workspace_for({"tokens": 1, "rows": 2, "threads": 2}) >= 0
+
+
+def test_reference_matches_a_loop_over_tokens() -> None:
+    signature = MoeGemmSignature(stage="down", experts=3, n=4, k=5, top_k=2, bias=True)
+    problem = OP.problem(signature, 6, RoutingSpec.parse("balanced"))
+    weights, inputs = OP.weights(signature, 0), OP.inputs(problem, 0)
+    inputs["slot_row"][0, 0] = -1
+    expected = np.zeros((6, 4))
+    for t in range(6):
+        for j in range(2):
+            row = inputs["slot_row"][t, j]
+            if row < 0:
+                continue
+            e = int(np.searchsorted(inputs["expert_offsets"], row, side="right")) - 1
+            product = weights["weight"][e].astype(float) @ inputs["x"][row] + weights["bias"][e]
+            expected[t] += inputs["topk_weights"][t, j] * product
+    np.testing.assert_allclose(OP.reference(signature, weights, inputs), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_problem_survives_its_json() -> None:
+    problem = OP.parse_problem(
+        {"experts": "8", "n": "32", "k": "16", "top_k": "2", "tokens": "3"}, RoutingSpec.parse("balanced")
+    )
+    assert OP.problem_from_dict(problem.to_dict()) == problem
+
+
+def test_unknown_arch_names_the_known_ones() -> None:
+    with pytest.raises(TilewrightError, match=r"unknown arch 'sm_1'.*x86_64_avx2"):
+        find_arch("sm_1")
