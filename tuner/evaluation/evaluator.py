@@ -80,19 +80,22 @@ class CpuEvaluator:
         weight_bytes = declared_bytes(tensors)
         self._refuse_if_too_large("weights and their packed copy", 2 * weight_bytes)
         self._copies = weight_copies(weight_bytes, self._cache_bytes)
-        self._session = Session(threads=threads, time_limit_s=time_limit_s, memory_limit_bytes=memory_limit_bytes)
-        with self._clock("preparing_s"):
-            room = (_MEMORY_SHARE - _PROBLEM_SHARE) * self._memory_bytes - weight_bytes
-            weights = WeightStore(
-                tensors,
-                op.weights(signature, seed),
-                copies=self._copies,
-                # Of what the worker copies to get huge pages, there are two.
-                capacity_bytes=int(room / (2 if huge_pages_by_default() else 1)),
-                release=self._session.release,
-            )
-            self._workbench = Workbench(self._session, weights, op.tolerance(signature))
-            self._awkward = tuple(self._make_data(problem, rotate=False) for problem in op.awkward_problems(signature))
+        with contextlib.ExitStack() as undo:
+            self._session = Session(threads=threads, time_limit_s=time_limit_s, memory_limit_bytes=memory_limit_bytes)
+            undo.callback(self._session.close)
+            with self._clock("preparing_s"):
+                room = (_MEMORY_SHARE - _PROBLEM_SHARE) * self._memory_bytes - weight_bytes
+                weights = WeightStore(
+                    tensors,
+                    op.weights(signature, seed),
+                    copies=self._copies,
+                    # Of what the worker copies to get huge pages, there are two.
+                    capacity_bytes=int(room / (2 if huge_pages_by_default() else 1)),
+                    release=self._session.release,
+                )
+                self._workbench = Workbench(self._session, weights, op.tolerance(signature))
+                self._awkward = tuple(self._make_data(each, rotate=False) for each in op.awkward_problems(signature))
+            undo.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -187,8 +190,12 @@ class CpuEvaluator:
 
     def _check(self, kernel: BuiltKernel, data: ProblemData) -> Evaluation:
         """Whether ``kernel`` is right on the awkward problems and on this one; every problem once per kernel."""
+        if refusal := _refusal(kernel, data):
+            return Evaluation(kernel.key, Outcome.REJECTED, f"a guard refuses the problem: {refusal}")
         evaluation = Evaluation(kernel.key, Outcome.OK)
         for checked, modes in (*((awkward, self._checks) for awkward in self._awkward), (data, (self._deployed,))):
+            if _refusal(kernel, checked):
+                continue  # The runtime falls back there.
             identity = (kernel.key, checked.problem.key)
             if identity not in self._verdicts:
                 self._verdicts[identity] = self._check_on(kernel, checked, modes)
@@ -199,10 +206,6 @@ class CpuEvaluator:
 
     def _check_on(self, kernel: BuiltKernel, data: ProblemData, modes: Sequence[Mode]) -> Evaluation:
         where = f"{kernel.recipe.dynamic_size}={data.problem.dynamic_size}"
-        if broken := broken_guard(kernel.recipe, data.sets[0].sizes):
-            # The runtime falls back where a guard fails; only on the measured problem that makes a kernel useless.
-            outcome = Outcome.OK if data in self._awkward else Outcome.REJECTED
-            return Evaluation(kernel.key, outcome, f"a guard refuses the problem: {broken} ({where})")
         errors = []
         for mode in modes:
             with self._clock("preparing_s"):
@@ -258,3 +261,8 @@ class CpuEvaluator:
         finally:
             elapsed_s = time.perf_counter() - begin
             self._spent = replace(self._spent, **{purpose: getattr(self._spent, purpose) + elapsed_s})
+
+
+def _refusal(kernel: BuiltKernel, data: ProblemData) -> str | None:
+    """Why a guard of ``kernel`` refuses the problem; None when none does."""
+    return next((broken for inputs in data.sets if (broken := broken_guard(kernel.recipe, inputs.sizes))), None)
