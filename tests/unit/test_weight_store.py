@@ -87,7 +87,7 @@ def test_groups_fit_the_room_together_and_keep_every_index(store: Store) -> None
     layouts = [EIGHT, EIGHT, SIXTEEN, TWELVE, EIGHT, None]
     groups = store.groups(layouts)
     assert [index for group in groups for index in group] == list(range(len(layouts)))
-    # Two copies of a layout fill half of the room, those of the padded one three quarters, one more as declared a quarter.
+    # Two copies of a layout fill half of the room, of the padded one three quarters; one more as declared a quarter.
     assert groups == [[0, 1, 2], [3], [4, 5]]
 
 
