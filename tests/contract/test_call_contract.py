@@ -1,0 +1,636 @@
+"""What every implementation of the call layer does: one suite, inherited by the extension and by its Python twin."""
+
+import gc
+import os
+import threading
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from call_kernels import COLUMNS, GROUPS, TENSORS, Fallback, expected, make_inputs, needs_compiler, variant
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tilewright.codegen.expressions import IntExpr
+from tilewright.codegen.layouts import WeightLayout
+from tilewright.codegen.recipe import ABI_VERSION, Guard
+from tilewright.codegen.routing import sort_tokens as numpy_sort_tokens
+from tilewright.errors import TilewrightError
+from tilewright.runtime import calls, packing, routing
+from tilewright.runtime.calls import CallVariant, bind_call, pack_weight, softmax_topk, sort_tokens, sort_tokens_into
+from tilewright.runtime.native_module import native_for_torch
+from tilewright.runtime.notices import TilewrightWarning, forget_warnings
+from tilewright.runtime.pure import PureCall
+from tilewright.runtime.routing import softmax_topk_into
+
+SCALE = torch.tensor([2.0, -1.0, 0.5])
+
+own_settings = settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
+)
+
+
+def bind(*variants: CallVariant, fallback=None, threads=2, scale=SCALE):
+    fallback = fallback or Fallback(scale)
+    return bind_call(
+        TENSORS, {"scale": scale}, variants, dynamic_size="rows", threads=threads, fallback=fallback, name="demo"
+    )
+
+
+# Only small factors, so that 64 bits hold every result.
+expressions = st.recursive(
+    st.sampled_from(["rows", "tokens", "threads"]) | st.integers(0, 1000).map(str),
+    lambda parts: (
+        st.builds("({} {} {})".format, parts, st.sampled_from(["+", "-", "//"]), parts)
+        | st.builds("({0} * {1})".format, st.integers(0, 9).map(str), parts)
+        | st.builds("{}({}, {})".format, st.sampled_from(["min", "max", "ceildiv"]), parts, parts)
+    ),
+    max_leaves=8,
+)
+
+
+def refused(call, *arguments) -> str:
+    with pytest.raises(TilewrightError) as caught:
+        call(*arguments)
+    return str(caught.value)
+
+
+def call_twice(call, *arguments):
+    call(*arguments)
+    return call(*arguments)
+
+
+class CallContract:
+    """Inherited by the tests of one implementation, which choose it in ``implementation``."""
+
+    @pytest.fixture(autouse=True)
+    def fresh_warnings(self):
+        forget_warnings()
+
+
+@needs_compiler
+class CallTests(CallContract):
+    @own_settings
+    @given(tokens=st.integers(1, 20), rows=st.integers(0, 50), slot=st.booleans(), seed=st.integers(0, 999))
+    def test_kernels_compute_into_the_output(self, tokens, rows, slot, seed):
+        inputs = make_inputs(tokens, rows, seed, slot=slot)
+        fallback = Fallback(SCALE)
+        out = bind(variant(), fallback=fallback)(*inputs.arguments())
+        assert out is inputs.out
+        assert fallback.calls == 0
+        torch.testing.assert_close(out, expected(inputs.x, SCALE, *inputs.arguments()[1:5]))
+
+    def test_sizes_pick_the_first_variant_that_serves_them(self):
+        fallback = Fallback(SCALE)
+        call = bind(CallVariant(None), variant("report", 8), variant("compute", 4), fallback=fallback)
+        served = {}
+        for rows in (4, 5, 8, 9):
+            inputs = make_inputs(rows=rows)
+            out = call(*inputs.arguments())
+            right = torch.allclose(out, expected(inputs.x, SCALE, *inputs.arguments()[1:5]))
+            served[rows] = "torch" if fallback.calls else "compute" if right else "report"
+        assert served == {4: "compute", 5: "report", 8: "report", 9: "torch"}
+
+    def test_a_size_beyond_all_variants_goes_to_torch_with_one_warning(self):
+        fallback = Fallback(SCALE)
+        call, inputs = bind(variant(max_size=8), fallback=fallback), make_inputs(rows=9)
+        with pytest.warns(TilewrightWarning, match="demo: there is no kernel for rows above 8") as caught:
+            call_twice(call, *inputs.arguments())
+        assert (fallback.calls, len(caught)) == (2, 1)
+        torch.testing.assert_close(inputs.out, expected(inputs.x, SCALE, *inputs.arguments()[1:5]))
+
+    @pytest.mark.parametrize("name", ["x", "out", "index"])
+    def test_a_strided_tensor_goes_to_torch_with_one_warning(self, name):
+        inputs, fallback = make_inputs(), Fallback(SCALE)
+        tensor = getattr(inputs, name)
+        strided = torch.stack((tensor, tensor), dim=-1)[..., 0]
+        with pytest.warns(TilewrightWarning, match=f"demo: {name} is not contiguous") as caught:
+            out = call_twice(bind(variant(), fallback=fallback), *inputs.arguments(**{name: strided}))
+        assert (fallback.calls, len(caught)) == (2, 1)
+        torch.testing.assert_close(out, expected(inputs.x, SCALE, *inputs.arguments()[1:5]))
+
+    def test_a_misaligned_tensor_goes_to_torch(self):
+        inputs, fallback = make_inputs(rows=9), Fallback(SCALE)
+        memory = np.zeros(9 * 4 + 1, np.uint8)
+        gain = torch.from_numpy(memory[1:].view(np.float32))
+        gain.copy_(inputs.gain)
+        with pytest.warns(TilewrightWarning, match="gain is not aligned"):
+            out = bind(variant(), fallback=fallback)(*inputs.arguments(gain=gain))
+        assert fallback.calls == 1
+        torch.testing.assert_close(out, expected(inputs.x, SCALE, *inputs.arguments()[1:5]))
+
+    def test_strides_of_dimensions_of_one_do_not_matter(self):
+        inputs, fallback = make_inputs(tokens=1), Fallback(SCALE)
+        x = torch.as_strided(inputs.x, (1, COLUMNS), (99, 1))
+        bind(variant(), fallback=fallback)(*inputs.arguments(x=x))
+        assert fallback.calls == 0
+
+    def test_a_failed_guard_goes_to_torch(self):
+        fallback = Fallback(SCALE)
+        call = bind(variant(guards=(Guard("rows * 2 + threads", 8),)), fallback=fallback)
+        call(*make_inputs(rows=3).arguments())
+        assert fallback.calls == 0
+        inputs = make_inputs(rows=4)
+        with pytest.warns(TilewrightWarning, match="the kernel needs rows \\* 2 \\+ threads to be a multiple of 8"):
+            out = call(*inputs.arguments())
+        assert fallback.calls == 1
+        torch.testing.assert_close(out, expected(inputs.x, SCALE, *inputs.arguments()[1:5]))
+
+    @pytest.mark.parametrize(
+        ("name", "change", "said"),
+        [
+            ("x", lambda t: t.double(), "x has dtype torch.float64; expected torch.float32 [tokens, 4]"),
+            ("index", lambda t: t.long(), "index has dtype torch.int64; expected torch.int32 [rows]"),
+            ("x", lambda t: t[:, :3], "x has shape [5, 3]; expected [tokens, 4] with tokens = 5"),
+            ("x", lambda t: t[0], "x has shape [4]; expected [tokens, 4]"),
+            ("gain", lambda t: t[:-1], "gain has shape [8]; expected [rows] with rows = 9"),
+            ("out", lambda t: t[:-1], "out has shape [8, 4]; expected [rows, 4] with rows = 9"),
+            ("x", lambda t: t.to("meta"), "x is on device meta; expected torch.float32 [tokens, 4] on the CPU"),
+            ("x", lambda t: t.to_sparse(), "x is a Tensor of layout torch.sparse_coo"),
+            ("x", lambda t: t.tolist(), "x is a list; expected torch.float32 [tokens, 4]"),
+            ("x", lambda _: None, "x is a NoneType; expected torch.float32 [tokens, 4]"),
+            ("out", lambda _: None, "out is a NoneType; expected torch.float32 [rows, 4]"),
+            ("x", lambda t: t.requires_grad_(), "x requires grad, but there is no backward pass"),
+        ],
+    )
+    def test_a_tensor_that_does_not_fit_is_named(self, name, change, said):
+        inputs = make_inputs()
+        message = refused(bind(variant()), *inputs.arguments(**{name: change(getattr(inputs, name))}))
+        assert message.startswith(f"demo: {said}")
+        assert inputs.out.isnan().all()
+
+    def test_gradients_are_no_matter_where_none_are_recorded(self):
+        inputs = make_inputs()
+        parameter = torch.nn.Parameter(inputs.x)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                bind(variant())(*inputs.arguments(x=parameter, out=inputs.out.fill_(float("nan"))))
+            torch.testing.assert_close(inputs.out, expected(inputs.x, SCALE, *inputs.arguments()[1:5]))
+
+    def test_gradients_of_later_tensors_are_seen_past_an_absent_one(self):
+        inputs = make_inputs(slot=False)
+        assert "gain requires grad" in refused(bind(variant()), *inputs.arguments(gain=inputs.gain.requires_grad_()))
+
+    @pytest.mark.parametrize(
+        ("name", "where", "value", "said"),
+        [
+            ("index", 3, 5, "index[3] is 5; expected an index from 0 to 4 (tokens = 5)"),
+            ("index", 8, -1, "index[8] is -1; expected an index from 0 to 4 (tokens = 5)"),
+            ("slot", (2, 1), 9, "slot[2, 1] is 9; expected an index from 0 to 8 (rows = 9), or -1"),
+            ("slot", (0, 0), -2, "slot[0, 0] is -2; expected an index from 0 to 8 (rows = 9), or -1"),
+            ("slot", (4, 1), -(2**31), "slot[4, 1] is -2147483648"),
+            ("offsets", 0, 1, "offsets[0] is 1; expected offsets that start at 0"),
+            ("offsets", 1, -3, "offsets[1] is -3; expected offsets"),
+            ("offsets", GROUPS, 8, "offsets[3] is 8; expected offsets that start at 0, never decrease, and end at"),
+            ("offsets", GROUPS, 10, "offsets[3] is 10"),
+            ("gain", 8, float("nan"), "gain[8] is nan; expected a finite number"),
+            ("gain", 0, float("inf"), "gain[0] is inf; expected a finite number"),
+            ("gain", 5, float("-inf"), "gain[5] is -inf; expected a finite number"),
+        ],
+    )
+    def test_a_value_that_would_lead_a_kernel_astray_is_named(self, name, where, value, said):
+        inputs = make_inputs()
+        inputs.offsets[1:3] = torch.tensor([4, 8])
+        getattr(inputs, name)[where] = value
+        message = refused(bind(variant()), *inputs.arguments())
+        assert message.startswith(f"demo: {said}")
+        assert inputs.out.isnan().all()
+
+    def test_a_wrong_value_is_found_wherever_it_stands(self):
+        call = bind(variant())
+        for position in range(40):
+            inputs = make_inputs(rows=40)
+            inputs.index[position] = 5
+            assert f"index[{position}] is 5" in refused(call, *inputs.arguments())
+
+    def test_an_output_over_an_input_is_refused(self):
+        inputs = make_inputs(tokens=9, rows=9)
+        call = bind(variant())
+        assert refused(call, *inputs.arguments(out=inputs.x)).startswith("demo: out overlaps x in memory")
+        memory = torch.zeros(60)
+        x, touching = memory[:20].view(5, 4), memory[16:52].view(9, 4)
+        assert "out overlaps x" in refused(call, *make_inputs().arguments(x=x, out=touching))
+        beside = memory[20:56].view(9, 4)
+        assert call(*make_inputs().arguments(x=x, out=beside)) is beside
+
+    def test_an_output_over_a_bound_weight_is_refused(self):
+        memory = torch.ones(GROUPS + 36)
+        out = memory[:36].view(9, COLUMNS)
+        assert "out overlaps scale" in refused(bind(variant(), scale=memory[34:37]), *make_inputs().arguments(out=out))
+        bind(variant(), scale=memory[36:])(*make_inputs().arguments(out=out))
+
+    def test_interleaved_columns_of_one_buffer_do_not_overlap(self):
+        both = torch.randn(9, 2 * COLUMNS)
+        inputs = make_inputs(tokens=9, rows=9)
+        with pytest.warns(TilewrightWarning, match="not contiguous"):
+            out = bind(variant())(*inputs.arguments(x=both[:, :COLUMNS], out=both[:, COLUMNS:]))
+        torch.testing.assert_close(out, expected(both[:, :COLUMNS], SCALE, *inputs.arguments()[1:5]))
+
+    def test_the_number_of_tensors_is_checked(self):
+        call, arguments = bind(variant()), make_inputs().arguments()
+        names = "x, index, offsets, slot, gain, out"
+        assert refused(call, *arguments[:-1]) == f"demo: got 5 tensors; expected 6: {names}"
+        assert refused(call, *arguments, arguments[0]) == f"demo: got 7 tensors; expected 6: {names}"
+        with pytest.raises(TypeError, match="keyword"):
+            call(*arguments[:-1], out=arguments[-1])
+
+    def test_numpy_arrays_are_taken_and_returned(self):
+        inputs = make_inputs()
+        out = inputs.out.numpy()
+        assert bind(variant())(*inputs.arguments(x=inputs.x.numpy(), out=out)) is out
+        np.testing.assert_allclose(out, expected(inputs.x, SCALE, *inputs.arguments()[1:5]).numpy(), rtol=1e-6)
+
+    def test_nothing_runs_for_an_empty_output(self):
+        inputs, fallback = make_inputs(rows=0), Fallback(SCALE)
+        inputs.slot.fill_(-1)
+        assert bind(variant("fail"), fallback=fallback)(*inputs.arguments()) is inputs.out
+        assert fallback.calls == 0
+
+    def test_an_error_of_the_kernel_is_raised(self):
+        assert "the kernel reported error 7" in refused(bind(variant("fail")), *make_inputs().arguments())
+
+    def test_kernels_are_told_about_their_host(self):
+        out = bind(variant("report"), threads=3)(*make_inputs().arguments())
+        assert out[0].tolist() == [ABI_VERSION, 3, 1, 36]
+
+    def test_threads_are_torchs_by_default(self):
+        assert bind(variant(), threads=None).binding.threads == torch.get_num_threads()
+
+    def test_workspace_is_aligned_and_zeroed_where_asked(self):
+        small = variant("use_workspace", 9, workspace_bytes="rows * 4", workspace_zeroed=True)
+        large = variant("use_workspace", workspace_bytes="max(rows * 4, 100000)", workspace_zeroed=True)
+        call = bind(small, large)
+        for rows in (9, 3, 1000, 9, 2000):
+            assert call(*make_inputs(rows=rows).arguments())[0].tolist() == [0, 0, 0, 0]
+
+    def test_workspace_is_left_alone_where_not(self):
+        call = bind(variant("use_workspace", workspace_bytes="rows * 4"))
+        call(*make_inputs(rows=50).arguments())
+        assert call(*make_inputs(rows=40).arguments())[0].tolist() == [0, 160, 0, 0]
+
+    def test_workspace_that_cannot_be_had_is_an_error(self):
+        call = bind(variant(workspace_bytes="rows * 1000000 * 1000000 * 1000"))
+        assert "bytes of workspace, which this machine cannot give" in refused(call, *make_inputs().arguments())
+
+    def test_an_impossible_expression_is_an_error(self):
+        call = bind(variant(workspace_bytes="rows // (rows - 9)"))
+        assert "divides by zero" in refused(call, *make_inputs(rows=9).arguments())
+        call(*make_inputs(rows=10).arguments())
+
+    @own_settings
+    @given(text=expressions, rows=st.integers(1, 1000), tokens=st.integers(1, 1000))
+    def test_expressions_are_evaluated_as_declared(self, text, rows, tokens):
+        inputs = make_inputs(tokens, rows)
+        call = bind(variant("report_size", last_size=text), threads=3)
+        try:
+            value = IntExpr(text).evaluate({"rows": rows, "tokens": tokens, "threads": 3})
+        except TilewrightError:
+            assert "divides by zero" in refused(call, *inputs.arguments())
+        else:
+            assert call(*inputs.arguments()).view(torch.int64)[0, 0].item() == value
+
+    def test_launches_run_in_order(self):
+        first, second = variant("report"), variant("compute")
+        inputs = make_inputs()
+        bind(CallVariant(None, first.launches + second.launches))(*inputs.arguments())
+        torch.testing.assert_close(inputs.out, expected(inputs.x, SCALE, *inputs.arguments()[1:5]))
+
+    def test_errors_of_the_fallback_pass_through(self):
+        def broken(*_):
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            bind(CallVariant(None), fallback=broken)(*make_inputs().arguments())
+
+    def test_many_threads_call_at_once(self):
+        call = bind(
+            variant("compute", workspace_bytes="rows * 64", workspace_zeroed=True),
+            fallback=Fallback(SCALE),
+        )
+        wrong = []
+
+        def work(seed):
+            for i in range(50):
+                inputs = make_inputs(tokens=7, rows=10 + 40 * (i % 3), seed=seed + i)
+                if not torch.allclose(call(*inputs.arguments()), expected(inputs.x, SCALE, *inputs.arguments()[1:5])):
+                    wrong.append(seed)
+
+        threads = [threading.Thread(target=work, args=(100 * n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+
+    def test_a_forked_child_completes(self):
+        call, inputs = bind(variant(), threads=2), make_inputs(tokens=50, rows=2000)
+        right = expected(inputs.x, SCALE, *inputs.arguments()[1:5])
+        call(*inputs.arguments())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forking with threads
+            child = os.fork()
+        if child == 0:
+            out = call(*inputs.arguments(out=torch.zeros_like(inputs.out)))
+            alone = bind(variant("report"))(*make_inputs().arguments())[0, 2].item() == 0
+            packed = pack_weight(torch.ones(2, 8, 16), WeightLayout(4))
+            os._exit(0 if alone and np.allclose(out.numpy(), right.numpy()) and packed.numpy().all() else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert bind(variant("report"))(*make_inputs().arguments())[0, 2] == 1
+
+    def test_weights_and_kernels_live_as_long_as_the_call(self):
+        class Owner:
+            pass
+
+        owner, scale = Owner(), SCALE.clone()
+        held, held_scale = weakref.ref(owner), weakref.ref(scale)
+        kernel = variant()
+        call = bind(CallVariant(None, kernel.launches, owner=owner), scale=scale)
+        del owner, scale
+        gc.collect()
+        assert held() is not None
+        assert held_scale() is not None
+        call(*make_inputs().arguments())
+        del call
+        gc.collect()
+        assert held() is None
+        assert held_scale() is None
+
+    def test_a_call_in_a_reference_cycle_is_collected(self):
+        class Holder:
+            def fallback(self, *_):
+                """Refers back to the call through ``self``."""
+
+        holder = Holder()
+        holder.call = bind(variant(), fallback=holder.fallback)
+        gone = weakref.ref(holder)
+        del holder
+        gc.collect()
+        assert gone() is None
+
+    def test_calls_leave_no_references_behind(self):
+        call, inputs = bind(variant()), make_inputs()
+        gone = [weakref.ref(tensor) for tensor in inputs.arguments()]
+        for _ in range(10):
+            call(*inputs.arguments())
+        refused(call, *inputs.arguments()[:-1])
+        refused(call, *inputs.arguments(gain=inputs.x))
+        del inputs
+        gc.collect()
+        assert [reference() for reference in gone] == [None] * len(gone)
+
+
+class PackingTests(CallContract):
+    @own_settings
+    @given(
+        shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 300)),
+        run=st.sampled_from([1, 3, 4, 8, 16]),
+        runs=st.integers(0, 4),
+        halves=st.sampled_from([1, 2]),
+        kind=st.sampled_from(["contiguous", "rows apart", "transposed"]),
+        threads=st.integers(1, 2),
+    )
+    def test_panels_hold_what_the_layout_says(self, shape, run, runs, halves, kind, threads):
+        experts, n, k = shape[0], shape[1] * halves, shape[2]
+        # A panel is one run of one half, or whole runs of every half.
+        layout = WeightLayout(run * (halves * runs or 1), halves, run if halves == 2 else 0)
+        weight = torch.randn(experts, n, k)
+        if kind == "rows apart":
+            weight = torch.randn(experts, n, k + 5)[:, :, 2:-3]
+        elif kind == "transposed":
+            weight = torch.randn(experts, k, n).transpose(1, 2)
+        out = torch.full((experts, layout.panels(n), k, layout.columns), float("nan"))
+        packed = pack_weight(weight, layout, out, threads=threads)
+        assert packed is out
+        columns = packed.permute(0, 1, 3, 2).reshape(experts, -1, k)
+        run = layout.run or layout.columns
+        for c in range(columns.shape[1]):
+            half, column = c // run % halves, c // (run * halves) * run + c % run
+            padding = column >= n // halves
+            assert torch.equal(
+                columns[:, c], torch.zeros(experts, k) if padding else weight[:, half * (n // halves) + column]
+            )
+
+    def test_panels_are_made_aligned(self):
+        packed = pack_weight(torch.randn(2, 33, 17), WeightLayout(16))
+        assert packed.shape == (2, 3, 17, 16)
+        assert packed.data_ptr() % 64 == 0
+
+    def test_packing_asks_for_no_gradient(self):
+        weight = torch.nn.Parameter(torch.randn(1, 8, 4))
+        packed = pack_weight(weight, WeightLayout(8))
+        assert not packed.requires_grad
+        assert torch.equal(packed[0, 0], weight[0].T)
+
+    @pytest.mark.parametrize(
+        ("weight", "layout", "said"),
+        [
+            (torch.ones(1, 8, 4, dtype=torch.float64), WeightLayout(8), "cannot pack a weight of torch.float64"),
+            (torch.ones(8, 4), WeightLayout(8), "expected torch.float32 [experts, n, k]"),
+            (torch.ones(1, 7, 4), WeightLayout(8, 2, 4), "7 rows do not split into 2 halves"),
+            (torch.ones(1, 8, 4), WeightLayout(8, 2, 3), "columns must be one run, or whole runs of every half"),
+            (torch.ones(1, 8, 4), WeightLayout(2048), "1024 at most"),
+            (torch.ones(1, 8, 4), WeightLayout(8, dtype="bf16"), "only fp32"),
+        ],
+    )
+    def test_what_cannot_be_packed_is_named(self, weight, layout, said):
+        with pytest.raises(TilewrightError) as caught:
+            pack_weight(weight, layout)
+        assert said in str(caught.value)
+
+    def test_an_output_that_does_not_fit_is_refused(self):
+        with pytest.raises(TilewrightError, match=r"expected contiguous writable float32 \[1, 1, 4, 8\]"):
+            pack_weight(torch.ones(1, 8, 4), WeightLayout(8), torch.empty(1, 1, 4, 4))
+
+
+class RoutingTests(CallContract):
+    @own_settings
+    @given(
+        tokens=st.integers(0, 40),
+        top_k=st.integers(1, 8),
+        experts=st.integers(1, 70),
+        elsewhere=st.booleans(),
+        dtype=st.sampled_from([torch.int32, torch.int64]),
+        strided=st.booleans(),
+        seed=st.integers(0, 999),
+    )
+    def test_tokens_are_sorted_as_declared(self, tokens, top_k, experts, elsewhere, dtype, strided, seed):
+        generator = torch.Generator().manual_seed(seed)
+        width = top_k * (2 if strided else 1)
+        ids = torch.randint(-1 if elsewhere else 0, experts, (tokens, width), generator=generator, dtype=dtype)
+        ids = ids[:, ::2] if strided else ids
+        order = numpy_sort_tokens(ids.numpy(), experts)
+        for mine, theirs in zip(
+            sort_tokens(ids, experts), (order.row_token, order.expert_offsets, order.slot_row), strict=True
+        ):
+            assert mine.dtype is torch.int32
+            np.testing.assert_array_equal(mine.numpy(), theirs)
+
+    def test_buffers_are_reused(self):
+        ids = torch.tensor([[1, 0], [-1, 1]])
+        row_token = torch.full((9,), 77, dtype=torch.int32)
+        offsets, slot_row = torch.empty(3, dtype=torch.int32), torch.empty((2, 2), dtype=torch.int32)
+        assert sort_tokens_into(ids, 2, row_token, offsets, slot_row) == 3
+        assert row_token.tolist() == [0, 0, 1] + [77] * 6
+        assert offsets.tolist() == [0, 1, 3]
+        assert slot_row.tolist() == [[1, 0], [-1, 2]]
+
+    @pytest.mark.parametrize("bad", [2, -2, 2**31 - 1])
+    def test_an_id_out_of_range_is_named(self, bad):
+        ids = torch.zeros(3, 2, dtype=torch.int32)
+        ids[2, 1] = bad
+        with pytest.raises(TilewrightError, match=f"token 2 picks expert {bad} in slot 1"):
+            sort_tokens(ids, 2)
+
+    @pytest.mark.parametrize(
+        ("ids", "experts", "said"),
+        [
+            (torch.zeros(3, 2), 2, "topk_ids has dtype torch.float32"),
+            (torch.zeros(3, dtype=torch.int32), 2, "topk_ids is torch.int32"),
+            ([[0]], 2, "topk_ids is a list"),
+            (torch.zeros(3, 2, dtype=torch.int32), 0, "there must be at least 1"),
+        ],
+    )
+    def test_ids_of_another_kind_are_refused(self, ids, experts, said):
+        with pytest.raises(TilewrightError) as caught:
+            sort_tokens(ids, experts)
+        assert said in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["row_token", "expert_offsets", "slot_row"])
+    def test_a_buffer_that_does_not_fit_is_named(self, name):
+        shapes = {"row_token": (6,), "expert_offsets": (5,), "slot_row": (3, 2)}
+        buffers = {key: torch.empty(shape, dtype=torch.int32) for key, shape in shapes.items()}
+        buffers[name] = buffers[name][:-1]
+        with pytest.raises(TilewrightError, match=f"{name} is torch.int32 .*; expected a contiguous buffer"):
+            sort_tokens_into(torch.zeros(3, 2, dtype=torch.int32), 4, **buffers)
+
+    @own_settings
+    @given(
+        tokens=st.integers(0, 30),
+        experts=st.integers(1, 140),
+        top_k=st.integers(1, 9),
+        renormalize=st.booleans(),
+        spread=st.sampled_from([0.0, 1.0, 40.0]),
+        masked=st.booleans(),
+        seed=st.integers(0, 999),
+    )
+    def test_the_most_probable_experts_are_chosen(self, tokens, experts, top_k, renormalize, spread, masked, seed):
+        top_k = min(top_k, experts)
+        generator = torch.Generator().manual_seed(seed)
+        # Rounded, so that equal logits occur.
+        logits = (torch.randn(tokens, experts, generator=generator) * spread).round(decimals=1)
+        if masked:
+            logits[:, 1::2] = float("-inf")
+        ids, weights = softmax_topk(logits, top_k, renormalize)
+        by_hand = logits.argsort(dim=1, descending=True, stable=True)[:, :top_k]
+        assert torch.equal(ids.long(), by_hand)
+        shares = torch.softmax(logits.double(), dim=1).gather(1, by_hand)
+        if renormalize:
+            shares = shares / shares.sum(dim=1, keepdim=True)
+        torch.testing.assert_close(weights.double(), shares, rtol=2e-6, atol=1e-12)
+
+    def test_strided_logits_are_taken(self):
+        logits = torch.randn(4, 12)[:, ::2]
+        expected_weights, expected_ids = torch.softmax(logits, 1).topk(2)
+        ids, weights = softmax_topk(logits, 2, renormalize=False)
+        assert torch.equal(ids.long(), expected_ids)
+        torch.testing.assert_close(weights, expected_weights)
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+    @pytest.mark.parametrize("column", [0, 3, 6])
+    def test_logits_without_a_softmax_are_named(self, bad, column):
+        logits = torch.randn(5, 7)
+        if bad is None:
+            logits[3] = float("-inf")
+        else:
+            logits[3, column] = bad
+        with pytest.raises(TilewrightError, match="token 3 has a largest router logit of"):
+            softmax_topk(logits, 2, renormalize=True)
+
+    @pytest.mark.parametrize(
+        ("logits", "top_k", "said"),
+        [
+            (torch.zeros(2, 4), 5, "cannot choose 5 of 4 experts; top_k must be from 1 to 4"),
+            (torch.zeros(2, 4), 0, "cannot choose 0 of 4 experts"),
+            (torch.zeros(2, 4, dtype=torch.float64), 1, "logits has dtype torch.float64"),
+            (torch.zeros(4), 1, "logits is torch.float32 [4] on cpu"),
+            (torch.zeros(2, 4, requires_grad=True), 1, "logits requires grad"),
+        ],
+    )
+    def test_logits_of_another_kind_are_refused(self, logits, top_k, said):
+        with pytest.raises(TilewrightError) as caught:
+            softmax_topk(logits, top_k, renormalize=False)
+        assert said in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["topk_ids", "topk_weights"])
+    def test_result_buffers_must_fit(self, name):
+        buffers = {"topk_ids": torch.empty(2, 2, dtype=torch.int32), "topk_weights": torch.empty(2, 2)}
+        buffers[name] = buffers[name][:1]
+        with pytest.raises(TilewrightError, match=f"{name} is .*expected a contiguous buffer"):
+            softmax_topk_into(torch.zeros(2, 4), True, **buffers)
+
+
+class Native:
+    @pytest.fixture(autouse=True)
+    def implementation(self):
+        if native_for_torch() is None:
+            pytest.skip("the extension was not built")
+        assert calls.IMPLEMENTATION == "native"
+
+
+class Pure:
+    @pytest.fixture(autouse=True)
+    def implementation(self, monkeypatch):
+        monkeypatch.setattr(calls, "_NATIVE", None)
+        monkeypatch.setattr(routing, "_NATIVE", None)
+        monkeypatch.setattr(packing, "native_module", lambda: None)
+
+
+class TestNativeCalls(Native, CallTests):
+    def test_it_is_the_extension_that_calls(self):
+        assert type(bind(variant())).__module__ == "tilewright.runtime._native"
+
+    def test_ordinary_calls_do_without_the_twin(self, monkeypatch):
+        call, inputs, later = bind(variant()), make_inputs(), make_inputs(slot=False)
+
+        def unexpected(*_):
+            raise AssertionError("the extension sent an ordinary call to its twin")
+
+        monkeypatch.setattr(PureCall, "__call__", unexpected)
+        call(*inputs.arguments())
+        with torch.inference_mode():
+            call(*later.arguments(x=torch.nn.Parameter(later.x)))
+        monkeypatch.undo()
+        for some in (inputs, later):
+            torch.testing.assert_close(some.out, expected(some.x, SCALE, *some.arguments()[1:5]))
+
+    def test_stages_of_a_call_are_timed(self):
+        call, inputs = bind(variant()), make_inputs()
+        times = call.stage_times(inputs.arguments(), 10)
+        assert list(times) == ["unwrap", "grad", "metadata", "values", "choose", "gil", "launch"]
+        inputs.index[0] = 99
+        with pytest.raises(ValueError, match="tensors that the kernel serves"):
+            call.stage_times(inputs.arguments(), 10)
+
+
+class TestPureCalls(Pure, CallTests):
+    pass
+
+
+class TestNativePacking(Native, PackingTests):
+    pass
+
+
+class TestPurePacking(Pure, PackingTests):
+    pass
+
+
+class TestNativeRouting(Native, RoutingTests):
+    pass
+
+
+class TestPureRouting(Pure, RoutingTests):
+    pass
