@@ -1,15 +1,18 @@
-# Two commands: `make tune` runs the main job, `make test` everything that CI runs.
+# `make tune` runs the main job and `make test` everything that CI runs; each sets up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+# Named by itself, so that nothing else decides which build of it is taken; without an index of its own it is the CPU's.
+TORCH := torch==2.13.0
+PIP := -m pip --disable-pip-version-check --quiet
 
-.PHONY: tune test bench lint clean
+.PHONY: tune test lint bench lock clean
 
 tune: $(READY)
 	$(BIN)/tune --arch native --op moe_gemm --model mixtral-8x7b --tp 8
 
-test: $(READY) lint
+test: lint
 	$(BIN)/python -m pytest
 
 lint: $(READY)
@@ -18,16 +21,25 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Peers to race against are large and not needed for anything else, so they are installed here alone.
 bench: $(READY)
-	$(BIN)/pip install --quiet -r requirements/bench.lock
+	$(BIN)/python $(PIP) install -r requirements/bench.lock
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -o python_functions='bench_*' -o timeout=0 -o filterwarnings=default
 
-# torch is named in the lock, so that nothing else decides which build of it is taken.
 $(READY): requirements/test.lock pyproject.toml runtime/_native.c $(wildcard runtime/native/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements/test.lock
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python $(PIP) install -r requirements/test.lock
+	$(BIN)/python $(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
 
+# Newest versions of everything that pyproject.toml asks for. `+cpu` is dropped: it names a build, not a version.
+lock:
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python $(PIP) install $(TORCH) '.[dev]'
+	build/lock/bin/python $(PIP) freeze --all --exclude pip --exclude tilewright | sed 's/+cpu$$//' > requirements/test.lock
+	build/lock/bin/python $(PIP) install --constraint requirements/test.lock '.[dev,bench]'
+	build/lock/bin/python $(PIP) freeze --all --exclude pip --exclude tilewright | sed 's/+cpu$$//' | grep -vxFf requirements/test.lock > requirements/bench.lock
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist src/*.egg-info *.egg-info
