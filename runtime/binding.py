@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -30,6 +30,12 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 
 _CHECKED_DTYPE = {"offsets": "int32", "index": "int32", "slot": "int32", "finite": "fp32"}
 """The dtype that each check of values reads."""
+
+
+@cache
+def expression(text: str) -> IntExpr:
+    """``text`` parsed, once per process: bindings have few different expressions, and evaluate them in every call."""
+    return IntExpr(text)
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ class Binding:
 
     def program(self, text: str) -> tuple[int, ...]:
         """Reverse Polish code of an expression over :attr:`symbols`."""
-        return IntExpr(text).program(self.symbols)
+        return expression(text).program(self.symbols)
 
     def _bound_address(self, spec: TensorSpec) -> int:
         tensor = self.bound[spec.name]

@@ -1,4 +1,4 @@
-"""The compiled half of the runtime, where it was built and is wanted. Imports torch only when asked to."""
+"""The compiled half of the runtime, where it was built and is wanted. Needs torch only for its tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The thread pool that kernels run on: torch's own, through ``GOMP_parallel``. Imports no torch.
+"""The thread pool that kernels run on: torch's own, through ``GOMP_parallel``. Needs no torch.
 
 libgomp's pool does not survive ``fork``, and a child that enters it waits forever. So kernels run on the calling
 thread in every forked child, whoever forked it.

@@ -1,4 +1,4 @@
-"""Weights into the panels of a :class:`WeightLayout`, on numpy arrays. Imports no torch."""
+"""Weights into the panels of a :class:`WeightLayout`, on numpy arrays. Needs no torch."""
 
 from __future__ import annotations
 

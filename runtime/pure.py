@@ -12,10 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tilewright.codegen.expressions import IntExpr
 from tilewright.codegen.recipe import ABI_VERSION, Argument, TensorSpec
 from tilewright.errors import TilewrightError
-from tilewright.runtime.binding import THREADS, TORCH_DTYPES, Binding, CallVariant
+from tilewright.runtime.binding import THREADS, TORCH_DTYPES, Binding, CallVariant, expression
 from tilewright.runtime.notices import warn_once
 from tilewright.runtime.openmp import fork_address
 
@@ -134,7 +133,7 @@ class PureCall:
                 continue
             # numpy, not torch: in a forked child, torch's operations on large tensors would wait for lost threads.
             values = tensor.detach().numpy()
-            end = IntExpr(spec.bound).evaluate(sizes) if spec.bound else 0
+            end = expression(spec.bound).evaluate(sizes) if spec.bound else 0
             wrong = _wrong_values(spec, values, end)
             if wrong is not None:
                 where, expected = wrong
@@ -169,12 +168,12 @@ class PureCall:
             if tensor is not None and tensor.data_ptr() % tensor.element_size():
                 return f"{spec.name} is not aligned to its elements"
         for guard in variant.guards:
-            if IntExpr(guard.expression).evaluate(sizes) % guard.multiple:
+            if expression(guard.expression).evaluate(sizes) % guard.multiple:
                 return f"the kernel needs {guard.expression} to be a multiple of {guard.multiple}"
         return ""
 
     def _launch(self, variant: CallVariant, tensors: Sequence[Tensor | None], sizes: dict[str, int]) -> None:
-        nbytes = IntExpr(variant.workspace_bytes).evaluate(sizes)
+        nbytes = expression(variant.workspace_bytes).evaluate(sizes)
         workspace = self._workspace(nbytes)
         if variant.workspace_zeroed and nbytes > 0:
             ctypes.memset(workspace, 0, nbytes)
@@ -229,7 +228,7 @@ def _argument(argument: Argument, addresses: dict[str, int], workspace: int, siz
         case "workspace":
             return workspace
         case "size":
-            return IntExpr(argument.source).evaluate(sizes)
+            return expression(argument.source).evaluate(sizes)
 
 
 def _wrong_values(spec: TensorSpec, values: NDArray[Any], end: int) -> tuple[tuple[int, ...], str] | None:

@@ -48,19 +48,30 @@ int64_t tw_sort_tokens(const void *ids, bool wide, int64_t tokens, int64_t top_k
     return expert_offsets[experts];
 }
 
-/* e^x for x <= 0 to about 1e-7, 0 below -87: plain arithmetic, which vectorises. */
+static inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* e^x for x <= 0 to about 1e-7, 0 below -87. Free of branches, so that it vectorises: among negative floats, the bits of
+ * a smaller one are the larger integer. */
 static inline float exp_of_negative(float x) {
-    float clamped = x < -87.0f ? -87.0f : x;
+    const uint32_t lowest = 0xc2ae0000u; /* -87 */
+    uint32_t bits = bits_of(x);
+    uint32_t kept = bits <= lowest ? UINT32_MAX : 0;
+    float clamped = float_of(bits <= lowest ? bits : lowest);
     /* x = n ln 2 + r: adding 1.5 * 2^23 rounds to the nearest n, ln 2 in two parts keeps r exact. */
-    float shifted = clamped * 1.44269504f + 12582912.0f;
-    float n = shifted - 12582912.0f;
+    float n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f;
     float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.0f + r * (1.0f + r * (0.5f + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720))))));
-    union {
-        int32_t bits;
-        float value;
-    } power = {.bits = ((int32_t)n + 127) << 23};
-    return x < -87.0f ? 0.0f : p * power.value;
+    return float_of(bits_of(p * float_of((uint32_t)((int32_t)n + 127) << 23)) & kept);
 }
 
 /* Sum of e^(logits - largest). */

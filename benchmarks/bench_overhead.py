@@ -1,0 +1,103 @@
+"""Host overhead of one call: five tensors, a preallocated output, a kernel that does nothing.
+
+pytest benchmarks/bench_overhead.py --benchmark-json out.json
+
+The extension and its Python twin are measured, and a Python function of no work for what the loop itself takes. The
+extension also times its stages one by one (``extra_info`` in the JSON, and a line on the terminal with ``-s``).
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.recipe import Argument
+from tilewright.codegen.routing import RoutingSpec, generate_topk_ids
+from tilewright.runtime.calls import IMPLEMENTATION, CallVariant, bind_call, sort_tokens
+
+EXPERTS, HIDDEN, INTER, TOP_K = 8, 1024, 2048, 2
+TOKENS = (1, 16, 256)
+STAGE_REPEATS = 100_000
+
+
+@pytest.fixture(scope="module")
+def idle_kernel(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, ctypes.CDLL]:
+    """Address of an entry that returns at once, and the library it lives in."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        pytest.skip("no C compiler to build a kernel of no work with")
+    folder: Path = tmp_path_factory.mktemp("idle")
+    source, built = folder / "idle.c", folder / "idle.so"
+    source.write_text("#include <stdint.h>\nint32_t idle(const void *host, const int64_t *args) { return 0; }\n")
+    subprocess.run([compiler, "-O2", "-shared", "-fPIC", str(source), "-o", str(built)], check=True)
+    library = ctypes.CDLL(str(built))
+    address = ctypes.cast(library.idle, ctypes.c_void_p).value
+    assert address is not None
+    return address, library
+
+
+def five_tensors(tokens: int) -> tuple[torch.Tensor, ...]:
+    """x, expert_offsets, slot_row, topk_weights, out of the ``down`` stage."""
+    ids = generate_topk_ids(RoutingSpec.parse("balanced"), tokens, EXPERTS, TOP_K, seed=0)
+    _, offsets, slot_row = sort_tokens(torch.from_numpy(ids), EXPERTS)
+    x, weights = torch.randn(tokens * TOP_K, INTER), torch.rand(tokens, TOP_K)
+    return x, offsets, slot_row, weights, torch.empty(tokens, HIDDEN)
+
+
+def bind_idle(idle_kernel: tuple[int, ctypes.CDLL]):
+    address, library = idle_kernel
+    signature = MoeGemmSignature(stage="down", experts=EXPERTS, n=HIDDEN, k=INTER, top_k=TOP_K)
+    arguments = tuple(Argument("tensor", spec.name) for spec in signature.tensors())
+    sizes = (Argument("size", "tokens"), Argument("size", "rows"), Argument("workspace"))
+    variants = [
+        CallVariant(bound, ((address, arguments + sizes),), workspace_bytes="rows * 4096", owner=library)
+        for bound in (1, 4, 16, 64, 256, None)
+    ]
+
+    def unexpected(*_) -> None:
+        raise AssertionError("the kernel of no work should have been called")
+
+    return bind_call(
+        signature.tensors(),
+        {"weight": torch.ones(1)},
+        variants,
+        dynamic_size=signature.dynamic_size,
+        threads=1,
+        fallback=unexpected,
+        name="moe_gemm down",
+    )
+
+
+def do_nothing(x, expert_offsets, slot_row, topk_weights, out):  # noqa: ARG001 - the signature is what is measured
+    return out
+
+
+@pytest.mark.parametrize("implementation", ["native", "pure", "function of no work"])
+@pytest.mark.parametrize("grad_mode", ["inference_mode", "grad_enabled"])
+@pytest.mark.parametrize("tokens", TOKENS)
+def bench_call(benchmark, idle_kernel, tokens: int, grad_mode: str, implementation: str) -> None:
+    if implementation == "native" and IMPLEMENTATION != "native":
+        pytest.skip("the extension was not built")
+    call, tensors = bind_idle(idle_kernel), five_tensors(tokens)
+    run = {"native": call, "pure": getattr(call, "twin", call), "function of no work": do_nothing}[implementation]
+    benchmark.group = f"call with five tensors, T={tokens}, {grad_mode}"
+    with torch.inference_mode(grad_mode == "inference_mode"):
+        benchmark(run, *tensors)
+
+
+@pytest.mark.skipif(IMPLEMENTATION != "native", reason="the extension was not built")
+@pytest.mark.parametrize("tokens", TOKENS)
+def bench_stages(benchmark, idle_kernel, tokens: int) -> None:
+    """Where the time of a call goes; what the stages leave over is Python's call and return."""
+    call, tensors = bind_idle(idle_kernel), five_tensors(tokens)
+    benchmark.group = f"call with five tensors, T={tokens}, by stage"
+    with torch.inference_mode():
+        stages = call.stage_times(tensors, STAGE_REPEATS)
+        benchmark(call, *tensors)
+    benchmark.extra_info["stages_ns"] = stages
+    print(f"\nT={tokens}: " + ", ".join(f"{name} {ns:.0f} ns" for name, ns in stages.items()))
