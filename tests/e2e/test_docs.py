@@ -40,7 +40,8 @@ def test_adding_a_kernel(tmp_path: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     page = (ROOT / "docs" / "add-a-kernel.md").read_text()
     (template,) = re.findall(r"```jinja\n(.*?)```", page, re.DOTALL)
-    space, entry, script = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    space, script = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (entry,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
 
     (tmp_path / "templates/moe_gemm/cpu_chains.cpp.jinja").write_text(template)
     declaration = tmp_path / "codegen/ops/moe_gemm_cpu.py"
