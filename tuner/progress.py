@@ -11,6 +11,9 @@ from tilewright.tuning_db.records import Outcome
 if TYPE_CHECKING:
     from tilewright.tuner.loop import ProblemResult
 
+ENDLESS_TRIALS = 1 << 24
+"""So many trials mean that only the time is limited."""
+
 _WORDS: dict[str, str] = {
     Outcome.WRONG: "wrong",
     Outcome.BUILD_FAILED: "failed to build",
@@ -51,7 +54,7 @@ class Progress:
         failures = ", ".join(
             f"{count} {_WORDS[how]}" for how, count in sorted(result.outcomes.items()) if how in _WORDS
         )
-        line = f"{self._title}  {result.trials:3d}/{trials}"
+        line = f"{self._title}  {result.trials:3d}{f'/{trials}' if trials < ENDLESS_TRIALS else ''}"
         if ranked:
             line += f"  best {format_us(ranked[0].time_us)}"
             default = result.candidates.get(result.default)

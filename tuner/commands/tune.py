@@ -18,7 +18,7 @@ from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign import Campaign, Report, Request, SignatureReport
 from tilewright.tuner.deployed import Deployed, race_against_torch
 from tilewright.tuner.plan import Final
-from tilewright.tuner.progress import Progress, format_us
+from tilewright.tuner.progress import ENDLESS_TRIALS, Progress, format_us
 from tilewright.tuner.roofline import Roofline, measure_roofline
 from tilewright.tuner.search import DEFAULT_SEARCH, SEARCHES
 from tilewright.tuning_db.store import Store
@@ -27,7 +27,6 @@ DEFAULT_MODEL = "mixtral-8x7b"
 DEFAULT_TOKENS = (1, 4, 16, 64, 256)
 DEFAULT_TRIALS = 60
 DEFAULT_TIME_S = 130.0
-_ENDLESS = 1 << 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,7 +127,7 @@ def _budget(arguments: argparse.Namespace) -> tuple[int, float]:
     time_s = None if arguments.time is None else _seconds(arguments.time)
     if arguments.trials is None and time_s is None:
         return DEFAULT_TRIALS, DEFAULT_TIME_S
-    return arguments.trials or _ENDLESS, time_s if time_s is not None else math.inf
+    return arguments.trials or 2 * ENDLESS_TRIALS, time_s if time_s is not None else math.inf
 
 
 def _seconds(text: str) -> float:
