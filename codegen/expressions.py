@@ -30,6 +30,10 @@ class Op(IntEnum):
     MAXIMUM = 8
 
 
+MAX_LENGTH = 1000
+"""Characters of an expression; recipes are read from files, and nesting without end would exhaust the stack."""
+
+_MAX_CONSTANT = (1 << 63) - 1
 _BINARY = {ast.Add: Op.ADD, ast.Sub: Op.SUBTRACT, ast.Mult: Op.MULTIPLY, ast.FloorDiv: Op.FLOOR_DIVIDE}
 _FUNCTIONS = {"min": Op.MINIMUM, "max": Op.MAXIMUM, "ceildiv": Op.CEIL_DIVIDE}
 
@@ -50,6 +54,10 @@ class IntExpr:
 
     @cached_property
     def _steps(self) -> tuple[tuple[Op, int | str], ...]:
+        if len(self.text) > MAX_LENGTH:
+            raise TilewrightError(
+                f"recipe expression {self.text[:40]!r}... has {len(self.text)} characters; {MAX_LENGTH} are the most"
+            )
         try:
             tree = ast.parse(self.text, mode="eval")
         except SyntaxError as error:
@@ -62,7 +70,7 @@ class IntExpr:
 
     def _emit(self, node: ast.expr, steps: list[tuple[Op, int | str]]) -> None:
         match node:
-            case ast.Constant(value=int(value)) if not isinstance(value, bool):
+            case ast.Constant(value=int(value)) if not isinstance(value, bool) and value <= _MAX_CONSTANT:
                 steps.append((Op.CONSTANT, value))
             case ast.Name(id=name):
                 steps.append((Op.SYMBOL, name))
@@ -77,7 +85,7 @@ class IntExpr:
             case _:
                 raise TilewrightError(
                     f"recipe expression {self.text!r} uses {ast.unparse(node)!r}; "
-                    "only + - * //, min, max, ceildiv, integers and size names are allowed"
+                    "only + - * //, min, max, ceildiv, 64-bit integers and size names are allowed"
                 )
 
     @property

@@ -83,7 +83,7 @@ class Recipe:
     workspace_zeroed: bool = False
     guards: tuple[Guard, ...] = ()
     weight_layout: WeightLayout | None = None
-    """Layout in which the (only) tensor of role ``weight`` is passed; None: as the op declares it."""
+    """Layout in which the weight tensor [experts, n, k] is passed; None: as the op declares it."""
     abi_version: int = ABI_VERSION
     format_version: int = field(default=1)
 

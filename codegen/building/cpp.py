@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -105,20 +106,34 @@ def _versioned_clangs(path: str) -> list[str]:
 
 def _version(command: str) -> str | None:
     try:
-        done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(
+            [command, "--version"], capture_output=True, text=True, errors="replace", timeout=20, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else None
+    first = done.stdout.partition("\n")[0].strip()
+    return first if done.returncode == 0 and first else None
 
 
 class CppBuilder:
-    """Builds C++ sources for one arch. Safe to share between threads and between processes."""
+    """Builds C++ sources for one arch. Safe to share between threads and between processes.
+
+    Raises:
+        TilewrightError: when there is no compiler, or ``directory`` cannot be made.
+
+    """
 
     def __init__(self, arch: Arch, compiler: Compiler | None = None, directory: Path | None = None) -> None:
         self.arch = arch
         self.compiler = compiler or find_compiler()
         self.directory = (directory or cache_directory()) / "builds"
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise TilewrightError(
+                f"cannot keep built kernels in {self.directory} ({error.strerror}); "
+                "set $TILEWRIGHT_CACHE to a directory that can be written"
+            ) from error
 
     @property
     def toolchain(self) -> str:
@@ -133,27 +148,36 @@ class CppBuilder:
     def build_all(
         self, sources: Sequence[str], *, jobs: int | None = None, progress: Callable[[int], None] | None = None
     ) -> list[Build]:
-        """Build many sources side by side; the result keeps their order. ``progress`` gets the number done."""
+        """Build many sources side by side; the result keeps their order. ``progress`` gets the number done.
+
+        An exception, Ctrl-C among them, ends the compilers that run.
+        """
+        stop = threading.Event()
         with ThreadPoolExecutor(jobs or usable_cores()) as pool:
-            futures = [pool.submit(self.build, source) for source in sources]
+            futures = [pool.submit(self._build, source, stop) for source in sources]
             try:
                 for done, _ in enumerate(as_completed(futures), start=1):
                     if progress:
                         progress(done)
             except BaseException:
+                # Only the main thread hears of Ctrl-C, and compilers have sessions of their own.
+                stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return [future.result() for future in futures]
 
     def build(self, source: str) -> Build:
         """Build one source, or find it built. A compiler that fails or hangs gives a message, no object."""
+        return self._build(source, threading.Event())
+
+    def _build(self, source: str, stop: threading.Event) -> Build:
         path = self.path_for(source)
         if path.exists():
             return Build(path, "", 0.0)
         with tempfile.TemporaryDirectory(dir=self.directory, prefix="build-") as folder:
             code, made = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
             code.write_text(source)
-            message, cpu_s = self._compile(code, made)
+            message, cpu_s = self._compile(code, made, stop)
             if message:
                 return Build(None, message, cpu_s)
             with made.open("rb") as file:
@@ -161,7 +185,7 @@ class CppBuilder:
             made.replace(path)
         return Build(path, "", cpu_s)
 
-    def _compile(self, code: Path, made: Path) -> tuple[str, float]:
+    def _compile(self, code: Path, made: Path, stop: threading.Event) -> tuple[str, float]:
         """Message (empty: it worked) and CPU seconds."""
         limits = f'ulimit -t {CPU_LIMIT_S}; ulimit -v {MEMORY_LIMIT_KIB}; exec "$@"'
         command = [self.compiler.command, *self.compiler.flags(self.arch), str(code), "-o", str(made)]
@@ -175,21 +199,22 @@ class CppBuilder:
                 start_new_session=True,
             )
             try:
-                status, cpu_s = _wait(process, 2 * CPU_LIMIT_S)
+                status, cpu_s = _wait(process, 2 * CPU_LIMIT_S, stop)
             except BaseException:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 raise
         if status is None:
-            return f"the compiler was stopped after {2 * CPU_LIMIT_S} s", cpu_s
+            reason = "on request" if stop.is_set() else f"after {2 * CPU_LIMIT_S} s"
+            return f"{self.compiler.version} was stopped {reason}", cpu_s
         if status != 0 or not made.exists():
             text = log.read_text(errors="replace").replace(str(code), "kernel.cpp")
             return f"{self.compiler.version} failed (status {status}): {text[:2000].strip()}", cpu_s
         return "", cpu_s
 
 
-def _wait(process: subprocess.Popen[bytes], limit_s: float) -> tuple[int | None, float]:
-    """Exit status (None: killed at the limit) and CPU seconds of the process, its children included."""
+def _wait(process: subprocess.Popen[bytes], limit_s: float, stop: threading.Event) -> tuple[int | None, float]:
+    """Exit status (None: killed, at the limit or by ``stop``) and CPU seconds of the process and its children."""
     deadline = time.monotonic() + limit_s
     killed = False
     while True:
@@ -197,7 +222,7 @@ def _wait(process: subprocess.Popen[bytes], limit_s: float) -> tuple[int | None,
         if pid:
             process.returncode = os.waitstatus_to_exitcode(status)
             return (None if killed else process.returncode), usage.ru_utime + usage.ru_stime
-        if time.monotonic() > deadline and not killed:
+        if not killed and (stop.is_set() or time.monotonic() > deadline):
             os.killpg(process.pid, signal.SIGKILL)
             killed = True
         time.sleep(0.005)

@@ -52,8 +52,18 @@ class MoeGemmProblem(Problem):
     all_experts: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.tokens <= MAX_TOKENS:
-            raise TilewrightError(f"tokens={self.tokens} is impossible; give a number from 1 to {MAX_TOKENS}")
+        tokens, choices = self.tokens, self.all_experts
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= MAX_TOKENS:
+            raise TilewrightError(f"tokens={tokens!r} is impossible; give a whole number from 1 to {MAX_TOKENS}")
+        if not isinstance(choices, int) or isinstance(choices, bool) or choices < self.signature.experts:
+            raise TilewrightError(
+                f"all_experts={choices!r} is impossible; give at least the {self.signature.experts} of this rank"
+            )
+        if self.signature.top_k > choices:
+            raise TilewrightError(
+                f"top_k={self.signature.top_k} is impossible; a token cannot pick more than "
+                f"the {choices} experts there are"
+            )
 
     @property
     def dynamic_size(self) -> int:
@@ -102,7 +112,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
 
     def signature_from_dict(self, fields: Mapping[str, Any]) -> MoeGemmSignature:
         """Signature from its JSON form."""
-        return MoeGemmSignature(**{name: value for name, value in fields.items() if name != "op"})
+        return MoeGemmSignature.from_dict(fields)
 
     def problem(
         self, signature: MoeGemmSignature, tokens: int, routing: RoutingSpec, model: ModelShape | None = None
@@ -112,6 +122,8 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
 
     def problem_from_dict(self, fields: Mapping[str, Any]) -> MoeGemmProblem:
         """Problem from its JSON form."""
+        if missing := [name for name in ("signature", "tokens", "routing", "all_experts") if name not in fields]:
+            raise TilewrightError(f"a moe_gemm problem lacks the field {missing[0]!r}; it was not written by to_dict")
         signature = self.signature_from_dict(fields["signature"])
         return MoeGemmProblem(signature, fields["tokens"], RoutingSpec.parse(fields["routing"]), fields["all_experts"])
 
@@ -210,13 +222,14 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         return Workload(flops=2.0 * rows * columns * signature.k, min_bytes=4.0 * elements)
 
     def awkward_problems(self, signature: MoeGemmSignature) -> tuple[MoeGemmProblem, ...]:
-        """One token (empty experts), odd counts that no tile divides, and one hot expert."""
-        balanced, hot = RoutingSpec.parse("balanced"), RoutingSpec.parse("power-law:8")
-        odd = 2 * signature.experts // signature.top_k + 3
+        """One token (empty experts), odd counts of which other ranks compute a part, and one hot expert."""
+        # Under expert parallelism tokens may pick more experts than this rank holds.
+        experts = max(signature.experts, signature.top_k)
+        odd = (2 * experts // signature.top_k + 3) | 1
         return (
-            self.problem(signature, 1, balanced),
-            self.problem(signature, odd | 1, RoutingSpec.parse("power-law")),
-            self.problem(signature, 37, hot),
+            MoeGemmProblem(signature, 1, RoutingSpec.parse("balanced"), experts),
+            MoeGemmProblem(signature, odd, RoutingSpec.parse("power-law"), 2 * experts),
+            MoeGemmProblem(signature, 37, RoutingSpec.parse("power-law:8"), experts),
         )
 
     def default_config(self, signature: MoeGemmSignature, arch: Arch) -> Config:

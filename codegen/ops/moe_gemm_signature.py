@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
 
 from tilewright.codegen.ops.signature import Signature
@@ -46,7 +46,9 @@ class MoeGemmSignature(Signature):
         for name in ("experts", "n", "k", "top_k"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_SIZE:
-                raise TilewrightError(f"moe_gemm: {name}={value!r} is impossible; give a whole number of at least 1")
+                raise TilewrightError(
+                    f"moe_gemm: {name}={value!r} is impossible; give a whole number from 1 to {_MAX_SIZE}"
+                )
         if self.stage not in get_args(Stage):
             raise TilewrightError(f"moe_gemm: unknown stage {self.stage!r}; choose one of {', '.join(get_args(Stage))}")
         if self.activation not in get_args(Activation):
@@ -58,9 +60,27 @@ class MoeGemmSignature(Signature):
             )
         if self.stage == "plain" and self.top_k != 1:
             raise TilewrightError(f"moe_gemm: stage 'plain' knows no routing; leave top_k={self.top_k} out")
+        if not isinstance(self.bias, bool):
+            raise TilewrightError(f"moe_gemm: bias={self.bias!r} is neither true nor false")
         for name, supported in _DTYPES.items():
             if getattr(self, name) not in supported:
                 raise TilewrightError(f"moe_gemm: {name}={getattr(self, name)!r} is not supported; use {supported[0]}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MoeGemmSignature:
+        """Signature from its JSON form.
+
+        Raises:
+            TilewrightError: for a missing, unknown or impossible field.
+
+        """
+        own = {name: value for name, value in values.items() if name != "op"}
+        known = fields(cls)
+        if unknown := sorted(own.keys() - {f.name for f in known}):
+            raise TilewrightError(f"a moe_gemm signature has no field {unknown[0]!r}; this tilewright may be too old")
+        if missing := [f.name for f in known if f.default is MISSING and f.name not in own]:
+            raise TilewrightError(f"a moe_gemm signature lacks the field {missing[0]!r}; it was not written by to_dict")
+        return cls(**own)
 
     @classmethod
     def parse(cls, values: Mapping[str, str]) -> MoeGemmSignature:
