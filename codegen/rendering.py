@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from functools import cache
 from typing import Any
 
@@ -45,9 +46,10 @@ def render(template: Template[Any], signature: Signature, config: Config, arch: 
     )
     knobs = " ".join(f"{name}={value}" for name, value in config.items() if value is not None and name != "template")
     file = template.name + _SUFFIX[template.language]
-    head = (
-        f"// Made by tilewright {__version__} from templates/{file} for {arch.name}.\n"
-        f"// {signature.describe()}\n"
-        f"// {knobs}\n"
-    )
-    return re.sub(r"\n{3,}", "\n\n", head + body.lstrip("\n"))
+    made_by = f"Made by tilewright {__version__} from templates/{file} for {arch.name}."
+    head = [
+        f"// {line}\n"
+        for text in (made_by, signature.describe(), knobs)
+        for line in textwrap.wrap(text, 117, break_long_words=False, break_on_hyphens=False)
+    ]
+    return re.sub(r"\n{3,}", "\n\n", "".join(head) + body.lstrip("\n"))

@@ -1,53 +1,135 @@
-"""Every template of every op, over random configs and shapes that no tile divides, against the op's reference.
+"""Every template of every op, against the op's reference; a new template is covered without a change here.
 
-The evaluator checks: odd sizes, empty experts, one hot expert, poisoned and guarded outputs, one and two threads.
+Variants cover every pair of two knobs' values. Each is built and called on awkward problems, alone and on threads, with
+buffers that start at odd addresses, hold NaN where nothing was written, and are guarded on both sides.
 """
 
-import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
 
 import pytest
+from awkward import SIGNATURES, Case, cases, examples, few_cases, weights
+from guarded_calls import Call, forking, run_kernel, tensors_for
+from standalone_kernels import Toolchain
 
-from tilewright.codegen.archs import native_arch
-from tilewright.codegen.building.cpp import CppBuilder, find_compiler
-from tilewright.codegen.ops import find_op
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.archs import ARCHS, Arch, native_arch, runs_on
+from tilewright.codegen.building.cpp import Build, CppBuilder, find_compiler
+from tilewright.codegen.cpu_info import read_cpu_info, usable_cores
+from tilewright.codegen.ops import OPS, find_op
+from tilewright.codegen.rendering import render
 from tilewright.errors import TilewrightError
-from tilewright.tuner.evaluation.evaluator import CpuEvaluator
-from tilewright.tuner.variants import Workshop
-from tilewright.tuning_db.records import Outcome
+from tilewright.runtime.openmp import fork_address
+from tilewright.tuner.evaluation.checking import compare
 
-SIGNATURES = [
-    MoeGemmSignature(stage="up", experts=4, n=53, k=77, top_k=2),
-    MoeGemmSignature(stage="up", experts=3, n=5, k=300, top_k=2, activation="swiglu", bias=True),
-    MoeGemmSignature(stage="up", experts=5, n=64, k=64, top_k=1, activation="geglu"),
-    MoeGemmSignature(stage="down", experts=5, n=50, k=600, top_k=3, bias=True),
-    MoeGemmSignature(stage="down", experts=1, n=33, k=1, top_k=1),
-    MoeGemmSignature(stage="plain", experts=6, n=24, k=129),
-]
-CONFIGS_PER_TEMPLATE = 6
+FOREIGN = [arch for arch in ARCHS.values() if arch.machine == native_arch().machine and arch != native_arch()]
 
 
-@pytest.mark.parametrize("signature", SIGNATURES, ids=lambda s: f"{s.stage}-{s.activation}-{s.n}x{s.k}")
-def test_every_template_matches_the_reference(signature: MoeGemmSignature, tmp_path) -> None:
+@cache
+def calls() -> tuple[Call, ...]:
+    """Threads that come, do not come, or were never to be had."""
+    openmp = fork_address()
+    on_pool = (Call("two threads of OpenMP", 2, openmp),) if openmp else ()
+    return (
+        Call("one thread", 1),
+        Call("two threads, no fork", 2),
+        *on_pool,
+        Call("five threads asked, two started", 5, forking(2)),
+        Call("three threads asked, one started", 3, forking(1)),
+    )
+
+
+def builder_for(arch: Arch, directory) -> CppBuilder:
     try:
-        find_compiler()
+        return CppBuilder(arch, find_compiler(), directory)
     except TilewrightError as error:
         pytest.skip(str(error))
-    op, arch = find_op("moe_gemm"), native_arch()
-    workshop = Workshop(op, signature, arch, CppBuilder(arch, directory=tmp_path))
-    space = op.space(signature, arch)
-    rng = random.Random(1)
-    configs = [op.default_config(signature, arch)]
-    for template in op.templates:
-        own = [i for i in range(len(space)) if space[i]["template"] == template.name]
-        configs += [space[i] for i in rng.sample(own, min(CONFIGS_PER_TEMPLATE, len(own)))]
-    built = workshop.build(configs)
-    assert [b.message for b in built if b.path is None] == []
-    problem = op.problem(signature, 7, RoutingSpec.parse("balanced"))
-    with CpuEvaluator(op, signature, threads=2) as evaluator:
-        evaluations = evaluator.evaluate([b.kernel for b in built], problem, budget_s=0.05)
-    wrong = [
-        (dict(b.variant.config), e.message) for b, e in zip(built, evaluations, strict=True) if e.outcome != Outcome.OK
-    ]
-    assert wrong == []
+
+
+def source_of(case: Case) -> str:
+    return render(case.template, case.signature, case.config, case.arch)
+
+
+@pytest.fixture(scope="module")
+def builds(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[dict[Case, Future[Build]]]:
+    """Builds of the cases that were selected, each waiting in a pool that works while earlier ones run."""
+    builder = builder_for(native_arch(), tmp_path_factory.mktemp("contract"))
+    wanted = [item.callspec.params["case"] for item in request.session.items if "builds" in item.fixturenames]
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        yield {case: pool.submit(builder.build, source_of(case)) for case in wanted}
+        pool.shutdown(cancel_futures=True)
+
+
+def test_every_op_has_awkward_signatures() -> None:
+    assert SIGNATURES.keys() == OPS.keys()
+
+
+@pytest.mark.parametrize("case", cases(native_arch()), ids=str)
+def test_variant_matches_the_reference(case: Case, builds: dict[Case, Future[Build]]) -> None:
+    build = builds[case].result()
+    assert build.path is not None, build.message
+    op = find_op(case.op)
+    recipe = case.template.recipe(case.signature, case.config, case.arch)
+    for example in examples(case.op, case.signature):
+        tensors = tensors_for(recipe, weights(case.op, case.signature), example.inputs)
+        results = set()
+        for call in calls():
+            out = run_kernel(build.path, recipe, tensors, example.expected.shape, call)
+            complaint = compare(out, example.expected, op.tolerance(case.signature)).complaint
+            assert complaint is None, f"{call.name}: {example.problem.to_dict()}: {complaint}"
+            results.add(out.tobytes())
+        assert len(results) == 1, f"the result depends on the number of threads: {example.problem.to_dict()}"
+
+
+@pytest.mark.parametrize("arch", FOREIGN, ids=lambda arch: arch.name)
+def test_other_levels_of_this_machine_compile(arch: Arch, tmp_path) -> None:
+    """Compiled is all that is known of them, unless this CPU runs them, too."""
+    builder = builder_for(arch, tmp_path)
+    chosen = few_cases(arch, 4)
+    for case, build in zip(chosen, builder.build_all([source_of(case) for case in chosen]), strict=True):
+        assert build.path is not None, f"{case}: {build.message}"
+        if not runs_on(arch, read_cpu_info()):
+            continue
+        recipe = case.template.recipe(case.signature, case.config, arch)
+        for example in examples(case.op, case.signature):
+            tensors = tensors_for(recipe, weights(case.op, case.signature), example.inputs)
+            out = run_kernel(build.path, recipe, tensors, example.expected.shape, calls()[0])
+            assert compare(out, example.expected, find_op(case.op).tolerance(case.signature)).complaint is None, case
+
+
+def check_standalone(case: Case, toolchain: Toolchain, folder: Path) -> None:
+    op = find_op(case.op)
+    recipe = case.template.recipe(case.signature, case.config, case.arch)
+    program = toolchain.build(source_of(case), recipe.launches[0].entry, folder / "program")
+    for example in examples(case.op, case.signature):
+        tensors = tensors_for(recipe, weights(case.op, case.signature), example.inputs)
+        out = toolchain.run(program, recipe, tensors, example.expected.shape, threads=2)
+        complaint = compare(out, example.expected, op.tolerance(case.signature)).complaint
+        assert complaint is None, f"{example.problem.to_dict()}: {complaint}"
+
+
+@pytest.mark.parametrize("case", few_cases(ARCHS["aarch64_neon"], 5), ids=str)
+def test_variant_for_arm_matches_the_reference_in_an_emulator(case: Case, tmp_path) -> None:
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if compiler is None or emulator is None:
+        missing = "aarch64-linux-gnu-g++" if compiler is None else "qemu-aarch64"
+        pytest.skip(f"{missing} is not installed (Debian: apt install g++-aarch64-linux-gnu qemu-user)")
+    check_standalone(case, Toolchain(compiler, case.arch, ("-static",), (emulator,)), tmp_path)
+
+
+@pytest.mark.parametrize("case", few_cases(native_arch(), 3), ids=str)
+@pytest.mark.parametrize("sanitizers", ["address", "thread"])
+def test_sanitizers_find_nothing(case: Case, sanitizers: str, tmp_path) -> None:
+    """Reads beyond a tensor and races between threads seldom change a result."""
+    compiler = builder_for(case.arch, tmp_path).compiler.command
+    flags = (f"-fsanitize={sanitizers}", "-O1")
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() {}")
+    linked = subprocess.run([compiler, *flags, probe, "-o", tmp_path / "probe"], capture_output=True, check=False)
+    if linked.returncode or subprocess.run([tmp_path / "probe"], check=False).returncode:
+        pytest.skip(f"{compiler} has no working {sanitizers} sanitizer here")
+    check_standalone(case, Toolchain(compiler, case.arch, flags), tmp_path)

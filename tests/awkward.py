@@ -1,0 +1,138 @@
+"""Signatures and problems that templates tend to get wrong, for every op; a new op adds an entry to ``SIGNATURES``."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from covering import covering_rows
+from numpy.typing import NDArray
+
+from tilewright.codegen.archs import Arch
+from tilewright.codegen.ops import OPS, find_op
+from tilewright.codegen.ops.base import Arrays, Problem, Template
+from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature as MoeGemm
+from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.space import Config
+
+SIGNATURES: Mapping[str, Sequence[Signature]] = {
+    "moe_gemm": (
+        MoeGemm(stage="up", experts=4, n=53, k=77, top_k=2),
+        MoeGemm(stage="up", experts=3, n=5, k=300, top_k=2, activation="swiglu", bias=True),
+        MoeGemm(stage="up", experts=5, n=64, k=64, top_k=1, activation="geglu"),
+        MoeGemm(stage="up", experts=2, n=401, k=33, top_k=2, activation="geglu", bias=True),
+        MoeGemm(stage="down", experts=5, n=50, k=600, top_k=3, bias=True),
+        MoeGemm(stage="down", experts=1, n=33, k=1),
+        MoeGemm(stage="down", experts=40, n=401, k=24, top_k=6),
+        MoeGemm(stage="down", experts=2, n=16, k=257, top_k=4),
+        MoeGemm(stage="plain", experts=6, n=401, k=129),
+        MoeGemm(stage="plain", experts=2, n=1, k=1030, bias=True),
+    ),
+}
+"""Sizes that no tile divides and sizes that all divide, n below one panel, k of one step and one step into a block of
+k, enough panels for the widest task, one expert, many, and more choices than experts on this rank."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant to build and run."""
+
+    op: str
+    signature: Signature
+    config: Config
+    arch: Arch
+
+    @property
+    def template(self) -> Template[Any]:
+        return find_op(self.op).template(self.config)
+
+    def __str__(self) -> str:
+        fields = [
+            f"{name}={value}"
+            for name, value in {**self.signature.to_dict(), **self.config}.items()
+            if value is not None and name not in ("op", "template") and not name.endswith("_dtype")
+        ]
+        return f"{self.config['template']} {self.arch.name} {' '.join(fields)}"
+
+
+def cases(arch: Arch) -> list[Case]:
+    """For every template of ``arch``: every pair of two knobs' values, and of a knob's value and a signature."""
+    return [
+        case
+        for op in OPS.values()
+        for template in op.templates
+        if arch.family in template.families
+        for case in _covering_cases(op.name, template, arch)
+    ]
+
+
+def few_cases(arch: Arch, count: int) -> list[Case]:
+    """``count`` cases of every template, drawn at random, of signatures as different as there are."""
+    random = np.random.default_rng(0)
+    chosen = []
+    for op in OPS.values():
+        signatures = SIGNATURES[op.name]
+        for template in op.templates:
+            if arch.family not in template.families:
+                continue
+            for number in range(count):
+                signature = signatures[number * len(signatures) // count]
+                own = template.space(signature, arch)
+                config = op.space(signature, arch).lift(template.name, own[int(random.integers(len(own)))])
+                chosen.append(Case(op.name, signature, config, arch))
+    return chosen
+
+
+def _covering_cases(op_name: str, template: Template[Any], arch: Arch) -> list[Case]:
+    op = find_op(op_name)
+    blocks = []
+    values: dict[str, dict[Any, int]] = {}
+    for number, signature in enumerate(SIGNATURES[op_name]):
+        space = template.space(signature, arch)
+        columns = [np.full(len(space), number)]
+        for index, parameter in enumerate(space.parameters):
+            seen = values.setdefault(parameter.name, {})
+            codes = np.array([seen.setdefault(value, len(seen)) for value in parameter.values])
+            columns.append(codes[space.indices[:, index]])
+        blocks.append(np.column_stack([*columns, np.arange(len(space))]))
+    table = np.concatenate(blocks)
+    made = []
+    for row in covering_rows(table[:, :-1], seed=0):
+        signature = SIGNATURES[op_name][table[row, 0]]
+        config = template.space(signature, arch)[int(table[row, -1])]
+        made.append(Case(op_name, signature, op.space(signature, arch).lift(template.name, config), arch))
+    return made
+
+
+def problems(op_name: str, signature: Signature) -> tuple[Problem, ...]:
+    """The op's own awkward problems, one whose rows fill several tasks, and one of which this rank computes little."""
+    own: tuple[Any, ...] = find_op(op_name).awkward_problems(signature)
+    hot = replace(own[0], tokens=211, routing=RoutingSpec.parse("power-law:8"))
+    return (*own, hot, replace(own[0], tokens=2, all_experts=8 * own[0].all_experts))
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A problem with its data and what must come out."""
+
+    problem: Problem
+    inputs: Arrays
+    expected: NDArray[np.float64]
+
+
+@lru_cache
+def weights(op_name: str, signature: Signature) -> Arrays:
+    return find_op(op_name).weights(signature, seed=0)
+
+
+@lru_cache
+def examples(op_name: str, signature: Signature) -> tuple[Example, ...]:
+    """Data of all problems of a signature."""
+    op = find_op(op_name)
+    made = []
+    for seed, problem in enumerate(problems(op_name, signature)):
+        inputs = op.inputs(problem, seed)
+        made.append(Example(problem, inputs, op.reference(signature, weights(op_name, signature), inputs)))
+    return tuple(made)

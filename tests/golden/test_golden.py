@@ -1,0 +1,144 @@
+"""Rendered sources that were read and found good: a change of a template shows as a diff of what it makes.
+
+After a change that is meant: ``pytest tests/golden --update-golden``, then read the diff.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tilewright import __version__
+from tilewright.codegen.archs import ARCHS
+from tilewright.codegen.ops import OPS, find_op
+from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature as MoeGemm
+from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.rendering import render
+from tilewright.codegen.space import Value
+
+HERE = Path(__file__).parent
+SUFFIX = ".golden.cpp"
+
+UP = MoeGemm(stage="up", experts=8, n=1792, k=4096, top_k=2, activation="swiglu")
+GEGLU = MoeGemm(stage="up", experts=4, n=100, k=512, top_k=1, activation="geglu", bias=True)
+DOWN = MoeGemm(stage="down", experts=8, n=4096, k=1792, top_k=2)
+RAGGED_DOWN = MoeGemm(stage="down", experts=128, n=2050, k=768, top_k=8, bias=True)
+PLAIN = MoeGemm(stage="plain", experts=8, n=24, k=64)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One variant: the default config of its signature, or a template's with these knobs."""
+
+    name: str
+    signature: Signature
+    arch: str
+    template: str = ""
+    knobs: tuple[tuple[str, Value], ...] = ()
+
+    @property
+    def path(self) -> Path:
+        return HERE / (self.name + SUFFIX)
+
+    def render(self) -> str:
+        op, arch = find_op(self.signature.op), ARCHS[self.arch]
+        config = op.default_config(self.signature, arch)
+        if self.template:
+            space = op.space(self.signature, arch)
+            config = space.lift(self.template, dict(self.knobs))
+            assert config in space
+        source = render(op.template(config), self.signature, config, arch)
+        return source.replace(f"tilewright {__version__} ", "tilewright VERSION ", 1)
+
+
+def knobs(**values: Value) -> tuple[tuple[str, Value], ...]:
+    return tuple(values.items())
+
+
+GOLDEN = [
+    Golden("default_up_swiglu_avx2", UP, "x86_64_avx2"),
+    Golden("default_plain_avx512", PLAIN, "x86_64_avx512"),
+    Golden(
+        "blocked_down_direct_bias_neon",
+        RAGGED_DOWN,
+        "aarch64_neon",
+        "moe_gemm/cpu_blocked",
+        knobs(
+            vectors=2,
+            block_rows=4,
+            streams=2,
+            k_block=768,
+            block_m=48,
+            chunk_groups=8,
+            order="rows_outer",
+            pack_x=False,
+            unroll=1,
+            prefetch=0,
+            schedule="static",
+            gate_up="none",
+            combine="direct",
+        ),
+    ),
+    Golden(
+        "stream_down_partials_avx2",
+        DOWN,
+        "x86_64_avx2",
+        "moe_gemm/cpu_stream",
+        knobs(
+            vectors=1,
+            block_rows=3,
+            streams=6,
+            chunk_groups=2,
+            unroll=4,
+            prefetch=64,
+            schedule="dynamic",
+            gate_up="none",
+            combine="partials",
+        ),
+    ),
+    Golden(
+        "stream_up_geglu_bias_neon",
+        GEGLU,
+        "aarch64_neon",
+        "moe_gemm/cpu_stream",
+        knobs(
+            vectors=2,
+            block_rows=2,
+            streams=4,
+            chunk_groups=1,
+            unroll=1,
+            prefetch=16,
+            schedule="static",
+            gate_up="apart",
+            combine="none",
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: golden.name)
+def test_source_is_the_one_that_was_read(golden: Golden, request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--update-golden"):
+        golden.path.write_text(golden.render())
+    assert golden.path.exists(), "no such golden source yet; make it with pytest tests/golden --update-golden"
+    assert golden.render() == golden.path.read_text()
+
+
+def test_every_template_has_a_golden_source_and_none_is_left_over() -> None:
+    templates = {template.name for op in OPS.values() for template in op.templates}
+    assert templates == {golden.template for golden in GOLDEN if golden.template}
+    assert {golden.path for golden in GOLDEN} == set(HERE.glob("*" + SUFFIX))
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: golden.name)
+def test_source_is_formatted(golden: Golden) -> None:
+    lines = golden.render().split("\n")
+    assert lines[-1] == "" != lines[-2]
+    for above, line in pairwise(lines):
+        assert line == line.rstrip()
+        assert "\t" not in line
+        assert len(line) <= 140
+        opening = above.endswith("{") and not above.startswith(("namespace", 'extern "C"'))
+        assert not (line == "" and opening), f"blank line after {above!r}"
+        assert not (above == "" and line.strip() == "}"), "blank line before a closing brace"

@@ -1,0 +1,142 @@
+"""Calls of built kernels in this process: every buffer guarded, poisoned and compared afterwards."""
+
+import ctypes
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilewright.codegen.layouts import WeightLayout
+from tilewright.codegen.ops.base import Arrays
+from tilewright.codegen.recipe import ABI_VERSION, Recipe
+
+POISON = 0xFF  # NaN as a float, -1 as an index
+GUARD_BYTES = 4096
+DTYPES = {"fp32": np.dtype(np.float32), "int32": np.dtype(np.int32)}
+
+BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+FORK = ctypes.CFUNCTYPE(None, BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+
+
+class Host(ctypes.Structure):
+    """``tw_host`` of templates/shared/abi.jinja."""
+
+    _fields_ = [("abi_version", ctypes.c_int32), ("threads", ctypes.c_int32), ("fork", ctypes.c_void_p)]
+
+
+def forking(started: int) -> Any:
+    """A fork that starts ``started`` threads, however many are asked for; keep it referenced while it is in use."""
+
+    def fork(body: Any, data: int, _threads: int, _flags: int) -> None:
+        others = [threading.Thread(target=body, args=(data,)) for _ in range(started - 1)]
+        for other in others:
+            other.start()
+        body(data)
+        for other in others:
+            other.join()
+
+    return FORK(fork)
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a kernel is called: threads that the host claims to have, and the function that starts them."""
+
+    name: str
+    threads: int
+    fork: Any = None
+    """None, an address, or what :func:`forking` made."""
+
+    @property
+    def fork_address(self) -> int | None:
+        return None if self.fork is None else ctypes.cast(self.fork, ctypes.c_void_p).value
+
+
+class Guarded:
+    """``nbytes`` between guards, ``skew`` bytes past a 64-byte boundary; poisoned until they are filled."""
+
+    def __init__(self, nbytes: int, skew: int = 0) -> None:
+        self._all = np.full(nbytes + 2 * GUARD_BYTES + 64, POISON, np.uint8)
+        start = GUARD_BYTES + (skew - self._all.ctypes.data - GUARD_BYTES) % 64
+        self.bytes = self._all[start : start + nbytes]
+
+    @property
+    def address(self) -> int:
+        return self.bytes.ctypes.data
+
+    def touched(self) -> bool:
+        """Whether anything beside the bytes themselves was written."""
+        inside = self.bytes.ctypes.data - self._all.ctypes.data
+        before, after = self._all[:inside], self._all[inside + self.bytes.size :]
+        return bool((before != POISON).any() or (after != POISON).any())
+
+
+def pack(weight: NDArray[Any], layout: WeightLayout) -> NDArray[np.float32]:
+    """Weights [experts, n, k] in panels, one column at a time as :class:`WeightLayout` says it."""
+    experts, n, k = weight.shape
+    per_half, run = n // layout.halves, layout.run or layout.columns
+    packed = np.zeros((experts, layout.panels(n), k, layout.columns), np.float32)
+    for half in range(layout.halves):
+        for column in range(per_half):
+            at = (column // run * layout.halves + half) * run + column % run
+            packed[:, at // layout.columns, :, at % layout.columns] = weight[:, half * per_half + column]
+    return packed
+
+
+def tensors_for(recipe: Recipe, weights: Arrays, inputs: Arrays) -> Arrays:
+    """What a kernel is given: inputs, and weights in its layout."""
+    tensors = {**weights, **inputs}
+    if recipe.weight_layout is not None:
+        tensors["weight"] = pack(tensors["weight"], recipe.weight_layout)
+    return tensors
+
+
+def sizes_of(recipe: Recipe, inputs: Arrays, out_shape: tuple[int, ...]) -> dict[str, int]:
+    """Dynamic sizes of a call."""
+    sizes: dict[str, int] = {}
+    for spec in recipe.tensors:
+        if spec.role != "weight":
+            shape = out_shape if spec.role == "output" else inputs[spec.name].shape
+            sizes |= {dim: size for dim, size in zip(spec.dims, shape, strict=True) if isinstance(dim, str)}
+    return sizes
+
+
+def run_kernel(
+    path: Path, recipe: Recipe, tensors: Arrays, out_shape: tuple[int, ...], call: Call
+) -> NDArray[np.float32]:
+    """Output of one call; fails when the kernel wrote to anything else than its output and its workspace."""
+    library = ctypes.CDLL(str(path))
+    assert library.tilewright_abi_version() == recipe.abi_version == ABI_VERSION
+    sizes = sizes_of(recipe, tensors, out_shape) | {"threads": call.threads}
+    workspace = Guarded(recipe.workspace_for(sizes))
+    if recipe.workspace_zeroed:
+        workspace.bytes[:] = 0
+    buffers: dict[str, Guarded] = {}
+    for spec in recipe.tensors:
+        if spec.role == "output":
+            buffers[spec.name] = out = Guarded(int(np.prod(out_shape)) * DTYPES[spec.dtype].itemsize, skew=4)
+        elif spec.name in tensors:
+            array = np.ascontiguousarray(tensors[spec.name], DTYPES[spec.dtype])
+            # Packed weights are aligned; all else need not be aligned to more than its elements.
+            buffer = Guarded(array.nbytes, skew=0 if spec.name == "weight" else 4)
+            buffer.bytes[:] = array.reshape(-1).view(np.uint8)
+            buffers[spec.name] = buffer
+    before = {name: buffer.bytes.tobytes() for name, buffer in buffers.items() if buffer is not out}
+    (launch,) = recipe.launches
+    arguments = [
+        {"tensor": lambda s: buffers[s].address, "workspace": lambda _: workspace.address, "size": sizes.get}[a.kind](
+            a.source
+        )
+        for a in launch.arguments
+    ]
+    host = Host(ABI_VERSION, call.threads, call.fork_address)
+    status = getattr(library, launch.entry)(ctypes.byref(host), (ctypes.c_int64 * len(arguments))(*arguments))
+    assert status == 0
+    assert not workspace.touched(), f"{call.name}: wrote past {recipe.workspace_bytes} bytes of workspace"
+    for name, buffer in buffers.items():
+        assert not buffer.touched(), f"{call.name}: wrote beside {name}"
+        assert buffer is out or buffer.bytes.tobytes() == before[name], f"{call.name}: changed its input {name}"
+    return out.bytes.view(np.float32).reshape(out_shape)

@@ -1,0 +1,76 @@
+"""Kernels linked into a program of their own (data/kernel_driver.cpp): run by an emulator, or under a sanitizer."""
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from guarded_calls import DTYPES, POISON, sizes_of
+from numpy.typing import NDArray
+
+from tilewright.codegen.archs import Arch
+from tilewright.codegen.building.cpp import FLAGS
+from tilewright.codegen.ops.base import Arrays
+from tilewright.codegen.recipe import Recipe
+
+DRIVER = Path(__file__).parent / "data" / "kernel_driver.cpp"
+_OF_SHARED_OBJECTS = ("-shared", "-nodefaultlibs", "-lc")
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """A compiler, what it is asked for beside a kernel's own flags, and what runs its programs."""
+
+    compiler: str
+    arch: Arch
+    flags: tuple[str, ...]
+    runner: tuple[str, ...] = ()
+
+    def build(self, source: str, entry: str, folder: Path) -> Path:
+        """Program that calls ``source``."""
+        folder.mkdir()
+        (folder / "kernel.cpp").write_text(source)
+        flags = [*(flag for flag in FLAGS if flag not in _OF_SHARED_OBJECTS), *self.arch.compile_flags, *self.flags]
+        command = [self.compiler, *flags, f"-DENTRY={entry}", "-pthread", DRIVER, folder / "kernel.cpp", "-o"]
+        done = subprocess.run([*command, folder / "program"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return folder / "program"
+
+    def run(
+        self, program: Path, recipe: Recipe, tensors: Arrays, out_shape: tuple[int, ...], threads: int
+    ) -> NDArray[np.float32]:
+        """Output of one call; fails when the program says anything or ends badly."""
+        sizes = sizes_of(recipe, tensors, out_shape) | {"threads": threads}
+        specs = [spec for spec in recipe.tensors if spec.role == "output" or spec.name in tensors]
+        buffers = {"": b"\xff" * recipe.workspace_for(sizes)}
+        for spec in specs:
+            poison = np.full(int(np.prod(out_shape)) * DTYPES[spec.dtype].itemsize, POISON, np.uint8)
+            array = poison if spec.role == "output" else tensors[spec.name].astype(DTYPES[spec.dtype])
+            buffers[spec.name] = array.tobytes()
+        number = {name: index for index, name in enumerate(buffers)}
+        (launch,) = recipe.launches
+        arguments = [
+            (0, sizes[a.source]) if a.kind == "size" else (1, number[a.source if a.kind == "tensor" else ""])
+            for a in launch.arguments
+        ]
+        given, taken = program.with_name("input"), program.with_name("output")
+        head = _numbers(threads, len(buffers), *map(len, buffers.values()), len(arguments), *sum(arguments, ()))
+        given.write_bytes(head + b"".join(buffers.values()))
+        command: Sequence[str] = [*self.runner, str(program), str(given), str(taken)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert (done.returncode, done.stdout + done.stderr) == (0, "")
+        after = dict(zip(buffers, _split(taken.read_bytes(), [len(b) for b in buffers.values()]), strict=True))
+        (out,) = (spec for spec in specs if spec.role == "output")
+        for spec in specs:
+            assert spec is out or after[spec.name] == buffers[spec.name], f"changed its input {spec.name}"
+        return np.frombuffer(after[out.name], DTYPES[out.dtype]).reshape(out_shape)
+
+
+def _numbers(*values: int) -> bytes:
+    return np.array(values, np.int64).tobytes()
+
+
+def _split(data: bytes, sizes: Sequence[int]) -> list[bytes]:
+    ends = np.cumsum(sizes).tolist()
+    return [data[end - size : end] for size, end in zip(sizes, ends, strict=True)]
