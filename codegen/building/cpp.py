@@ -207,9 +207,11 @@ class CppBuilder:
         if status is None:
             reason = "on request" if stop.is_set() else f"after {2 * CPU_LIMIT_S} s"
             return f"{self.compiler.version} was stopped {reason}", cpu_s
+        if status < 0 and cpu_s > 0.9 * CPU_LIMIT_S:
+            return f"{self.compiler.version} was stopped after {CPU_LIMIT_S} s of CPU time", cpu_s
         if status != 0 or not made.exists():
-            text = log.read_text(errors="replace").replace(str(code), "kernel.cpp")
-            return f"{self.compiler.version} failed (status {status}): {text[:2000].strip()}", cpu_s
+            text = log.read_text(errors="replace").replace(str(code), "kernel.cpp")[:2000].strip()
+            return f"{self.compiler.version} failed (status {status}): {text or 'it said nothing'}", cpu_s
         return "", cpu_s
 
 
