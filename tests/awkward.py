@@ -78,7 +78,7 @@ def few_cases(arch: Arch, count: int) -> list[Case]:
             if arch.family not in template.families:
                 continue
             for number in range(count):
-                signature = signatures[number * len(signatures) // count]
+                signature = signatures[(2 * number + 1) * len(signatures) // (2 * count)]
                 own = template.space(signature, arch)
                 config = op.space(signature, arch).lift(template.name, own[int(random.integers(len(own)))])
                 chosen.append(Case(op.name, signature, config, arch))
@@ -129,10 +129,12 @@ def weights(op_name: str, signature: Signature) -> Arrays:
 
 @lru_cache
 def examples(op_name: str, signature: Signature) -> tuple[Example, ...]:
-    """Data of all problems of a signature."""
+    """Data of all problems of a signature, and of one with values far beyond what activations flatten."""
     op = find_op(op_name)
-    made = []
-    for seed, problem in enumerate(problems(op_name, signature)):
-        inputs = op.inputs(problem, seed)
-        made.append(Example(problem, inputs, op.reference(signature, weights(op_name, signature), inputs)))
-    return tuple(made)
+    drawn = [(problem, op.inputs(problem, seed)) for seed, problem in enumerate(problems(op_name, signature))]
+    problem, inputs = drawn[1]
+    drawn.append((problem, {**inputs, "x": inputs["x"] * np.float32(200)}))
+    return tuple(
+        Example(problem, inputs, op.reference(signature, weights(op_name, signature), inputs))
+        for problem, inputs in drawn
+    )

@@ -22,8 +22,17 @@ from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.space import Config, Space
 from tilewright.tuner.evaluation.evaluator import CpuEvaluator
-from tilewright.tuner.loop import FINAL_RACE, Budget, Origin, ProblemResult, ProblemTuner
-from tilewright.tuner.plan import Final, Layout, choose_layout, decide, distil, kept, priced
+from tilewright.tuner.loop import Budget, Origin, ProblemResult, ProblemTuner
+from tilewright.tuner.plan import (
+    Final,
+    Layout,
+    choose_layout,
+    decide,
+    distil,
+    kept,
+    race_finalists,
+    settle_layout,
+)
 from tilewright.tuner.progress import Progress
 from tilewright.tuner.search import Prior
 from tilewright.tuner.variants import Workshop
@@ -40,6 +49,10 @@ _REFINE_SHARE = 0.3
 """Of the time, for the search within the layout."""
 _FINAL_SHARE = 0.2
 """Of the time, for the last race among the finalists."""
+_RACE_SHARE = 0.8
+"""Of the time for the finals, before the winners are raced against themselves for the noise."""
+_NOISE_S = 0.5
+"""Seconds for the race of a winner against itself."""
 
 
 @dataclass(frozen=True)
@@ -172,16 +185,18 @@ class Campaign:
             mine.results = [tuner.result for tuner in tuners]
             until = time.monotonic() + (deadline - time.monotonic()) * len(problems) / left
             for tuner in tuners:
-                tuner.replay(self._earlier(tuner.result.problem) if request.resume else [])
+                if request.resume:
+                    tuner.replay(self._earlier(tuner.result.problem, space))
             explore = ceil(request.trials * _EXPLORE_SHARE)
             self._search(tuners, space, explore, _share(until, 1 - _REFINE_SHARE - _FINAL_SHARE))
-            mine.layout = choose_layout(mine.results)
-            if mine.layout is not None:
-                self._progress.say(f"one weight layout for all sizes: {mine.layout.key}")
-                within = self._of_layout(space, signature, mine.layout.key)
+            layout_key = choose_layout(mine.results)
+            if layout_key is not None:
+                if layout_key:
+                    self._progress.say(f"searching on in one weight layout: {layout_key}")
+                within = self._of_layout(space, signature, layout_key)
                 remaining = _REFINE_SHARE / (_REFINE_SHARE + _FINAL_SHARE)
                 self._search(tuners, within, request.trials, _share(until, remaining))
-                self._finish(mine, mine.layout, tuners, evaluator, workshop, until)
+                self._finish(mine, layout_key, tuners, evaluator, workshop, until)
             spent = evaluator.spent
         report.build_s += sum(tuner.build_s for tuner in tuners)
         report.check_s += spent.checking_s
@@ -207,28 +222,41 @@ class Campaign:
     def _finish(
         self,
         mine: SignatureReport,
-        layout: Layout,
+        layout_key: str,
         tuners: Sequence[ProblemTuner],
         evaluator: CpuEvaluator,
         workshop: Workshop,
         until: float,
     ) -> None:
-        """Race the finalists, and store the plan and the kernels that are worth keeping."""
-        mine.layout = layout = priced(layout, mine.results)
+        """Race the finalists, settle the layout, and store the plan and the kernels that are worth keeping."""
         self._progress.say("finalists race again")
-        for done, tuner in enumerate(tuners):
-            result = tuner.result
-            seconds = (until - time.monotonic()) / (len(tuners) - done)
-            final = decide(tuner, evaluator, layout, min(max(seconds, 1.0), 6.0)) if result.candidates else None
+        op, signature, arch = self._request.op, mine.signature, self._request.arch
+        # The default's layout is the one in which no size can be slower than the default.
+        layout_keys = list(
+            dict.fromkeys([layout_key, op.layout_key(signature, op.default_config(signature, arch), arch)])
+        )
+        raced = []
+        solved = [tuner for tuner in tuners if tuner.result.candidates]
+        for done, tuner in enumerate(solved):
+            seconds = _RACE_SHARE * (until - time.monotonic()) / (len(solved) - done)
+            raced.append(race_finalists(tuner, layout_keys, min(max(seconds, 1.0), 6.0)))
+        mine.layout = settle_layout([each for each in raced if each]) if any(raced) else None
+        for tuner, each in zip(solved, raced, strict=True):
+            final = decide(each, mine.layout, evaluator, _NOISE_S) if each and mine.layout else None
             if final is None:
-                self._progress.say(f"{problem_title(result.problem)}: no finalist was right; the plan leaves it out")
                 continue
             mine.finals.append(final)
-            self._keep(workshop, [final.winner.variant.config, *(c.config for c in kept(result, _KEPT_PER_PROBLEM))])
-        if mine.finals:
+            fastest = kept(tuner.result, _KEPT_PER_PROBLEM)
+            self._keep(workshop, [final.winner.variant.config, *(c.config for c in fastest)])
+        decided = {final.problem.key for final in mine.finals}
+        for tuner in tuners:
+            if tuner.result.problem.key not in decided:
+                title = problem_title(tuner.result.problem)
+                self._progress.say(f"{title}: no finalist was right; the plan leaves it out")
+        if mine.finals and mine.layout:
             mine.plan = distil(
                 mine.finals,
-                layout,
+                mine.layout,
                 op=self._request.op.name,
                 device_key=self._device_key,
                 threads=self._request.threads,
@@ -242,10 +270,10 @@ class Campaign:
             record, artifact = workshop.record(built, "device")
             self._store.add_kernel(record, [artifact])
 
-    def _earlier(self, problem: Problem) -> list[TrialRecord]:
-        """Trials of interrupted runs on this problem, oldest first."""
+    def _earlier(self, problem: Problem, space: Space) -> list[TrialRecord]:
+        """Trials of earlier runs on this problem, oldest first; without those of knobs that are no more."""
         known = self._store.trials(problem_key=problem.key, device_key=self._device_key, threads=self._request.threads)
-        return [trial for trial in known if trial.search != FINAL_RACE]
+        return [trial for trial in known if Config(trial.config) in space]
 
     def _priors(self, problem: Problem, siblings: Sequence[ProblemResult]) -> Iterator[Prior]:
         """What is known of neighbours: this run's other sizes, nearest first, then the database's problems."""

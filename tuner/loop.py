@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,10 @@ BATCH = 8
 """Variants that are built together and raced together: enough to keep compilers busy, few enough to learn between."""
 FINAL_RACE = "final race"
 """In place of a search's name, of trials that measure finalists again."""
+_RACE_ROUNDS = 12
+"""Calls of every variant of a batch that its race takes the time for, within the two limits below."""
+_LEAST_RACE_S = 0.4
+_MOST_RACE_S = 4.0
 
 
 @dataclass(frozen=True)
@@ -112,16 +117,41 @@ class ProblemTuner:
         """Wall seconds spent building."""
 
     def replay(self, earlier: Sequence[TrialRecord]) -> None:
-        """Take over the trials of an interrupted run; the kernels of the best are in the build cache, or built anew."""
-        self.result.told += [ToldTrial(Config(t.config), t.median_us, t.outcome.value) for t in earlier]
-        times = {Config(t.config): t.median_us for t in earlier if t.median_us is not None}
-        best = sorted(times, key=lambda config: times[config])[:BATCH]
-        if self.result.default in times and self.result.default not in best:
-            best.append(self.result.default)
-        for built in self._build(best):
-            if built.path:
-                config = built.variant.config
-                self.result.candidates[config] = Candidate(config, built.kernel, times[config])
+        """Take over the trials of earlier runs, and race the best of them again.
+
+        Their times are of other moments, and maybe of a busier machine; those of the rest are scaled by what the race
+        says of the best. Kernels come from the build cache, or are built anew.
+        """
+        searched = [trial for trial in earlier if trial.search != FINAL_RACE]
+        times = {Config(t.config): t.median_us for t in searched if t.median_us is not None}
+        best = self._worth_racing(times, [t for t in earlier if t.search == FINAL_RACE])
+        built = [b for b in self._build(best) if b.path]
+        budget_s = _RACE_ROUNDS * sum(times[b.variant.config] for b in built) * 1e-6
+        evaluations = self._evaluator.evaluate(
+            [b.kernel for b in built], self._problem, budget_s=min(max(budget_s, _LEAST_RACE_S), _MOST_RACE_S)
+        )
+        now = {b.variant.config: e.median_us for b, e in zip(built, evaluations, strict=True) if e.median_us}
+        drift = statistics.median(now[config] / times[config] for config in now) if now else 1.0
+        for b in built:
+            config = b.variant.config
+            if config in now:
+                self.result.candidates[config] = Candidate(config, b.kernel, now[config])
+        for trial in searched:
+            config = Config(trial.config)
+            time_us = now.get(config, drift * trial.median_us) if trial.median_us is not None else None
+            self.result.told.append(ToldTrial(config, time_us, trial.outcome.value))
+
+    def _worth_racing(self, times: Mapping[Config, float], finals: Sequence[TrialRecord]) -> list[Config]:
+        """The default, the fastest of earlier last races, and the fastest of the search in each weight layout."""
+        op, signature, arch = self._workshop.op, self._workshop.signature, self._workshop.arch
+        by_layout: dict[str, list[Config]] = {}
+        for config in sorted(times, key=lambda config: times[config]):
+            by_layout.setdefault(op.layout_key(signature, config, arch), []).append(config)
+        timed = sorted((t for t in finals if t.median_us is not None), key=lambda t: t.median_us or 0.0)
+        proven = [config for t in timed if (config := Config(t.config)) in times]
+        fastest = [config for configs in by_layout.values() for config in configs[:BATCH]]
+        default = [self.result.default] if self.result.default in times else []
+        return list(dict.fromkeys([*default, *list(dict.fromkeys(proven))[:BATCH], *fastest]))
 
     def search(self, space: Space, budget: Budget, priors: Iterable[Prior]) -> None:
         """Search ``space`` until the budget is spent; the default config always comes first.
@@ -194,11 +224,11 @@ class ProblemTuner:
         self._store.add_trials(trials)
 
     def _race_seconds(self, entrants: int, budget: Budget) -> float:
-        """About a dozen rounds of everybody at the default's speed, within reason and the time left."""
+        """A dozen rounds of everybody at the default's speed, within reason and the time left."""
         default = self.result.candidates.get(self.result.default)
-        wanted = 12 * entrants * default.time_us * 1e-6 if default else 1.5
+        wanted = _RACE_ROUNDS * entrants * default.time_us * 1e-6 if default else 1.5
         left = max(0.5, 0.5 * (budget.deadline - time.monotonic()))
-        return min(max(wanted, 0.4), 4.0, left)
+        return min(max(wanted, _LEAST_RACE_S), _MOST_RACE_S, left)
 
     def _trial(self, build: BuildResult, evaluation: Evaluation | None, search: str = "") -> TrialRecord:
         """Record of one variant; without an evaluation, its build failed."""

@@ -6,16 +6,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tilewright.codegen.ops.base import Problem
 from tilewright.tuner.evaluation.evaluator import CpuEvaluator
 from tilewright.tuner.evaluation.outcome import Evaluation
-from tilewright.tuner.evaluation.statistics import Ratio, beats, paired_ratio
+from tilewright.tuner.evaluation.statistics import Ratio, beats, clearly_slower, paired_ratio
 from tilewright.tuner.loop import Candidate, ProblemResult, ProblemTuner, layout_key_of
 from tilewright.tuner.variants import BuildResult
 from tilewright.tuning_db.records import Outcome, PlanEntry, PlanRecord
 
 FINALISTS = 4
-"""Fastest candidates of a problem that are raced again beside the default."""
+"""Fastest candidates of a problem, in each layout in question, that are raced again beside the default."""
+_TOLERATED = 0.02
+"""By which a size may be slower than its default before that speaks against a layout: what races here resolve."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,48 @@ class Layout:
     key: str
     cost: float
     """Geometric mean, over the tuned sizes, of the best time in this layout against the best time in any."""
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A kernel in the last race of a problem."""
+
+    built: BuildResult
+    evaluation: Evaluation
+
+    @property
+    def layout_key(self) -> str:
+        """The weight layout that it reads."""
+        return self.built.variant.layout_key
+
+    @property
+    def samples_us(self) -> NDArray[np.float64]:
+        """Of the race, in order."""
+        return np.asarray(self.evaluation.samples_us)
+
+    @property
+    def median_us(self) -> float:
+        """Of the race; infinite when it was never timed."""
+        return self.evaluation.median_us or math.inf
+
+
+@dataclass(frozen=True)
+class Raced:
+    """The last race of one problem: who was right in it, the default among them."""
+
+    problem: Problem
+    right: tuple[Finalist, ...]
+    default: Finalist
+
+    @property
+    def best(self) -> Finalist:
+        """The fastest, whatever its layout."""
+        return min(self.right, key=lambda finalist: finalist.median_us)
+
+    def fastest(self, layout_key: str) -> Finalist | None:
+        """The fastest of one layout."""
+        fitting = [finalist for finalist in self.right if finalist.layout_key == layout_key]
+        return min(fitting, key=lambda finalist: finalist.median_us, default=None)
 
 
 @dataclass(frozen=True)
@@ -42,48 +89,77 @@ class Final:
     """The winner against itself."""
 
 
-def choose_layout(results: Sequence[ProblemResult]) -> Layout | None:
-    """Layout in which the tuned sizes together lose least; None when no problem has a right kernel.
+def choose_layout(results: Sequence[ProblemResult]) -> str | None:
+    """Key of the layout to search on in; None when no problem has a right kernel.
 
-    Only layouts in which every problem has a candidate can be chosen.
+    Of the layouts in which every problem has a candidate, those come first in which none is slower than the default,
+    then the one in which the sizes together lose least.
     """
     solved = [result for result in results if result.candidates]
     if not solved:
         return None
-    found = [{layout_key_of(c.kernel) for c in result.candidates.values()} for result in solved]
-    common = [Layout(key, 1.0) for key in sorted(set.intersection(*found))]
-    return min((priced(layout, solved) for layout in common), key=lambda layout: layout.cost, default=None)
+
+    def loss(key: str) -> tuple[int, float]:
+        best = [result.ranked(key)[0].time_us for result in solved]
+        slower = sum(
+            time_us > default.time_us * (1 + _TOLERATED)
+            for result, time_us in zip(solved, best, strict=True)
+            if (default := result.candidates.get(result.default))
+        )
+        return slower, _geometric_mean(
+            [time_us / result.ranked()[0].time_us for result, time_us in zip(solved, best, strict=True)]
+        )
+
+    common = set.intersection(*({layout_key_of(c.kernel) for c in result.candidates.values()} for result in solved))
+    return min(sorted(common), key=loss, default=None)
 
 
-def priced(layout: Layout, results: Sequence[ProblemResult]) -> Layout:
-    """``layout`` with its cost by what is known now."""
-    solved = [result for result in results if result.candidates]
-    losses = [r.ranked(layout.key)[0].time_us / r.ranked()[0].time_us for r in solved]
-    return Layout(layout.key, math.exp(sum(map(math.log, losses)) / len(losses)))
+def race_finalists(tuner: ProblemTuner, layout_keys: Sequence[str], budget_s: float) -> Raced | None:
+    """Race the fastest candidates of each layout and the default once more; None when the default was not right."""
+    result = tuner.result
+    finalists = [c.config for key in layout_keys for c in result.ranked(key)[:FINALISTS]]
+    raced = tuner.race_again(list(dict.fromkeys([*finalists, result.default])), budget_s)
+    right = tuple(Finalist(*pair) for pair in raced if pair[1].outcome is Outcome.OK)
+    default = next((finalist for finalist in right if finalist.built.variant.config == result.default), None)
+    return None if default is None else Raced(result.problem, right, default)
 
 
-def decide(tuner: ProblemTuner, evaluator: CpuEvaluator, layout: Layout, budget_s: float) -> Final | None:
-    """Race the finalists of one problem; None when none of them was right any more.
+def settle_layout(raced: Sequence[Raced]) -> Layout:
+    """The layout of the plan: by the last race, not by the search's many short ones.
+
+    A layout in which a size would be clearly slower than the default is taken only if there is no other, and the
+    default's is always such another.
+    """
+    keys = dict.fromkeys(finalist.layout_key for each in raced for finalist in each.right)
+
+    def loss(key: str) -> tuple[int, int, float]:
+        fastest = [(each, best) for each in raced if (best := each.fastest(key))]
+        slower = sum(clearly_slower(best.samples_us, each.default.samples_us, _TOLERATED) for each, best in fastest)
+        return len(raced) - len(fastest), slower, priced(key, raced).cost
+
+    return priced(min(keys, key=loss), raced)
+
+
+def priced(layout_key: str, raced: Sequence[Raced]) -> Layout:
+    """The layout with what it costs in the last race."""
+    losses = [best.median_us / each.best.median_us for each in raced if (best := each.fastest(layout_key))]
+    return Layout(layout_key, _geometric_mean(losses))
+
+
+def decide(raced: Raced, layout: Layout, evaluator: CpuEvaluator, budget_s: float) -> Final | None:
+    """The winner of one problem within ``layout``; None when the layout has no finalist that was right.
 
     The winner has the smallest median; within the noise of the default, the default stays.
     """
-    result = tuner.result
-    finalists = [c.config for c in result.ranked(layout.key)[:FINALISTS]]
-    if result.default not in finalists:
-        finalists.append(result.default)
-    raced = tuner.race_again(finalists, budget_s)
-    right = [(built, evaluation) for built, evaluation in raced if evaluation.outcome is Outcome.OK]
-    default = next((pair for pair in right if pair[0].variant.config == result.default), None)
-    fitting = [pair for pair in right if pair[0].variant.layout_key == layout.key]
-    if default is None or not fitting:
+    winner, default = raced.fastest(layout.key), raced.default
+    if winner is None:
         return None
-    winner = min(fitting, key=lambda pair: pair[1].median_us or math.inf)
-    noise = evaluator.measure_noise(winner[0].kernel, result.problem, budget_s=budget_s / 4)
-    against_default = paired_ratio(winner[1].samples_us, default[1].samples_us)
-    if default in fitting and not beats(against_default, noise.noise):
+    noise = evaluator.measure_noise(winner.built.kernel, raced.problem, budget_s=budget_s)
+    against_default = paired_ratio(winner.samples_us, default.samples_us)
+    if default.layout_key == layout.key and not beats(against_default, noise.noise):
         winner = default
-    speedup = paired_ratio(default[1].samples_us, winner[1].samples_us)
-    return Final(result.problem, *winner, *default, speedup, noise)
+    speedup = paired_ratio(default.samples_us, winner.samples_us)
+    return Final(raced.problem, winner.built, winner.evaluation, default.built, default.evaluation, speedup, noise)
 
 
 def distil(
@@ -127,3 +203,7 @@ def kept(result: ProblemResult, count: int) -> list[Candidate]:
     fastest = result.ranked()[:count]
     default = result.candidates.get(result.default)
     return fastest if default is None or default in fastest else [*fastest, default]
+
+
+def _geometric_mean(ratios: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))

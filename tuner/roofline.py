@@ -30,6 +30,14 @@ class Roofline:
     peak_gflops: float
     bandwidth_gbps: float
 
+    def raised_to(self, other: "Roofline") -> "Roofline":
+        """Return the higher of both for each ceiling: what disturbs a measurement only ever lowers it."""
+        return Roofline(
+            self.threads,
+            max(self.peak_gflops, other.peak_gflops),
+            max(self.bandwidth_gbps, other.bandwidth_gbps),
+        )
+
     def time_us(self, flops: float, bytes_moved: float) -> float:
         """Return the least time in microseconds for this many floating-point operations and bytes from memory."""
         return max(flops / (self.peak_gflops * 1e3), bytes_moved / (self.bandwidth_gbps * 1e3))

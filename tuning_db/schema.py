@@ -20,10 +20,16 @@ def schema_version(connection: sqlite3.Connection, path: Path) -> int:
 
     Raises TilewrightError for a database of another program or of a newer tilewright, sqlite3.Error for a damaged one.
     """
-    (application_id,) = connection.execute("PRAGMA application_id").fetchone()
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    # One transaction, for another process may be making the schema at this moment.
+    connection.execute("BEGIN")
+    try:
+        (application_id,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        empty = connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone() is None
+    finally:
+        connection.execute("ROLLBACK")
     if application_id != APPLICATION_ID:
-        if connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone() is not None:
+        if not empty:
             raise TilewrightError(f"{path} is a database of another program; name another file with --db")
         return 0
     if version > SCHEMA_VERSION:

@@ -73,11 +73,11 @@ def test_writing_the_block_itself_is_no_damage(block: Block) -> None:
 
 
 @pytest.mark.parametrize(
-    ("writable", "private", "expected"), [(True, False, "rw-s"), (False, False, "r--p"), (False, True, "r--p")]
+    ("writable", "huge", "expected"), [(True, False, "rw-s"), (False, False, "r--p"), (False, True, "r--p")]
 )
-def test_a_mapping_lies_between_guard_pages(block: Block, writable: bool, private: bool, expected: str) -> None:
+def test_a_mapping_lies_between_guard_pages(block: Block, writable: bool, huge: bool, expected: str) -> None:
     file_bytes = block.region.file_bytes
-    mapping = GuardedMapping(block.region.fd, file_bytes, writable=writable, private=private)
+    mapping = GuardedMapping(block.region.fd, file_bytes, writable=writable, huge_pages=huge)
     start = mapping.end - file_bytes
     assert permissions(start) == permissions(mapping.end - 1) == expected
     assert permissions(start - 1) == permissions(mapping.end) == "---p"
@@ -89,7 +89,7 @@ def test_a_mapping_lies_between_guard_pages(block: Block, writable: bool, privat
 
 def test_writes_reach_the_parent_only_through_writable_mappings(block: Block) -> None:
     writable = GuardedMapping(block.region.fd, block.region.file_bytes, writable=True)
-    private = GuardedMapping(block.region.fd, block.region.file_bytes, writable=False, private=True)
+    private = GuardedMapping(block.region.fd, block.region.file_bytes, writable=False, huge_pages=True)
     offset = round_up(block.nbytes, ALIGNMENT)
     ctypes.c_float.from_address(writable.end - offset).value = -1.0
     assert block.array(np.float32, (100,))[0] == -1.0

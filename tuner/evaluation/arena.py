@@ -25,15 +25,21 @@ class SharedRegion:
 
     There is always at least a page in front of the data, which a kernel must leave as it is.
 
+    Args:
+        nbytes: of the data.
+        advised: whether such memory is deployed with the advice to back it by huge pages, as packed weights are.
+
     Raises:
         TilewrightError: when the memory cannot be had.
 
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, *, advised: bool = False) -> None:
         self.id = next(_ids)
         self.capacity_bytes = round_up(nbytes, ALIGNMENT)
         self.file_bytes = round_up(self.capacity_bytes + _CANARY_BYTES, PAGE)
+        self.huge_pages = huge_pages(advised=advised)
+        """Whether the worker reads a copy of it on huge pages, which a shared file does not get."""
         try:
             self.fd = os.memfd_create("tilewright", os.MFD_CLOEXEC)
             os.truncate(self.fd, self.file_bytes)
@@ -82,14 +88,15 @@ class Block:
         return file[self._start - _CANARY_BYTES : self._start], file[self._start + self.nbytes :]
 
 
-def share(array: npt.NDArray[Any]) -> Block:
-    """Copy of ``array`` (C order) in a region of its own."""
-    block = Block(SharedRegion(array.nbytes), array.nbytes)
+def share(array: npt.NDArray[Any], *, advised: bool = False) -> Block:
+    """Copy of ``array`` (C order) in a region of its own; ``advised`` as there."""
+    block = Block(SharedRegion(array.nbytes, advised=advised), array.nbytes)
     block.array(array.dtype, array.shape)[...] = array
     return block
 
 
-def huge_pages_by_default() -> bool:
-    """Whether the system backs ordinary large allocations, but never shared files, by huge pages."""
+def huge_pages(*, advised: bool) -> bool:
+    """Whether the system backs large allocations by huge pages: all of them, or those for which it is ``advised``."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    return setting.exists() and "[always]" in setting.read_text()
+    chosen = setting.read_text() if setting.exists() else ""
+    return "[always]" in chosen or (advised and "[madvise]" in chosen)

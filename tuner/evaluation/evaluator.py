@@ -14,7 +14,7 @@ from tilewright.codegen.cpu_info import read_cpu_info
 from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.codegen.ops.signature import Signature
 from tilewright.errors import TilewrightError
-from tilewright.tuner.evaluation.arena import huge_pages_by_default
+from tilewright.tuner.evaluation.arena import huge_pages
 from tilewright.tuner.evaluation.binding import broken_guard
 from tilewright.tuner.evaluation.contest import Contest
 from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation, TimeSpent
@@ -90,7 +90,7 @@ class CpuEvaluator:
                     op.weights(signature, seed),
                     copies=self._copies,
                     # Of what the worker copies to get huge pages, there are two.
-                    capacity_bytes=int(room / (2 if huge_pages_by_default() else 1)),
+                    capacity_bytes=int(room / (2 if huge_pages(advised=True) else 1)),
                     release=self._session.release,
                 )
                 self._workbench = Workbench(self._session, weights, op.tolerance(signature))

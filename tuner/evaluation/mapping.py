@@ -12,6 +12,7 @@ ALIGNMENT = 64
 
 _PROT_NONE = 0
 _MAP_FIXED = 0x10
+_MADV_HUGEPAGE = 14
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -26,6 +27,7 @@ _libc.mmap.argtypes = [
 ]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -43,27 +45,29 @@ class GuardedMapping:
         fd: file of ``nbytes``, a multiple of the page size; may be closed afterwards.
         nbytes: length.
         writable: whether writes go through to the file; otherwise they are segmentation faults.
-        private: copy a read-only file to anonymous memory, which the kernel may back by huge pages.
+        huge_pages: copy a read-only file to anonymous memory that is advised to have huge pages.
 
     Raises:
         OSError: when memory is short.
 
     """
 
-    def __init__(self, fd: int, nbytes: int, *, writable: bool, private: bool = False) -> None:
+    def __init__(self, fd: int, nbytes: int, *, writable: bool, huge_pages: bool = False) -> None:
         self._length = nbytes + 2 * PAGE
         self._base = _map(None, self._length, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
         start = self._base + PAGE
         self.end = start + nbytes
         if writable:
             _map(start, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | mmap.MAP_POPULATE, fd)
-        elif private:
+        elif huge_pages:
             self._copy(fd, start, nbytes)
         else:
             _map(start, nbytes, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_POPULATE, fd)
 
     def _copy(self, fd: int, start: int, nbytes: int) -> None:
         _map(start, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+        # Advice: nothing depends on its success.
+        _libc.madvise(start, nbytes, _MADV_HUGEPAGE)
         source = _map(None, nbytes, mmap.PROT_READ, mmap.MAP_PRIVATE, fd)
         ctypes.memmove(start, source, nbytes)
         _libc.munmap(source, nbytes)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tilewright.errors import TilewrightError
-from tilewright.tuner.evaluation.arena import Block, SharedRegion, huge_pages_by_default
+from tilewright.tuner.evaluation.arena import Block, SharedRegion
 from tilewright.tuner.evaluation.protocol import Message
 from tilewright.tuner.evaluation.supervisor import WorkerHungError, WorkerLostError, WorkerProcess, openmp_library
 from tilewright.tuning_db.records import Outcome
@@ -75,7 +75,6 @@ class Session:
         self._openmp = openmp_library()
         self._time_limit_s = time_limit_s
         self._memory_limit_bytes = memory_limit_bytes + threads * _THREAD_BYTES
-        self._private = huge_pages_by_default()
         self._numbers = itertools.count(1)
         self._mapped: set[int] = set()
         self._kernels: dict[Path, int] = {}
@@ -174,7 +173,7 @@ class Session:
             "region": region.id,
             "bytes": region.file_bytes,
             "writable": writable,
-            "private": self._private,
+            "huge_pages": region.huge_pages,
         }
         self._trusted_request(request, (region.fd,))
         self._mapped.add(region.id)

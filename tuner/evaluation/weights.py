@@ -122,10 +122,10 @@ class WeightStore:
             return [self._blocks[name], *(share(weight) for _ in range(self._copies - 1))]
         experts, n, k = weight.shape
         nbytes = layout.packed_elements(experts, n, k) * _itemsize(layout)
-        first = Block(SharedRegion(nbytes), nbytes)
+        first = Block(SharedRegion(nbytes, advised=True), nbytes)
         packed = first.array(_PACKED_DTYPES[layout.dtype], (experts, layout.panels(n), k, layout.columns))
         pack(weight, layout, packed)
-        return [first, *(share(packed) for _ in range(self._copies - 1))]
+        return [first, *(share(packed, advised=True) for _ in range(self._copies - 1))]
 
     def _drop(self, blocks: Iterable[Block]) -> None:
         declared = set(self._blocks.values())

@@ -106,7 +106,7 @@ class Worker:
     def _map(self, message: Message, fd: int) -> Message:
         try:
             self._regions[message["region"]] = GuardedMapping(
-                fd, message["bytes"], writable=message["writable"], private=message["private"]
+                fd, message["bytes"], writable=message["writable"], huge_pages=message["huge_pages"]
             )
         finally:
             os.close(fd)
