@@ -6,8 +6,9 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil, log
 from typing import Any
 
@@ -30,8 +31,10 @@ from tilewright.tuner.plan import (
     decide,
     distil,
     kept,
+    race_configs,
     race_finalists,
     settle_layout,
+    sizes_between,
 )
 from tilewright.tuner.progress import Progress
 from tilewright.tuner.search import Prior
@@ -45,12 +48,12 @@ _PRIOR_CONFIGS = 12
 """Fastest configs of a neighbouring problem that a search is told of."""
 _EXPLORE_SHARE = 0.6
 """Of a problem's trials, before all sizes of a signature agree on a weight layout; the others stay within it."""
-_REFINE_SHARE = 0.3
+_REFINE_SHARE = 0.25
 """Of the time, for the search within the layout."""
-_FINAL_SHARE = 0.2
+_FINAL_SHARE = 0.25
 """Of the time, for the last race among the finalists."""
-_RACE_SHARE = 0.8
-"""Of the time for the finals, before the winners are raced against themselves for the noise."""
+_RACE_SHARE = 0.6
+"""Of the time for the finals, at the tuned sizes; the rest is for the noise and the sizes between."""
 _NOISE_S = 0.5
 """Seconds for the race of a winner against itself."""
 
@@ -171,17 +174,15 @@ class Campaign:
         self._progress.say(signature.describe())
         self._progress.say(space.describe().splitlines()[0])
         with CpuEvaluator(request.op, signature, threads=request.threads, seed=request.seed) as evaluator:
-            tuners = [
-                ProblemTuner(
-                    problem,
-                    workshop=workshop,
-                    evaluator=evaluator,
-                    store=self._store,
-                    origin=origin,
-                    progress=self._progress,
-                )
-                for problem in problems
-            ]
+            make_tuner = partial(
+                ProblemTuner,
+                workshop=workshop,
+                evaluator=evaluator,
+                store=self._store,
+                origin=origin,
+                progress=self._progress,
+            )
+            tuners = [make_tuner(problem) for problem in problems]
             mine.results = [tuner.result for tuner in tuners]
             until = time.monotonic() + (deadline - time.monotonic()) * len(problems) / left
             for tuner in tuners:
@@ -196,7 +197,7 @@ class Campaign:
                 within = self._of_layout(space, signature, layout_key)
                 remaining = _REFINE_SHARE / (_REFINE_SHARE + _FINAL_SHARE)
                 self._search(tuners, within, request.trials, _share(until, remaining))
-                self._finish(mine, layout_key, tuners, evaluator, workshop, until)
+                self._finish(mine, layout_key, tuners, make_tuner, evaluator, workshop, until)
             spent = evaluator.spent
         report.build_s += sum(tuner.build_s for tuner in tuners)
         report.check_s += spent.checking_s
@@ -224,6 +225,7 @@ class Campaign:
         mine: SignatureReport,
         layout_key: str,
         tuners: Sequence[ProblemTuner],
+        make_tuner: Callable[[Problem], ProblemTuner],
         evaluator: CpuEvaluator,
         workshop: Workshop,
         until: float,
@@ -240,6 +242,7 @@ class Campaign:
         for done, tuner in enumerate(solved):
             seconds = _RACE_SHARE * (until - time.monotonic()) / (len(solved) - done)
             raced.append(race_finalists(tuner, layout_keys, min(max(seconds, 1.0), 6.0)))
+            self._progress.raced(problem_title(tuner.result.problem), raced[-1])
         mine.layout = settle_layout([each for each in raced if each]) if any(raced) else None
         for tuner, each in zip(solved, raced, strict=True):
             final = decide(each, mine.layout, evaluator, _NOISE_S) if each and mine.layout else None
@@ -256,6 +259,7 @@ class Campaign:
         if mine.finals and mine.layout:
             mine.plan = distil(
                 mine.finals,
+                self._race_between(mine.finals, mine.layout, make_tuner, evaluator, until),
                 mine.layout,
                 op=self._request.op.name,
                 device_key=self._device_key,
@@ -263,6 +267,29 @@ class Campaign:
                 model=self._request.model,
             )
             self._store.put_plan(mine.plan)
+
+    def _race_between(
+        self,
+        finals: Sequence[Final],
+        layout: Layout,
+        make_tuner: Callable[[Problem], ProblemTuner],
+        evaluator: CpuEvaluator,
+        until: float,
+    ) -> list[Final]:
+        """Race the winners of the tuned sizes at the sizes between them, which they serve, too."""
+        known = {final.problem.dynamic_size: final.problem for final in finals}
+        winners = list(dict.fromkeys(final.winner.variant.config for final in finals))
+        sizes = sizes_between(sorted(known)) if len(winners) > 1 else []
+        between = []
+        for done, size in enumerate(sizes):
+            seconds = (until - time.monotonic()) / (len(sizes) - done) - _NOISE_S
+            tuner = make_tuner(next(iter(known.values())).with_size(size))
+            raced = race_configs(tuner, winners, min(max(seconds, 1.0), 3.0))
+            self._progress.raced(problem_title(tuner.result.problem), raced)
+            final = decide(raced, layout, evaluator, _NOISE_S) if raced else None
+            if final is not None:
+                between.append(final)
+        return between
 
     def _keep(self, workshop: Workshop, configs: Sequence[Config]) -> None:
         """Store kernels, source and bytes, so that they can be served and compared."""

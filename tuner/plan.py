@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.space import Config
 from tilewright.tuner.evaluation.evaluator import CpuEvaluator
 from tilewright.tuner.evaluation.outcome import Evaluation
 from tilewright.tuner.evaluation.statistics import Ratio, beats, clearly_slower, paired_ratio
@@ -116,12 +118,23 @@ def choose_layout(results: Sequence[ProblemResult]) -> str | None:
 
 def race_finalists(tuner: ProblemTuner, layout_keys: Sequence[str], budget_s: float) -> Raced | None:
     """Race the fastest candidates of each layout and the default once more; None when the default was not right."""
+    finalists = [c.config for key in layout_keys for c in tuner.result.ranked(key)[:FINALISTS]]
+    return race_configs(tuner, finalists, budget_s)
+
+
+def race_configs(tuner: ProblemTuner, configs: Sequence[Config], budget_s: float) -> Raced | None:
+    """Race ``configs`` and the default; None when the default was not right."""
     result = tuner.result
-    finalists = [c.config for key in layout_keys for c in result.ranked(key)[:FINALISTS]]
-    raced = tuner.race_again(list(dict.fromkeys([*finalists, result.default])), budget_s)
+    raced = tuner.race_again(list(dict.fromkeys([*configs, result.default])), budget_s)
     right = tuple(Finalist(*pair) for pair in raced if pair[1].outcome is Outcome.OK)
     default = next((finalist for finalist in right if finalist.built.variant.config == result.default), None)
     return None if default is None else Raced(result.problem, right, default)
+
+
+def sizes_between(sizes: Sequence[int]) -> list[int]:
+    """The geometric mean of each two neighbours among ascending ``sizes``, where it is neither of them."""
+    means = [(math.isqrt(below * above), below) for below, above in itertools.pairwise(sizes)]
+    return [mean for mean, below in means if mean > below]
 
 
 def settle_layout(raced: Sequence[Raced]) -> Layout:
@@ -163,27 +176,43 @@ def decide(raced: Raced, layout: Layout, evaluator: CpuEvaluator, budget_s: floa
 
 
 def distil(
-    finals: Sequence[Final], layout: Layout, *, op: str, device_key: str, threads: int, model: str
+    finals: Sequence[Final],
+    between: Sequence[Final],
+    layout: Layout,
+    *,
+    op: str,
+    device_key: str,
+    threads: int,
+    model: str,
 ) -> PlanRecord:
-    """Plan of one signature: each winner serves the sizes around the one it was tuned at.
+    """Plan of one signature: each winner serves the sizes around the one that it won at.
 
-    Between two tuned sizes the switch is at their geometric mean: times grow by ratios, not by differences.
+    ``finals`` are of the tuned sizes. ``between``, the sizes at which only the winners of those were raced, gets an
+    entry of its own where neither neighbour won. From one size to the next the switch is at their geometric mean:
+    times grow by ratios, not by differences.
     """
-    ordered = sorted(finals, key=lambda final: final.problem.dynamic_size)
+    ordered = sorted([*finals, *between], key=lambda final: final.problem.dynamic_size)
     signature = ordered[0].problem.signature
     entries: list[PlanEntry] = []
     for final, following in zip(ordered, [*ordered[1:], None], strict=True):
         size = final.problem.dynamic_size
         bound = None if following is None else math.isqrt(size * following.problem.dynamic_size)
-        entries.append(
-            PlanEntry(
-                max_tokens=bound,
-                kernel_key=final.winner.variant.key,
-                median_us=final.winner_us.median_us,
-                default_us=final.default_us.median_us,
-                tuned_tokens=size,
-            )
+        entry = PlanEntry(
+            max_tokens=bound,
+            kernel_key=final.winner.variant.key,
+            median_us=final.winner_us.median_us,
+            default_us=final.default_us.median_us,
+            tuned_tokens=size,
         )
+        last = entries[-1] if entries else None
+        if last is None or last.kernel_key != entry.kernel_key:
+            entries.append(entry)
+        elif final in between:
+            entries[-1] = replace(last, max_tokens=bound)
+        elif last.tuned_tokens in {each.problem.dynamic_size for each in between}:
+            entries[-1] = entry
+        else:
+            entries.append(entry)
     return PlanRecord(
         op=op,
         signature_key=signature.key,

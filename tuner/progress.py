@@ -10,6 +10,7 @@ from tilewright.tuning_db.records import Outcome
 
 if TYPE_CHECKING:
     from tilewright.tuner.loop import ProblemResult
+    from tilewright.tuner.plan import Raced
 
 ENDLESS_TRIALS = 1 << 24
 """So many trials mean that only the time is limited."""
@@ -66,6 +67,14 @@ class Progress:
             self.say(line)
         else:
             self._status(f"[{self._seconds:4.0f}s] {line}")
+
+    def raced(self, title: str, raced: Raced | None) -> None:
+        """Report the last race of a problem."""
+        if raced is None:
+            self.say(f"{title}  no right default to race against")
+        else:
+            best, default = raced.best.median_us, raced.default.median_us
+            self.say(f"{title}  {len(raced.right)} finalists  best {format_us(best)}  {default / best:.2f}x default")
 
     @property
     def _seconds(self) -> float:

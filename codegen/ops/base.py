@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,11 +31,23 @@ class Problem:
     """A signature with its dynamic sizes and data. Subclassed by every op."""
 
     signature: Signature
+    size_field: ClassVar[str] = "tokens"
+    """Name of the field that plans pick a kernel by."""
 
     @property
     def dynamic_size(self) -> int:
         """The size by which plans pick a kernel."""
-        raise NotImplementedError
+        return int(getattr(self, self.size_field))
+
+    def with_size(self, size: int) -> Self:
+        """The same problem with another dynamic size.
+
+        Raises:
+            TilewrightError: for an impossible size.
+
+        """
+        changes: dict[str, Any] = {self.size_field: size}
+        return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON."""

@@ -40,10 +40,10 @@ MAX_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class MoeGemmProblem(Problem):
-    """A signature with ``tokens`` tokens routed as ``routing`` says over ``all_experts`` experts.
+    """A signature with ``tokens`` tokens, routed as ``routing`` says over ``all_experts`` experts.
 
-    ``all_experts`` exceeds the signature's experts under expert parallelism; choices that fall on other ranks make no
-    row here.
+    For ``plain``, which knows no tokens, they are rows. ``all_experts`` exceeds the signature's experts under expert
+    parallelism; choices that fall on other ranks make no row here.
     """
 
     signature: MoeGemmSignature
@@ -64,11 +64,6 @@ class MoeGemmProblem(Problem):
                 f"top_k={self.signature.top_k} is impossible; a token cannot pick more than "
                 f"the {choices} experts there are"
             )
-
-    @property
-    def dynamic_size(self) -> int:
-        """Tokens; for ``plain``, which knows no tokens, rows."""
-        return self.tokens
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON."""

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 from tilewright.codegen.archs import find_arch, runs_on
@@ -21,6 +22,7 @@ from tilewright.tuner.plan import Final
 from tilewright.tuner.progress import ENDLESS_TRIALS, Progress, format_us
 from tilewright.tuner.roofline import Roofline, measure_roofline
 from tilewright.tuner.search import DEFAULT_SEARCH, SEARCHES
+from tilewright.tuning_db.integrity import UntrustedFile, check_private
 from tilewright.tuning_db.store import Store
 
 DEFAULT_MODEL = "mixtral-8x7b"
@@ -65,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     request = _request(arguments)
     progress = Progress(sys.stderr)
     with Store.open(arguments.db) as store:
+        if store.path is not None:
+            _warn_if_not_servable(store.path)
         before = measure_roofline(request.threads)
         report = Campaign(request, store, progress).run()
         deployed = {
@@ -79,6 +83,14 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             print(_text(report, request, deployed, roofline, store.name))
     return 0 if all(len(mine.finals) == len(mine.results) for mine in report.signatures) else 1
+
+
+def _warn_if_not_servable(path: Path) -> None:
+    """Say at once, not after the work, that the runtime will run nothing from this database."""
+    try:
+        check_private(path)
+    except UntrustedFile as error:
+        print(f"tune: warning: {error}", file=sys.stderr)
 
 
 def _request(arguments: argparse.Namespace) -> Request:
