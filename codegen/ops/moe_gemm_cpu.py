@@ -80,6 +80,7 @@ def _blocked_space(signature: MoeGemmSignature, arch: Arch) -> Space:
         Parameter("pack_x", (False, True), "copy x k-major first, so that a step of k reads neighbouring floats"),
         _UNROLL,
         _PREFETCH,
+        Parameter("fetch_next", (False, True), "while a panel is in use, fetch the next one into the second cache"),
         _SCHEDULE,
         _gate_up(signature),
         _combine(signature),
@@ -95,6 +96,12 @@ def _blocked_space(signature: MoeGemmSignature, arch: Arch) -> Space:
 
     constraints = (
         _whole_pairs(signature),
+        Constraint(
+            "fetch_order",
+            lambda c: not c["fetch_next"] or (c["order"] == "panel_outer" and c["prefetch"] == 0),
+            "one kind of prefetch, and a next panel to fetch while rows are gone through",
+            ("order", "prefetch", "fetch_next"),
+        ),
         Constraint("registers", enough_registers, "accumulators and operands fit the registers", tile),
         Constraint("latency", busy_units, "enough accumulators to hide the latency of a multiply-add", tile),
         _chunks_exist(signature, arch),
@@ -236,6 +243,7 @@ def default_config(signature: MoeGemmSignature, arch: Arch) -> Config:
         "pack_x": True,
         "unroll": 4,
         "prefetch": 0,
+        "fetch_next": False,
         "schedule": "dynamic",
         "gate_up": "interleaved" if signature.halves == 2 else "none",
         "combine": "partials" if signature.stage == "down" else "none",

@@ -1,8 +1,8 @@
 // Made by tilewright VERSION from templates/moe_gemm/cpu_blocked.cpp.jinja for aarch64_neon.
 // moe_gemm stage=down experts=128 n=2050 k=768 top_k=8 activation=none bias=True x_dtype=fp32 w_dtype=fp32
 // out_dtype=fp32
-// block_m=48 block_rows=4 chunk_groups=8 combine=direct gate_up=none k_block=768 order=rows_outer pack_x=False
-// prefetch=0 schedule=static streams=2 unroll=1 vectors=2
+// block_m=48 block_rows=4 chunk_groups=8 combine=direct fetch_next=True gate_up=none k_block=768 order=panel_outer
+// pack_x=False prefetch=0 schedule=static streams=2 unroll=1 vectors=2
 // Blocked grouped GEMM: register tiles of 4 rows by 4 vectors.
 
 #include <stdint.h>
@@ -123,9 +123,20 @@ INLINE void finish_tile(const Job &job, int64_t expert, int64_t row, int64_t pan
   finish(job, expert, row, M, panel, tile);
 }
 
+// The panel that comes next, of which each pass over the present one fetches its part.
+struct Next { const char *from; int64_t bytes_per_step; };
+
+// Fetches one step of a panel into the second-level cache.
+INLINE void fetch(const char *from) {
+#pragma GCC unroll 16
+  for (int j = 0; j < kVectors; j += 16 / kLanes) {  // one per cache line
+    __builtin_prefetch(from + j * kStepVector * sizeof(float), 0, 2);
+  }
+}
+
 // sums[s][i][j] += x[i][k] * panels[s][k][j] over `depth` steps of k.
 template <int M, int S>
-INLINE void multiply(vec (&sums)[S][M][kVectors], const float *const (&x)[M], const float *panel, int64_t depth) {
+INLINE void multiply(vec (&sums)[S][M][kVectors], const float *const (&x)[M], const float *panel, int64_t depth, const Next &next) {
 #pragma GCC unroll 1
   for (int64_t k = 0; k < depth; k++) {
     vec b[S][kVectors];
@@ -134,6 +145,7 @@ INLINE void multiply(vec (&sums)[S][M][kVectors], const float *const (&x)[M], co
       const float *w = panel + s * kK * kPanel;
 #pragma GCC unroll 16
       for (int j = 0; j < kVectors; j++) b[s][j] = load(w + k * kStepK + j * kStepVector);
+      fetch(next.from + s * kK * kPanel * sizeof(float) + k * next.bytes_per_step);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < M; i++) {
@@ -148,38 +160,51 @@ INLINE void multiply(vec (&sums)[S][M][kVectors], const float *const (&x)[M], co
 }
 
 template <int M, int S>
-INLINE void tile(const Job &job, int64_t expert, int64_t row, int64_t panel) {
+INLINE void tile(const Job &job, int64_t expert, int64_t row, int64_t panel, const Next &next) {
   const float *weights = weight_panel(job, expert, panel);
   const float *x[M];
 #pragma GCC unroll 16
   for (int i = 0; i < M; i++) x[i] = input_row(job, row + i);
   vec sums[S][M][kVectors] = {};
-  multiply<M, S>(sums, x, weights, kK);
+  multiply<M, S>(sums, x, weights, kK, next);
 #pragma GCC unroll 16
   for (int s = 0; s < S; s++) finish_tile<M>(job, expert, row, panel + s, sums[s]);
 }
 
 template <int S>
-void tile_of(int64_t rows, const Job &job, int64_t expert, int64_t row, int64_t panel) {
+void tile_of(int64_t rows, const Job &job, int64_t expert, int64_t row, int64_t panel, const Next &next) {
   switch (rows) {
-    case 1: return tile<1, S>(job, expert, row, panel);
-    case 2: return tile<2, S>(job, expert, row, panel);
-    case 3: return tile<3, S>(job, expert, row, panel);
-    case 4: return tile<4, S>(job, expert, row, panel);
+    case 1: return tile<1, S>(job, expert, row, panel, next);
+    case 2: return tile<2, S>(job, expert, row, panel, next);
+    case 3: return tile<3, S>(job, expert, row, panel, next);
+    case 4: return tile<4, S>(job, expert, row, panel, next);
   }
+}
+
+// What comes after panel p of [panel, end): the part that the pass over the rows from r on fetches.
+INLINE Next next_after(const Job &job, const Segment &segment, int64_t p, int64_t panel, int64_t end, int64_t r) {
+  const int64_t passes = (segment.rows + kRows - 1) / kRows;
+  const int64_t step = kStepK * sizeof(float) / passes;
+  const int64_t k = p + kStreams < end ? 0 : kK;
+  const int64_t depth = kK;
+  // After the last one, nothing that is known: the first bytes again, which are there.
+  if (k >= kK) return Next{(const char *)weight_panel(job, segment.expert, p), 0};
+  const float *from = weight_panel(job, segment.expert, p + kStreams < end ? p + kStreams : panel) + k * kStepK;
+  return Next{(const char *)from + r / kRows * depth * step, step};
 }
 
 // Panels [panel, end) of a segment.
 INLINE void compute_block(const Job &job, const Segment &segment, int64_t panel, int64_t end) {
-  for (int64_t r = 0; r < segment.rows; r += kRows) {
-    for (int64_t p = panel; p < end; p += kStreams) {
+  for (int64_t p = panel; p < end; p += kStreams) {
+    for (int64_t r = 0; r < segment.rows; r += kRows) {
       const int64_t rows = segment.rows - r < kRows ? segment.rows - r : kRows;
       const int64_t row = segment.row + r;
+      const Next next = next_after(job, segment, p, panel, end, r);
       if (p + kStreams > end) {
-        for (int64_t q = p; q < end; q++) tile_of<1>(rows, job, segment.expert, row, q);
+        for (int64_t q = p; q < end; q++) tile_of<1>(rows, job, segment.expert, row, q, next);
         continue;
       }
-      tile_of<kStreams>(rows, job, segment.expert, row, p);
+      tile_of<kStreams>(rows, job, segment.expert, row, p, next);
     }
   }
 }
