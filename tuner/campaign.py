@@ -331,8 +331,8 @@ def _share(until: float, share: float) -> float:
 
 def problem_title(problem: Problem) -> str:
     """Short name of a problem for progress lines and tables."""
-    stage = getattr(problem.signature, "stage", problem.signature.op)
-    return f"{stage:5s} tokens={problem.dynamic_size:<5d}"
+    signature = problem.signature
+    return f"{signature.title} {signature.dynamic_size}={problem.dynamic_size:<5d}"
 
 
 def _by_signature(problems: Sequence[Problem]) -> Iterator[tuple[Signature, list[Problem]]]:

@@ -14,8 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from tilewright.codegen.ops import find_op
 from tilewright.codegen.ops.base import Problem
+from tilewright.tuner.evaluation.binding import DTYPES, outputs_of, shape_of, sizes_of
 from tilewright.tuner.evaluation.statistics import paired_ratio
 
 _ROUNDS = 25
@@ -67,24 +70,17 @@ def race_against_torch(
 def _answer(request: dict[str, Any]) -> list[Deployed]:
     import torch
 
-    from tilewright.runtime import prepare
+    from tilewright.runtime import PreparedCall
 
     torch.set_num_threads(request["threads"])
     op = find_op(request["op"])
     problems = [op.problem_from_dict(fields) for fields in request["problems"]]
     signature = problems[0].signature
     weights = {name: torch.from_numpy(array) for name, array in op.weights(signature, request["seed"]).items()}
-    options = {
-        "stage": signature.stage,
-        "top_k": signature.top_k,
-        "activation": signature.activation,
-        "bias": weights.get("bias"),
-        "threads": request["threads"],
-    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the torch side has no database on purpose
-        plain = prepare(weights["weight"], database="/dev/null/no-database", **options)
-    tuned = prepare(weights["weight"], database=request["database"], **options)
+        plain = PreparedCall.prepare(signature, weights, threads=request["threads"], database="/dev/null/no-database")
+    tuned = PreparedCall.prepare(signature, weights, threads=request["threads"], database=request["database"])
     return [
         _race(op, problem, tuned, plain, request["seed"], request["budget_s"] / len(problems)) for problem in problems
     ]
@@ -99,10 +95,15 @@ def _race(
     calls = []
     for routing_seed in range(seed, seed + 4):
         inputs = {name: torch.from_numpy(array) for name, array in op.inputs(problem, routing_seed).items()}
-        specs = [spec for spec in op.tensors(problem.signature) if spec.role != "weight"]
-        sizes = {"tokens": problem.dynamic_size, "rows": int(inputs["expert_offsets"][-1])}
-        out = torch.empty([sizes.get(dim, dim) for dim in specs[-1].dims])
-        calls.append([inputs[spec.name] for spec in specs[:-1]] + [out])
+        specs = op.tensors(problem.signature)
+        sizes = sizes_of(specs, {name: tuple(tensor.shape) for name, tensor in inputs.items()})
+        sizes.update(problem.output_sizes)
+        outputs = {
+            spec.name: torch.from_numpy(np.empty(shape_of(spec, sizes), DTYPES[spec.dtype]))
+            for spec in outputs_of(specs)
+        }
+        tensors = {**inputs, **outputs}
+        calls.append([tensors.get(spec.name) for spec in specs if spec.role != "weight"])
     times: dict[str, list[float]] = {"tuned": [], "plain": []}
     deadline = time.perf_counter() + budget_s
     for round_ in range(-2, _ROUNDS):

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.archs import Arch
@@ -49,6 +48,11 @@ class Problem:
         changes: dict[str, Any] = {self.size_field: size}
         return replace(self, **changes)
 
+    @property
+    def output_sizes(self) -> Mapping[str, int]:
+        """Sizes by name that no input shows: lengths of outputs that hold as much as the data may need."""
+        return {}
+
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON."""
         raise NotImplementedError
@@ -75,6 +79,8 @@ class Template(Generic[S]):
     recipe: Callable[[S, Config, Arch], Recipe]
     context: Callable[[S, Config, Arch], dict[str, Any]]
     """What the Jinja file needs beside ``signature``, ``config`` and ``arch``."""
+    label: tuple[str, ...] = ()
+    """Knobs whose values tell its kernels apart in a table, beside the template's name."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,8 @@ class OpDeclaration(ABC, Generic[S, P]):
 
     name: ClassVar[str]
     templates: ClassVar[tuple[Template[Any], ...]]
+    problem_example: ClassVar[str]
+    """A text that :meth:`parse_problem` understands, for messages."""
 
     @abstractmethod
     def signatures(self, model: ModelShape) -> tuple[S, ...]:
@@ -131,9 +139,9 @@ class OpDeclaration(ABC, Generic[S, P]):
 
         """
 
-    @abstractmethod
     def tensors(self, signature: S) -> tuple[TensorSpec, ...]:
         """Tensors of a call, in the order in which callers pass them."""
+        return signature.tensors()
 
     @abstractmethod
     def weights(self, signature: S, seed: int) -> Arrays:
@@ -144,12 +152,12 @@ class OpDeclaration(ABC, Generic[S, P]):
         """Realistic tensors of the other inputs; the same for the same seed."""
 
     @abstractmethod
-    def reference(self, signature: S, weights: Arrays, inputs: Arrays) -> NDArray[np.float64]:
-        """The result in float64, in the shape of the output tensor."""
+    def reference(self, signature: S, weights: Arrays, inputs: Arrays) -> Arrays:
+        """Every output by name, in the shape of its tensor: floats in float64, integers as they must be."""
 
     @abstractmethod
     def tolerance(self, signature: S) -> float:
-        """Largest allowed relative error: max |out - reference| / max |reference|."""
+        """Largest allowed relative error of a float output: max |out - reference| / max |reference|."""
 
     @abstractmethod
     def workload(self, problem: P, inputs: Arrays) -> Workload:
@@ -176,3 +184,8 @@ class OpDeclaration(ABC, Generic[S, P]):
     def template(self, config: Config) -> Template[Any]:
         """Template that ``config`` belongs to."""
         return next(t for t in self.templates if t.name == config["template"])
+
+    def label(self, config: Config) -> str:
+        """``config`` in a few characters, for tables: its template and that template's telling knobs."""
+        template = self.template(config)
+        return " ".join([template.name.rpartition("/")[2], *(f"{knob}={config[knob]}" for knob in template.label)])

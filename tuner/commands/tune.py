@@ -110,7 +110,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         if arguments.model:
             raise TilewrightError("--model and --problem exclude each other; give one of them")
         for text in arguments.problem:
-            fields = _fields(text)
+            fields = _fields(text, op.problem_example)
             for tokens in _tokens(arguments.tokens) if arguments.tokens else [None]:
                 sized = fields if tokens is None else {**fields, "tokens": str(tokens)}
                 problems.append(op.parse_problem(sized, routing))
@@ -166,10 +166,10 @@ def _tokens(text: str) -> list[int]:
     return counts
 
 
-def _fields(text: str) -> dict[str, str]:
+def _fields(text: str, example: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",") if part]
     if not pairs or any(not sign for _, sign, _ in pairs):
-        raise TilewrightError(f"--problem {text!r} is not key=value,...; for example: experts=8,n=2048,k=1024,top_k=2")
+        raise TilewrightError(f"--problem {text!r} is not key=value,...; for example: {example}")
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
@@ -236,7 +236,7 @@ def _table(mine: SignatureReport, request: Request, deployed: list[Deployed], ro
             f"  {format_us(final.default_us.median_us or 0):>9}  {format_us(final.winner_us.median_us or 0):>9}"
             f"  {_interval(final.speedup.median, final.speedup.low, final.speedup.high):>18}"
             f"  {_interval(row.speedup, row.speedup_low, row.speedup_high) if row else '-':>18}"
-            f"  {_roofline_share(final, request, roofline):>8.0%}  {final.noise.noise:>6.1%}  {_knobs(final)}"
+            f"  {_roofline_share(final, request, roofline):>8.0%}  {final.noise.noise:>6.1%}  {_label(final, request)}"
         )
     failed = len(mine.results) - len(mine.finals)
     return [*lines, *([f"  {failed} sizes have no right kernel"] if failed else [])]
@@ -251,12 +251,10 @@ def _roofline_share(final: Final, request: Request, roofline: Roofline) -> float
     return roofline.time_us(work.flops, work.min_bytes) / (final.winner_us.median_us or math.inf)
 
 
-def _knobs(final: Final) -> str:
-    """The template and the register tile: enough to recognise a kernel."""
-    config = final.winner.variant.config
+def _label(final: Final, request: Request) -> str:
+    """The template and its telling knobs: enough to recognise a kernel."""
     same = " (the default)" if final.winner == final.default else ""
-    name = str(config["template"]).rpartition("/")[2]
-    return f"{name} {config.get('block_rows')}x{config.get('vectors')}{same}"
+    return request.op.label(final.winner.variant.config) + same
 
 
 def _document(
