@@ -38,6 +38,11 @@ class Deployed:
     speedup_high: float
     rounds: int
 
+    @property
+    def slower_than_torch(self) -> bool:
+        """Whether torch is faster, beyond the noise."""
+        return self.speedup_high < 1
+
 
 def race_against_torch(
     problems: Sequence[Problem], *, database: str, threads: int, seed: int, budget_s: float

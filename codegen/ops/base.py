@@ -58,6 +58,11 @@ class Problem:
         raise NotImplementedError
 
     @property
+    def title(self) -> str:
+        """Short name for progress lines."""
+        return f"{self.signature.title} {self.signature.dynamic_size}={self.dynamic_size:<5d}"
+
+    @property
     def key(self) -> str:
         """Identity of the problem, under which its trials are stored."""
         return stable_key(self.to_dict())

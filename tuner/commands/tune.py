@@ -18,17 +18,20 @@ from tilewright.codegen.routing import RoutingSpec
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign import Campaign, Report, Request, SignatureReport
 from tilewright.tuner.deployed import Deployed, race_against_torch
+from tilewright.tuner.finals import Probe
 from tilewright.tuner.plan import Final
 from tilewright.tuner.progress import ENDLESS_TRIALS, Progress, format_us
 from tilewright.tuner.roofline import Roofline, measure_roofline
 from tilewright.tuner.search import DEFAULT_SEARCH, SEARCHES
 from tilewright.tuning_db.integrity import UntrustedFile, check_private
+from tilewright.tuning_db.records import PlanEntry
 from tilewright.tuning_db.store import Store
 
 DEFAULT_MODEL = "mixtral-8x7b"
 DEFAULT_TOKENS = (1, 4, 16, 64, 256)
 DEFAULT_TRIALS = 60
-DEFAULT_TIME_S = 130.0
+DEFAULT_TIME_S = 120.0
+DEFAULT_PROBES = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--time", metavar="T", help=f"for everything: 90, 90s, 5m, 1h (default {DEFAULT_TIME_S:.0f}s)")
     how.add_argument("--search", default=DEFAULT_SEARCH, help=", ".join(SEARCHES))
     how.add_argument("--threads", type=int, metavar="N", help="threads of a kernel (default: all cores)")
+    how.add_argument(
+        "--probes",
+        type=int,
+        default=DEFAULT_PROBES,
+        metavar="N",
+        help="random sizes at which a plan is put to the test",
+    )
     how.add_argument("--seed", type=int, default=0, metavar="N")
     how.add_argument("--resume", action="store_true", help="count and use earlier trials of the same problems")
     where = parser.add_argument_group("where to")
@@ -70,11 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
         if store.path is not None:
             _warn_if_not_servable(store.path)
         before = measure_roofline(request.threads)
-        report = Campaign(request, store, progress).run()
+        campaign = Campaign(request, store, progress)
+        report = campaign.run()
         deployed = {
-            mine.signature.key: _race_deployed(mine, store, request, progress)
-            for mine in report.signatures
-            if mine.plan
+            mine.signature.key: _race_deployed(mine, campaign, store, request, progress) for mine in report.signatures
         }
         measure_roofline.cache_clear()
         roofline = before.raised_to(measure_roofline(request.threads))
@@ -131,6 +140,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         seed=arguments.seed,
         resume=arguments.resume,
         model=model_name,
+        probes=_probes(arguments.probes),
     )
 
 
@@ -181,19 +191,38 @@ def _threads(asked: int | None) -> int:
     return threads
 
 
-def _race_deployed(mine: SignatureReport, store: Store, request: Request, progress: Progress) -> list[Deployed]:
-    """The plan as the runtime serves it, against plain torch; only where the runtime can read the database."""
+def _probes(asked: int) -> int:
+    if asked < 0:
+        raise TilewrightError(f"--probes {asked} is impossible; give 0 or more")
+    return asked
+
+
+def _race_deployed(
+    mine: SignatureReport, campaign: Campaign, store: Store, request: Request, progress: Progress
+) -> list[Deployed]:
+    """Race the plan as the runtime serves it against plain torch, and have torch serve where it is faster.
+
+    Only where the runtime can read the database.
+    """
+    if mine.plan is None or mine.verdict is None:
+        return []
     if store.path is None:
         progress.say("the runtime reads SQLite only, so the plan is not raced against torch")
         return []
     progress.say("racing the stored plan, as the runtime serves it, against plain torch")
-    return race_against_torch(
-        [final.problem for final in mine.finals],
+    planned = [final.problem for final in (*mine.verdict.finals, *mine.verdict.between)]
+    rows = race_against_torch(
+        [*planned, *(probe.problem for probe in mine.probes)],
         database=str(store.path),
         threads=request.threads,
         seed=request.seed,
-        budget_s=min(8.0, 0.1 * request.time_s),
+        budget_s=min(12.0, 0.1 * request.time_s),
     )
+    sizes = {problem.dynamic_size for problem in planned}
+    torch_us = {row.tokens: row.torch_us for row in rows if row.tokens in sizes and row.slower_than_torch}
+    if torch_us:
+        mine.plan = campaign.store_plan(mine.verdict, torch_us)
+    return rows
 
 
 def _text(
@@ -204,6 +233,8 @@ def _text(
         lines += [mine.signature.describe(), *_table(mine, request, deployed.get(mine.signature.key, []), roofline)]
         if mine.layout is not None and mine.layout.cost > 1.005:
             lines.append(f"  one weight layout for all sizes ({mine.layout.key}) costs {mine.layout.cost - 1:.1%}")
+        if mine.probes:
+            lines.append(_probed(mine, deployed.get(mine.signature.key, [])))
         lines.append("")
     cpu = read_cpu_info()
     lines += [
@@ -218,6 +249,26 @@ def _text(
         "       from tilewright.runtime import Experts   serves these kernels by itself; see README",
     ]
     return "\n".join(lines)
+
+
+def _probed(mine: SignatureReport, deployed: list[Deployed]) -> str:
+    """One line on the sizes drawn at random."""
+    sizes = ", ".join(str(probe.problem.dynamic_size) for probe in mine.probes)
+    worse = [
+        f"{probe.problem.dynamic_size} ({_interval(probe.speedup.median, probe.speedup.low, probe.speedup.high)} default)"
+        for probe in mine.probes
+        if probe.slower
+    ]
+    worse += [f"{row.tokens} ({row.speedup:.2f}x torch)" for row in _slower_probes(mine, deployed)]
+    found = f"slower at {', '.join(worse)}" if worse else "at none slower than the default or torch beyond the noise"
+    return f"  put to the test at {len(mine.probes)} sizes drawn at random ({sizes}): {found}"
+
+
+def _slower_probes(mine: SignatureReport, deployed: list[Deployed]) -> list[Deployed]:
+    """Probes at which torch is faster than the kernel that the plan has there."""
+    probes = {probe.problem.dynamic_size for probe in mine.probes}
+    served = {size for size in probes if mine.plan and (entry := mine.plan.entry_for(size)) and entry.kernel_key}
+    return [row for row in deployed if row.tokens in served and row.slower_than_torch]
 
 
 _HEAD = (
@@ -281,6 +332,8 @@ def _document(
                     _final_document(final, request, roofline, deployed.get(mine.signature.key, []))
                     for final in mine.finals
                 ],
+                "plan": [_entry_document(entry) for entry in mine.plan.entries] if mine.plan else [],
+                "probes": [_probe_document(probe, deployed.get(mine.signature.key, [])) for probe in mine.probes],
                 "unsolved": len(mine.results) - len(mine.finals),
             }
             for mine in report.signatures
@@ -301,6 +354,22 @@ def _final_document(final: Final, request: Request, roofline: Roofline, deployed
         "speedup": {"median": final.speedup.median, "low": final.speedup.low, "high": final.speedup.high},
         "noise": final.noise.noise,
         "roofline_share": _roofline_share(final, request, roofline),
+        "deployed": None if row is None else vars(row),
+    }
+
+
+def _entry_document(entry: PlanEntry) -> dict[str, Any]:
+    served = {"max_tokens": entry.max_tokens, "kernel": entry.kernel_key, "tuned_tokens": entry.tuned_tokens}
+    return {**served, "median_us": entry.median_us, "default_us": entry.default_us}
+
+
+def _probe_document(probe: Probe, deployed: list[Deployed]) -> dict[str, Any]:
+    row = next((row for row in deployed if row.tokens == probe.problem.dynamic_size), None)
+    return {
+        "tokens": probe.problem.dynamic_size,
+        "kernel": probe.kernel_key,
+        "speedup": {"median": probe.speedup.median, "low": probe.speedup.low, "high": probe.speedup.high},
+        "slower_than_default": probe.slower,
         "deployed": None if row is None else vars(row),
     }
 
