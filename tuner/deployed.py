@@ -16,7 +16,7 @@ from typing import Any
 
 from tilewright.codegen.ops import find_op
 from tilewright.codegen.ops.base import Problem
-from tilewright.tuner.evaluation.statistics import paired_ratio
+from tilewright.tuner.evaluation.statistics import Interval, median_interval, paired_ratio
 
 _ROUNDS = 25
 _LIMIT_S = 300
@@ -24,16 +24,38 @@ _LIMIT_S = 300
 
 @dataclass(frozen=True)
 class Deployed:
-    """One problem, as an engine would see it: medians of interleaved calls from Python."""
+    """One problem, as an engine would see it: interleaved calls from Python."""
 
     tokens: int
-    torch_us: float
-    tilewright_us: float
+    torch: Interval
+    """Of plain torch's times in us."""
+    served: Interval
+    """Of the times in us of what the runtime serves."""
     speedup: float
     """Median of paired ratios, with its 95 % interval."""
     speedup_low: float
     speedup_high: float
     rounds: int
+    """Samples of either."""
+    error: float
+    """Largest difference between the two results, relative to the largest of torch's."""
+
+    def document(self) -> dict[str, Any]:
+        """As JSON, with the samples, intervals and error of what was measured."""
+        return {
+            "torch": self._timed(self.torch, None),
+            "served": self._timed(self.served, self.error),
+            "speedup": {"median": self.speedup, "low": self.speedup_low, "high": self.speedup_high},
+        }
+
+    def _timed(self, times: Interval, error: float | None) -> dict[str, Any]:
+        return {
+            "median_us": times.median,
+            "low_us": times.low,
+            "high_us": times.high,
+            "samples": self.rounds,
+            "error_against_torch": error,
+        }
 
 
 def race_against_torch(
@@ -61,7 +83,10 @@ def race_against_torch(
         said = (error.stderr or "").strip().splitlines()[-1:] if isinstance(error.stderr, str) else []
         print(f"tune: the deployed plan could not be raced against torch: {' '.join(said) or error}", file=sys.stderr)
         return []
-    return [Deployed(**row) for row in json.loads(done.stdout)]
+    return [
+        Deployed(**{**row, "torch": Interval(**row["torch"]), "served": Interval(**row["served"])})
+        for row in json.loads(done.stdout)
+    ]
 
 
 def _answer(request: dict[str, Any]) -> list[Deployed]:
@@ -103,9 +128,16 @@ def _race(
         sizes = {"tokens": problem.dynamic_size, "rows": int(inputs["expert_offsets"][-1])}
         out = torch.empty([sizes.get(dim, dim) for dim in specs[-1].dims])
         calls.append([inputs[spec.name] for spec in specs[:-1]] + [out])
+    tuned(*calls[0])
+    result = calls[0][-1].clone()
+    plain(*calls[0])
+    expected = calls[0][-1]
+    # Of the experts on this rank, none may have got a token.
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    error = float((result - expected).abs().max()) / scale if scale else 0.0
     times: dict[str, list[float]] = {"tuned": [], "plain": []}
     deadline = time.perf_counter() + budget_s
-    for round_ in range(-2, _ROUNDS):
+    for round_ in range(-1, _ROUNDS):
         for name, call in (("tuned", tuned), ("plain", plain)):
             begin = time.perf_counter_ns()
             call(*calls[round_ % len(calls)])
@@ -114,15 +146,15 @@ def _race(
         if round_ >= 5 and time.perf_counter() > deadline:
             break
     speedup = paired_ratio(times["plain"], times["tuned"])
-    middle = {name: sorted(samples)[len(samples) // 2] for name, samples in times.items()}
     return Deployed(
         tokens=problem.dynamic_size,
-        torch_us=middle["plain"],
-        tilewright_us=middle["tuned"],
+        torch=median_interval(times["plain"]),
+        served=median_interval(times["tuned"]),
         speedup=speedup.median,
         speedup_low=speedup.low,
         speedup_high=speedup.high,
         rounds=speedup.pairs,
+        error=error,
     )
 
 
