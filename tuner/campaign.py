@@ -63,6 +63,8 @@ class Request:
     model: str
     probes: int
     """Sizes drawn at random at which a finished plan is raced against the default."""
+    templates: tuple[str, ...] = ()
+    """The only ones to search, beside the default config; empty: all."""
 
 
 @dataclass
@@ -168,7 +170,7 @@ class Campaign:
         mine = SignatureReport(signature)
         workshop = Workshop(request.op, signature, request.arch, self._builder)
         origin = Origin(run_id, self._device_key, request.threads, request.seed, request.search)
-        space = request.op.space(signature, request.arch)
+        space = request.op.space(signature, request.arch, request.templates)
         self._progress.say(signature.describe())
         self._progress.say(space.describe().splitlines()[0])
         with CpuEvaluator(request.op, signature, threads=request.threads, seed=request.seed) as evaluator:
@@ -192,7 +194,8 @@ class Campaign:
             if layout_key is not None:
                 if layout_key:
                     self._progress.say(f"searching on in one weight layout: {layout_key}")
-                within = self._of_layout(space, signature, layout_key)
+                # The default alone may read that layout, where its template is not searched.
+                within = self._of_layout(space, signature, layout_key) or space
                 remaining = _REFINE_SHARE / (_REFINE_SHARE + _FINAL_SHARE)
                 self._search(tuners, within, request.trials, _share(until, remaining))
                 finals = Finals(make_tuner, evaluator, self._progress, until=until)

@@ -55,6 +55,11 @@ class Probe:
     slower: bool
     """Whether the kernel is slower than the default beyond the noise."""
 
+    @property
+    def interval(self) -> tuple[float, float, float]:
+        """Median, low and high of the speedup."""
+        return self.speedup.median, self.speedup.low, self.speedup.high
+
 
 class Finals:
     """Runs the last races of one signature.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -16,6 +16,7 @@ from tilewright.codegen.ops.signature import Signature, stable_key
 from tilewright.codegen.recipe import Recipe, TensorSpec
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.codegen.space import Config, Space
+from tilewright.errors import TilewrightError
 
 Arrays = dict[str, NDArray[Any]]
 """Tensors of one call by name; optional ones that are absent are left out."""
@@ -176,10 +177,34 @@ class OpDeclaration(ABC, Generic[S, P]):
     def default_config(self, signature: S, arch: Arch) -> Config:
         """The config that a careful engineer would write down without tuning; always a candidate."""
 
-    def space(self, signature: S, arch: Arch) -> Space:
-        """Every valid config of every template for ``arch``, the template's name being a parameter."""
+    def space(self, signature: S, arch: Arch, templates: Collection[str] = ()) -> Space:
+        """Every valid config of every template for ``arch``, the template's name being a parameter.
+
+        ``templates`` restricts it to those, by their full names. Knobs stay those of all templates, so that a config
+        is the same config in the whole space and in a part of it.
+        """
         spaces = {t.name: t.space(signature, arch) for t in self.templates if arch.family in t.families}
-        return Space.union(spaces)
+        union = Space.union(spaces)
+        return union.of_templates(templates) if templates else union
+
+    def template_names(self, asked: Iterable[str], arch: Arch) -> tuple[str, ...]:
+        """Full names (``op/file``) of the templates that users call by it, or by ``file`` alone.
+
+        Raises:
+            TilewrightError: for one that the op does not have, or not for ``arch``.
+
+        """
+        full = {spelling: t.name for t in self.templates for spelling in (t.name, t.name.removeprefix(f"{self.name}/"))}
+        here = [t.name for t in self.templates if arch.family in t.families]
+        known = ", ".join(name.removeprefix(f"{self.name}/") for name in here)
+        for name in asked:
+            if name not in full:
+                raise TilewrightError(f"{self.name} has no template {name!r}; its templates for {arch.name}: {known}")
+            if full[name] not in here:
+                raise TilewrightError(
+                    f"template {name!r} of {self.name} is not for {arch.name}; its templates for that: {known}"
+                )
+        return tuple(dict.fromkeys(full[name] for name in asked))
 
     def layout_key(self, signature: S, config: Config, arch: Arch) -> str:
         """Name of the weight layout that the config's kernel reads; empty where weights are not packed."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 from tilewright.codegen.archs import find_arch, runs_on
 from tilewright.codegen.cpu_info import read_cpu_info, usable_cores
@@ -16,15 +14,14 @@ from tilewright.codegen.ops import OPS, find_op
 from tilewright.codegen.ops.base import Problem
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.errors import TilewrightError
-from tilewright.tuner.campaign import Campaign, Report, Request, SignatureReport
+from tilewright.tuner.campaign import Campaign, Request, SignatureReport
+from tilewright.tuner.commands.common import print_json
+from tilewright.tuner.commands.findings import Findings
 from tilewright.tuner.deployed import Deployed, race_against_torch
-from tilewright.tuner.finals import Probe
-from tilewright.tuner.plan import Final
-from tilewright.tuner.progress import ENDLESS_TRIALS, Progress, format_us
-from tilewright.tuner.roofline import Roofline, measure_roofline
+from tilewright.tuner.progress import ENDLESS_TRIALS, Progress
+from tilewright.tuner.roofline import measure_roofline
 from tilewright.tuner.search import DEFAULT_SEARCH, SEARCHES
 from tilewright.tuning_db.integrity import UntrustedFile, check_private
-from tilewright.tuning_db.records import PlanEntry
 from tilewright.tuning_db.store import Store
 
 DEFAULT_MODEL = "mixtral-8x7b"
@@ -48,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--routing", default="balanced", metavar="KIND", help="balanced, power-law[:ALPHA] or recorded:FILE"
     )
+    what.add_argument("--template", metavar="NAME,...", help="search these alone, beside the default config")
     how = parser.add_argument_group("how hard")
     how.add_argument("--trials", type=int, metavar="N", help=f"variants per problem (default {DEFAULT_TRIALS})")
     how.add_argument("--time", metavar="T", help=f"for everything: 90, 90s, 5m, 1h (default {DEFAULT_TIME_S:.0f}s)")
@@ -87,10 +85,11 @@ def run(arguments: argparse.Namespace) -> int:
         }
         measure_roofline.cache_clear()
         roofline = before.raised_to(measure_roofline(request.threads))
-        if arguments.json:
-            print(json.dumps(_document(report, request, deployed, roofline, store.name), indent=1))
-        else:
-            print(_text(report, request, deployed, roofline, store.name))
+        findings = Findings(report, request, deployed, roofline, store.name)
+    if arguments.json:
+        print_json(findings.document())
+    else:
+        print(findings.text())
     return 0 if all(len(mine.finals) == len(mine.results) for mine in report.signatures) else 1
 
 
@@ -141,6 +140,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         resume=arguments.resume,
         model=model_name,
         probes=_probes(arguments.probes),
+        templates=op.template_names(_names(arguments.template), arch) if arguments.template is not None else (),
     )
 
 
@@ -174,6 +174,10 @@ def _tokens(text: str) -> list[int]:
     if counts[0] < 1:
         raise TilewrightError(f"--tokens {text!r} holds {counts[0]}; token counts start at 1")
     return counts
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
 
 
 def _fields(text: str, example: str) -> dict[str, str]:
@@ -219,166 +223,7 @@ def _race_deployed(
         budget_s=min(12.0, 0.1 * request.time_s),
     )
     sizes = {problem.dynamic_size for problem in planned}
-    torch_us = {row.tokens: row.torch_us for row in rows if row.tokens in sizes and row.slower_than_torch}
+    torch_us = {row.tokens: row.torch.median for row in rows if row.tokens in sizes and row.slower_than_torch}
     if torch_us:
         mine.plan = campaign.store_plan(mine.verdict, torch_us)
     return rows
-
-
-def _text(
-    report: Report, request: Request, deployed: dict[str, list[Deployed]], roofline: Roofline, database: str
-) -> str:
-    lines = [""]
-    for mine in report.signatures:
-        lines += [mine.signature.describe(), *_table(mine, request, deployed.get(mine.signature.key, []), roofline)]
-        if mine.layout is not None and mine.layout.cost > 1.005:
-            lines.append(f"  one weight layout for all sizes ({mine.layout.key}) costs {mine.layout.cost - 1:.1%}")
-        if mine.probes:
-            lines.append(_probed(mine, deployed.get(mine.signature.key, [])))
-        lines.append("")
-    cpu = read_cpu_info()
-    lines += [
-        f"measured on {cpu.name}, {request.threads} threads, {request.arch.name}; every kernel checked against fp64",
-        f"{report.trials} trials in {report.wall_s:.0f} s; {report.efficiency:.0%} of the time compiling "
-        f"({report.build_s:.0f} s), checking ({report.check_s:.0f} s) or measuring ({report.measure_s:.0f} s)",
-        f"roofline here: {roofline.peak_gflops:.0f} GFLOP/s, {roofline.bandwidth_gbps:.0f} GB/s",
-        f"stored in {database}",
-        "",
-        "next:  tune show                 what is known, and how",
-        "       tune compare              variants side by side",
-        "       from tilewright.runtime import Experts   serves these kernels by itself; see README",
-    ]
-    return "\n".join(lines)
-
-
-def _probed(mine: SignatureReport, deployed: list[Deployed]) -> str:
-    """One line on the sizes drawn at random."""
-    sizes = ", ".join(str(probe.problem.dynamic_size) for probe in mine.probes)
-    worse = [
-        f"{probe.problem.dynamic_size} ({_interval(probe.speedup.median, probe.speedup.low, probe.speedup.high)} default)"
-        for probe in mine.probes
-        if probe.slower
-    ]
-    worse += [f"{row.tokens} ({row.speedup:.2f}x torch)" for row in _slower_probes(mine, deployed)]
-    found = f"slower at {', '.join(worse)}" if worse else "at none slower than the default or torch beyond the noise"
-    return f"  put to the test at {len(mine.probes)} sizes drawn at random ({sizes}): {found}"
-
-
-def _slower_probes(mine: SignatureReport, deployed: list[Deployed]) -> list[Deployed]:
-    """Probes at which torch is faster than the kernel that the plan has there."""
-    probes = {probe.problem.dynamic_size for probe in mine.probes}
-    served = {size for size in probes if mine.plan and (entry := mine.plan.entry_for(size)) and entry.kernel_key}
-    return [row for row in deployed if row.tokens in served and row.slower_than_torch]
-
-
-_HEAD = (
-    f"  {'tokens':>6}  {'torch':>9}  {'default':>9}  {'tuned':>9}  {'vs default':>18}  {'vs torch':>18}"
-    f"  {'roofline':>8}  {'noise':>6}  kernel"
-)
-
-
-def _table(mine: SignatureReport, request: Request, deployed: list[Deployed], roofline: Roofline) -> list[str]:
-    by_tokens = {row.tokens: row for row in deployed}
-    lines = [_HEAD]
-    for final in mine.finals:
-        row = by_tokens.get(final.problem.dynamic_size)
-        lines.append(
-            f"  {final.problem.dynamic_size:>6}  {format_us(row.torch_us) if row else '-':>9}"
-            f"  {format_us(final.default_us.median_us or 0):>9}  {format_us(final.winner_us.median_us or 0):>9}"
-            f"  {_interval(final.speedup.median, final.speedup.low, final.speedup.high):>18}"
-            f"  {_interval(row.speedup, row.speedup_low, row.speedup_high) if row else '-':>18}"
-            f"  {_roofline_share(final, request, roofline):>8.0%}  {final.noise.noise:>6.1%}  {_label(final, request)}"
-        )
-    failed = len(mine.results) - len(mine.finals)
-    return [*lines, *([f"  {failed} sizes have no right kernel"] if failed else [])]
-
-
-def _interval(middle: float, low: float, high: float) -> str:
-    return f"{middle:.2f}x [{low:.2f}, {high:.2f}]"
-
-
-def _roofline_share(final: Final, request: Request, roofline: Roofline) -> float:
-    work = request.op.workload(final.problem, request.op.inputs(final.problem, request.seed))
-    return roofline.time_us(work.flops, work.min_bytes) / (final.winner_us.median_us or math.inf)
-
-
-def _label(final: Final, request: Request) -> str:
-    """The template and its telling knobs: enough to recognise a kernel."""
-    same = " (the default)" if final.winner == final.default else ""
-    return request.op.label(final.winner.variant.config) + same
-
-
-def _document(
-    report: Report, request: Request, deployed: dict[str, list[Deployed]], roofline: Roofline, database: str
-) -> dict[str, Any]:
-    return {
-        "run": report.run_id,
-        "op": request.op.name,
-        "arch": request.arch.name,
-        "device": read_cpu_info().key,
-        "threads": request.threads,
-        "model": request.model,
-        "database": database,
-        "trials": report.trials,
-        "wall_s": report.wall_s,
-        "efficiency": report.efficiency,
-        "roofline": {"peak_gflops": roofline.peak_gflops, "bandwidth_gbps": roofline.bandwidth_gbps},
-        "signatures": [
-            {
-                "signature": mine.signature.to_dict(),
-                "layout": mine.layout.key if mine.layout else None,
-                "layout_cost": mine.layout.cost if mine.layout else None,
-                "problems": [
-                    _final_document(final, request, roofline, deployed.get(mine.signature.key, []))
-                    for final in mine.finals
-                ],
-                "plan": [_entry_document(entry) for entry in mine.plan.entries] if mine.plan else [],
-                "probes": [_probe_document(probe, deployed.get(mine.signature.key, [])) for probe in mine.probes],
-                "unsolved": len(mine.results) - len(mine.finals),
-            }
-            for mine in report.signatures
-        ],
-    }
-
-
-def _final_document(final: Final, request: Request, roofline: Roofline, deployed: list[Deployed]) -> dict[str, Any]:
-    row = next((row for row in deployed if row.tokens == final.problem.dynamic_size), None)
-    return {
-        "tokens": final.problem.dynamic_size,
-        "kernel": final.winner.variant.key,
-        "config": dict(final.winner.variant.config),
-        "timing": "measured",
-        "checked": "device",
-        "tuned": _measured(final.winner_us),
-        "default": _measured(final.default_us),
-        "speedup": {"median": final.speedup.median, "low": final.speedup.low, "high": final.speedup.high},
-        "noise": final.noise.noise,
-        "roofline_share": _roofline_share(final, request, roofline),
-        "deployed": None if row is None else vars(row),
-    }
-
-
-def _entry_document(entry: PlanEntry) -> dict[str, Any]:
-    served = {"max_tokens": entry.max_tokens, "kernel": entry.kernel_key, "tuned_tokens": entry.tuned_tokens}
-    return {**served, "median_us": entry.median_us, "default_us": entry.default_us}
-
-
-def _probe_document(probe: Probe, deployed: list[Deployed]) -> dict[str, Any]:
-    row = next((row for row in deployed if row.tokens == probe.problem.dynamic_size), None)
-    return {
-        "tokens": probe.problem.dynamic_size,
-        "kernel": probe.kernel_key,
-        "speedup": {"median": probe.speedup.median, "low": probe.speedup.low, "high": probe.speedup.high},
-        "slower_than_default": probe.slower,
-        "deployed": None if row is None else vars(row),
-    }
-
-
-def _measured(evaluation: Any) -> dict[str, Any]:
-    return {
-        "median_us": evaluation.median_us,
-        "low_us": evaluation.low_us,
-        "high_us": evaluation.high_us,
-        "samples": len(evaluation.samples_us),
-        "error": evaluation.error,
-    }
