@@ -13,9 +13,9 @@ from tilewright.codegen.ops.moe_gemm_signature import Activation
 from tilewright.errors import TilewrightError
 from tilewright.runtime.calls import softmax_topk_into, sort_tokens_into
 from tilewright.runtime.explanation import Explanation
-from tilewright.runtime.fallback import spare_torch_threads
+from tilewright.runtime.gemm import prepare
+from tilewright.runtime.plain_torch import spare_torch_threads
 from tilewright.runtime.plans import Database
-from tilewright.runtime.prepared import prepare
 from tilewright.runtime.weights import checked_weight
 
 _REMEMBERED_SIZES = 64

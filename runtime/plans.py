@@ -13,7 +13,7 @@ from functools import partial
 from tilewright.codegen.archs import ARCHS, runs_on
 from tilewright.codegen.cpu_info import read_cpu_info
 from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.recipe import ABI_VERSION, Argument, Recipe
 from tilewright.errors import TilewrightError
 from tilewright.runtime.loading import KernelRefused, LoadedArtifact, load_artifact
@@ -54,7 +54,7 @@ class SizeRange:
 class Resolution:
     """What serves a signature on this machine, and why."""
 
-    signature: MoeGemmSignature
+    signature: Signature
     device_key: str
     database: str
     plan: PlanRecord | None
@@ -71,7 +71,7 @@ class Resolution:
         return self.kernels[0].recipe.weight_layout if self.kernels else None
 
 
-def resolve(signature: MoeGemmSignature, threads: int, database: Database | None) -> Resolution:
+def resolve(signature: Signature, threads: int, database: Database | None) -> Resolution:
     """Find the plan for ``signature`` on this machine and load its kernels.
 
     ``database`` None means ``$TILEWRIGHT_DB``, else the user's own. Of several plans for this device, the one made with
@@ -101,7 +101,7 @@ def _choose_plan(plans: Sequence[PlanRecord], device_key: str, threads: int) -> 
     raise TilewrightError("the database holds no plan for it; run `tune` with its shapes")
 
 
-def _load_ranges(reader: Reader, plan: PlanRecord, signature: MoeGemmSignature) -> tuple[SizeRange, ...]:
+def _load_ranges(reader: Reader, plan: PlanRecord, signature: Signature) -> tuple[SizeRange, ...]:
     """The plan's entries with their kernels loaded; torch where that fails, and beyond the end of the plan."""
     ranges: list[SizeRange] = []
     layouts: list[WeightLayout | None] = []
@@ -132,7 +132,7 @@ def _require_one_layout(layouts: Sequence[WeightLayout | None], kernel: LoadedKe
         )
 
 
-def _load_kernel(reader: Reader, key: str, signature: MoeGemmSignature) -> LoadedKernel:
+def _load_kernel(reader: Reader, key: str, signature: Signature) -> LoadedKernel:
     """The kernel ``key``, checked to fit this machine, this release and ``signature``, and loaded.
 
     Raises:

@@ -1,17 +1,17 @@
-"""Signatures and problems that templates tend to get wrong, for every op; a new op adds an entry to ``SIGNATURES``."""
+"""Signatures and problems that templates tend to get wrong; a new op adds to ``SIGNATURES`` and ``MORE_PROBLEMS``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from covering import covering_rows
-from numpy.typing import NDArray
 
 from tilewright.codegen.archs import Arch
 from tilewright.codegen.ops import OPS, find_op
 from tilewright.codegen.ops.base import Arrays, Problem, Template
+from tilewright.codegen.ops.moe_gemm import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature as MoeGemm
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.routing import RoutingSpec
@@ -107,10 +107,18 @@ def _covering_cases(op_name: str, template: Template[Any], arch: Arch) -> list[C
 
 
 def problems(op_name: str, signature: Signature) -> tuple[Problem, ...]:
-    """The op's own awkward problems, one whose rows fill several tasks, and one of which this rank computes little."""
-    own: tuple[Any, ...] = find_op(op_name).awkward_problems(signature)
-    hot = replace(own[0], tokens=211, routing=RoutingSpec.parse("power-law:8"))
-    return (*own, hot, replace(own[0], tokens=2, all_experts=8 * own[0].all_experts))
+    """The op's own awkward problems, and what more is worth a test but not a check of every kernel."""
+    own = find_op(op_name).awkward_problems(signature)
+    return (*own, *MORE_PROBLEMS[op_name](own[0]))
+
+
+def _more_moe_gemm(problem: MoeGemmProblem) -> tuple[Problem, ...]:
+    """One whose rows fill several tasks, and one of which this rank computes little."""
+    hot = replace(problem, tokens=211, routing=RoutingSpec.parse("power-law:8"))
+    return hot, replace(problem, tokens=2, all_experts=8 * problem.all_experts)
+
+
+MORE_PROBLEMS: Mapping[str, Callable[[Any], tuple[Problem, ...]]] = {"moe_gemm": _more_moe_gemm}
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +127,7 @@ class Example:
 
     problem: Problem
     inputs: Arrays
-    expected: NDArray[np.float64]
+    expected: Arrays
 
 
 @lru_cache

@@ -6,7 +6,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil, log
@@ -23,19 +23,9 @@ from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.space import Config, Space
 from tilewright.tuner.evaluation.evaluator import CpuEvaluator
+from tilewright.tuner.finals import Finals, Probe, Verdict
 from tilewright.tuner.loop import Budget, Origin, ProblemResult, ProblemTuner
-from tilewright.tuner.plan import (
-    Final,
-    Layout,
-    choose_layout,
-    decide,
-    distil,
-    kept,
-    race_configs,
-    race_finalists,
-    settle_layout,
-    sizes_between,
-)
+from tilewright.tuner.plan import Final, Layout, choose_layout, distil, kept, probe_sizes
 from tilewright.tuner.progress import Progress
 from tilewright.tuner.search import Prior
 from tilewright.tuner.variants import Workshop
@@ -52,10 +42,6 @@ _REFINE_SHARE = 0.25
 """Of the time, for the search within the layout."""
 _FINAL_SHARE = 0.25
 """Of the time, for the last race among the finalists."""
-_RACE_SHARE = 0.6
-"""Of the time for the finals, at the tuned sizes; the rest is for the noise and the sizes between."""
-_NOISE_S = 0.5
-"""Seconds for the race of a winner against itself."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +61,10 @@ class Request:
     seed: int
     resume: bool
     model: str
+    probes: int
+    """Sizes drawn at random at which a finished plan is raced against the default."""
+    templates: tuple[str, ...] = ()
+    """The only ones to search, beside the default config; empty: all."""
 
 
 @dataclass
@@ -83,9 +73,19 @@ class SignatureReport:
 
     signature: Signature
     results: list[ProblemResult] = field(default_factory=list)
-    layout: Layout | None = None
-    finals: list[Final] = field(default_factory=list)
+    verdict: Verdict | None = None
     plan: PlanRecord | None = None
+    probes: list[Probe] = field(default_factory=list)
+
+    @property
+    def finals(self) -> tuple[Final, ...]:
+        """The verdict on every tuned size that has one."""
+        return self.verdict.finals if self.verdict else ()
+
+    @property
+    def layout(self) -> Layout | None:
+        """The weight layout of the plan."""
+        return self.verdict.layout if self.verdict else None
 
 
 @dataclass
@@ -170,7 +170,7 @@ class Campaign:
         mine = SignatureReport(signature)
         workshop = Workshop(request.op, signature, request.arch, self._builder)
         origin = Origin(run_id, self._device_key, request.threads, request.seed, request.search)
-        space = request.op.space(signature, request.arch)
+        space = request.op.space(signature, request.arch, request.templates)
         self._progress.say(signature.describe())
         self._progress.say(space.describe().splitlines()[0])
         with CpuEvaluator(request.op, signature, threads=request.threads, seed=request.seed) as evaluator:
@@ -194,10 +194,12 @@ class Campaign:
             if layout_key is not None:
                 if layout_key:
                     self._progress.say(f"searching on in one weight layout: {layout_key}")
-                within = self._of_layout(space, signature, layout_key)
+                # The default alone may read that layout, where its template is not searched.
+                within = self._of_layout(space, signature, layout_key) or space
                 remaining = _REFINE_SHARE / (_REFINE_SHARE + _FINAL_SHARE)
                 self._search(tuners, within, request.trials, _share(until, remaining))
-                self._finish(mine, layout_key, tuners, make_tuner, evaluator, workshop, until)
+                finals = Finals(make_tuner, evaluator, self._progress, until=until)
+                self._finish(mine, layout_key, tuners, finals, workshop)
             spent = evaluator.spent
         report.build_s += sum(tuner.build_s for tuner in tuners)
         report.check_s += spent.checking_s
@@ -209,7 +211,7 @@ class Campaign:
         """Search every problem in turn, up to ``trials`` each; they share the time evenly."""
         for done, tuner in enumerate(tuners):
             problem = tuner.result.problem
-            self._progress.problem(problem_title(problem))
+            self._progress.problem(problem.title)
             budget = Budget(trials, _share(until, 1 / (len(tuners) - done)))
             siblings = [other.result for other in tuners if other is not tuner]
             tuner.search(space, budget, self._priors(problem, siblings))
@@ -221,75 +223,49 @@ class Campaign:
         return Space(space.parameters, space.indices[np.array(chosen)])
 
     def _finish(
-        self,
-        mine: SignatureReport,
-        layout_key: str,
-        tuners: Sequence[ProblemTuner],
-        make_tuner: Callable[[Problem], ProblemTuner],
-        evaluator: CpuEvaluator,
-        workshop: Workshop,
-        until: float,
+        self, mine: SignatureReport, layout_key: str, tuners: Sequence[ProblemTuner], finals: Finals, workshop: Workshop
     ) -> None:
-        """Race the finalists, settle the layout, and store the plan and the kernels that are worth keeping."""
+        """Race the finalists, store the plan and the kernels that are worth keeping, and probe the plan."""
         self._progress.say("finalists race again")
         op, signature, arch = self._request.op, mine.signature, self._request.arch
         # The default's layout is the one in which no size can be slower than the default.
-        layout_keys = list(
-            dict.fromkeys([layout_key, op.layout_key(signature, op.default_config(signature, arch), arch)])
-        )
-        raced = []
-        solved = [tuner for tuner in tuners if tuner.result.candidates]
-        for done, tuner in enumerate(solved):
-            seconds = _RACE_SHARE * (until - time.monotonic()) / (len(solved) - done)
-            raced.append(race_finalists(tuner, layout_keys, min(max(seconds, 1.0), 6.0)))
-            self._progress.raced(problem_title(tuner.result.problem), raced[-1])
-        mine.layout = settle_layout([each for each in raced if each]) if any(raced) else None
-        for tuner, each in zip(solved, raced, strict=True):
-            final = decide(each, mine.layout, evaluator, _NOISE_S) if each and mine.layout else None
-            if final is None:
-                continue
-            mine.finals.append(final)
-            fastest = kept(tuner.result, _KEPT_PER_PROBLEM)
-            self._keep(workshop, [final.winner.variant.config, *(c.config for c in fastest)])
-        decided = {final.problem.key for final in mine.finals}
+        default_key = op.layout_key(signature, op.default_config(signature, arch), arch)
+        mine.verdict = finals.run(tuners, list(dict.fromkeys([layout_key, default_key])))
+        decided = {final.problem.key: final for final in mine.finals}
         for tuner in tuners:
-            if tuner.result.problem.key not in decided:
-                title = problem_title(tuner.result.problem)
-                self._progress.say(f"{title}: no finalist was right; the plan leaves it out")
-        if mine.finals and mine.layout:
-            mine.plan = distil(
-                mine.finals,
-                self._race_between(mine.finals, mine.layout, make_tuner, evaluator, until),
-                mine.layout,
-                op=self._request.op.name,
-                device_key=self._device_key,
-                threads=self._request.threads,
-                model=self._request.model,
-            )
-            self._store.put_plan(mine.plan)
+            final = decided.get(tuner.result.problem.key)
+            if final is None:
+                self._progress.say(f"{tuner.result.problem.title}: no finalist was right; the plan leaves it out")
+            else:
+                fastest = kept(tuner.result, _KEPT_PER_PROBLEM)
+                self._keep(workshop, [final.winner.variant.config, *(c.config for c in fastest)])
+        if not mine.verdict or not mine.finals:
+            return
+        mine.plan = self.store_plan(mine.verdict)
+        known = {final.problem.dynamic_size for final in (*mine.finals, *mine.verdict.between)}
+        sizes = probe_sizes(max(known), known, self._request.probes, self._request.seed)
+        mine.probes = finals.probe(mine.verdict, mine.plan, sizes)
 
-    def _race_between(
-        self,
-        finals: Sequence[Final],
-        layout: Layout,
-        make_tuner: Callable[[Problem], ProblemTuner],
-        evaluator: CpuEvaluator,
-        until: float,
-    ) -> list[Final]:
-        """Race the winners of the tuned sizes at the sizes between them, which they serve, too."""
-        known = {final.problem.dynamic_size: final.problem for final in finals}
-        winners = list(dict.fromkeys(final.winner.variant.config for final in finals))
-        sizes = sizes_between(sorted(known)) if len(winners) > 1 else []
-        between = []
-        for done, size in enumerate(sizes):
-            seconds = (until - time.monotonic()) / (len(sizes) - done) - _NOISE_S
-            tuner = make_tuner(next(iter(known.values())).with_size(size))
-            raced = race_configs(tuner, winners, min(max(seconds, 1.0), 3.0))
-            self._progress.raced(problem_title(tuner.result.problem), raced)
-            final = decide(raced, layout, evaluator, _NOISE_S) if raced else None
-            if final is not None:
-                between.append(final)
-        return between
+    def store_plan(self, verdict: Verdict, torch_us: Mapping[int, float] | None = None) -> PlanRecord:
+        """Store the plan that follows from ``verdict``, in place of an earlier one.
+
+        Args:
+            verdict: with at least one final.
+            torch_us: sizes at which plain torch is faster, with its time; torch serves them.
+
+        """
+        plan = distil(
+            verdict.finals,
+            verdict.between,
+            verdict.layout,
+            op=self._request.op.name,
+            device_key=self._device_key,
+            threads=self._request.threads,
+            model=self._request.model,
+            torch_us=torch_us,
+        )
+        self._store.put_plan(plan)
+        return plan
 
     def _keep(self, workshop: Workshop, configs: Sequence[Config]) -> None:
         """Store kernels, source and bytes, so that they can be served and compared."""
@@ -307,7 +283,7 @@ class Campaign:
         size = problem.dynamic_size
         for result in sorted(siblings, key=lambda r: abs(log(r.problem.dynamic_size / size))):
             best = result.ranked()[:_PRIOR_CONFIGS]
-            yield Prior(problem_title(result.problem), tuple((c.config, c.time_us) for c in best))
+            yield Prior(result.problem.title, tuple((c.config, c.time_us) for c in best))
         seen = {result.problem.key for result in siblings}
         neighbours: dict[str, list[TrialRecord]] = {}
         known = self._store.neighbours(
@@ -327,12 +303,6 @@ def _share(until: float, share: float) -> float:
     """The moment at which ``share`` of the time from now to ``until`` is over."""
     now = time.monotonic()
     return now + max(0.0, until - now) * share
-
-
-def problem_title(problem: Problem) -> str:
-    """Short name of a problem for progress lines and tables."""
-    stage = getattr(problem.signature, "stage", problem.signature.op)
-    return f"{stage:5s} tokens={problem.dynamic_size:<5d}"
 
 
 def _by_signature(problems: Sequence[Problem]) -> Iterator[tuple[Signature, list[Problem]]]:

@@ -16,6 +16,8 @@ _COMMANDS = {
     "show": "what is known, for which device, how",
     "compare": "variants side by side",
     "doctor": "whether this machine can build, measure and store",
+    "pack": "one file with plans and their kernels, for deployment",
+    "export": "every trial as Optuna studies, for optuna-dashboard",
 }
 _INTERRUPTED = 130
 

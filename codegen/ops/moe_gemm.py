@@ -24,7 +24,6 @@ from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops import moe_gemm_cpu
 from tilewright.codegen.ops.base import Arrays, OpDeclaration, Problem, Template, Workload
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.recipe import TensorSpec
 from tilewright.codegen.routing import (
     RoutingSpec,
     TokenOrder,
@@ -86,6 +85,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
 
     name: ClassVar[str] = "moe_gemm"
     templates: ClassVar[tuple[Template[Any], ...]] = moe_gemm_cpu.TEMPLATES
+    problem_example: ClassVar[str] = "experts=8,n=2048,k=1024,top_k=2"
 
     def signatures(self, model: ModelShape) -> tuple[MoeGemmSignature, ...]:
         """``up`` with the activation fused, then ``down``, of one expert layer."""
@@ -128,10 +128,6 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         tokens = _whole("tokens", values.pop("tokens", "1"))
         return self.problem(MoeGemmSignature.parse(values), tokens, routing)
 
-    def tensors(self, signature: MoeGemmSignature) -> tuple[TensorSpec, ...]:
-        """Tensors of a call; see the module's docstring for what they mean."""
-        return signature.tensors()
-
     def weights(self, signature: MoeGemmSignature, seed: int) -> Arrays:
         """Normal weights scaled so that outputs are of the inputs' magnitude, and a small bias."""
         rows, k = signature.halves * signature.n, signature.k
@@ -168,7 +164,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
             arrays["topk_weights"] = generate_topk_weights(topk_ids, seed)
         return arrays
 
-    def reference(self, signature: MoeGemmSignature, weights: Arrays, inputs: Arrays) -> NDArray[np.float64]:
+    def reference(self, signature: MoeGemmSignature, weights: Arrays, inputs: Arrays) -> Arrays:
         """The result in float64, computed by plain torch."""
         import torch
 
@@ -196,11 +192,11 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
                 product = act * up
             rows[begin:end] = product
         if signature.stage != "down":
-            return rows.numpy()
+            return {"out": rows.numpy()}
         slots = torch.from_numpy(inputs["slot_row"]).long()
         scale = torch.from_numpy(inputs["topk_weights"]).double() * (slots >= 0)
         picked = rows[slots.clamp(min=0)] if len(rows) else rows.new_zeros(*slots.shape, signature.n)
-        return torch.einsum("tj,tjn->tn", scale, picked).numpy()
+        return {"out": torch.einsum("tj,tjn->tn", scale, picked).numpy()}
 
     def tolerance(self, signature: MoeGemmSignature) -> float:
         """Fp32 sums of k terms in any order: the error grows like sqrt(k) rounding steps."""

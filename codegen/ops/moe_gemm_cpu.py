@@ -252,7 +252,9 @@ def default_config(signature: MoeGemmSignature, arch: Arch) -> Config:
     return Space.union(spaces).lift(BLOCKED, own)
 
 
+_LABEL = ("block_rows", "streams", "vectors")
+
 TEMPLATES = (
-    Template(BLOCKED, "cpp", ("cpu",), _blocked_space, _layout, _recipe, _context),
-    Template(STREAM, "cpp", ("cpu",), _stream_space, _layout, _recipe, _context),
+    Template(BLOCKED, "cpp", ("cpu",), _blocked_space, _layout, _recipe, _context, _LABEL),
+    Template(STREAM, "cpp", ("cpu",), _stream_space, _layout, _recipe, _context, _LABEL),
 )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 from tilewright.codegen.archs import find_arch, runs_on
 from tilewright.codegen.cpu_info import read_cpu_info, usable_cores
@@ -16,11 +14,12 @@ from tilewright.codegen.ops import OPS, find_op
 from tilewright.codegen.ops.base import Problem
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.errors import TilewrightError
-from tilewright.tuner.campaign import Campaign, Report, Request, SignatureReport
+from tilewright.tuner.campaign import Campaign, Request, SignatureReport
+from tilewright.tuner.commands.common import print_json
+from tilewright.tuner.commands.findings import Findings
 from tilewright.tuner.deployed import Deployed, race_against_torch
-from tilewright.tuner.plan import Final
-from tilewright.tuner.progress import ENDLESS_TRIALS, Progress, format_us
-from tilewright.tuner.roofline import Roofline, measure_roofline
+from tilewright.tuner.progress import ENDLESS_TRIALS, Progress
+from tilewright.tuner.roofline import measure_roofline
 from tilewright.tuner.search import DEFAULT_SEARCH, SEARCHES
 from tilewright.tuning_db.integrity import UntrustedFile, check_private
 from tilewright.tuning_db.store import Store
@@ -28,7 +27,8 @@ from tilewright.tuning_db.store import Store
 DEFAULT_MODEL = "mixtral-8x7b"
 DEFAULT_TOKENS = (1, 4, 16, 64, 256)
 DEFAULT_TRIALS = 60
-DEFAULT_TIME_S = 130.0
+DEFAULT_TIME_S = 120.0
+DEFAULT_PROBES = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,11 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--routing", default="balanced", metavar="KIND", help="balanced, power-law[:ALPHA] or recorded:FILE"
     )
+    what.add_argument("--template", metavar="NAME,...", help="search these alone, beside the default config")
     how = parser.add_argument_group("how hard")
     how.add_argument("--trials", type=int, metavar="N", help=f"variants per problem (default {DEFAULT_TRIALS})")
     how.add_argument("--time", metavar="T", help=f"for everything: 90, 90s, 5m, 1h (default {DEFAULT_TIME_S:.0f}s)")
     how.add_argument("--search", default=DEFAULT_SEARCH, help=", ".join(SEARCHES))
     how.add_argument("--threads", type=int, metavar="N", help="threads of a kernel (default: all cores)")
+    how.add_argument(
+        "--probes",
+        type=int,
+        default=DEFAULT_PROBES,
+        metavar="N",
+        help="random sizes at which a plan is put to the test",
+    )
     how.add_argument("--seed", type=int, default=0, metavar="N")
     how.add_argument("--resume", action="store_true", help="count and use earlier trials of the same problems")
     where = parser.add_argument_group("where to")
@@ -70,18 +78,18 @@ def run(arguments: argparse.Namespace) -> int:
         if store.path is not None:
             _warn_if_not_servable(store.path)
         before = measure_roofline(request.threads)
-        report = Campaign(request, store, progress).run()
+        campaign = Campaign(request, store, progress)
+        report = campaign.run()
         deployed = {
-            mine.signature.key: _race_deployed(mine, store, request, progress)
-            for mine in report.signatures
-            if mine.plan
+            mine.signature.key: _race_deployed(mine, campaign, store, request, progress) for mine in report.signatures
         }
         measure_roofline.cache_clear()
         roofline = before.raised_to(measure_roofline(request.threads))
-        if arguments.json:
-            print(json.dumps(_document(report, request, deployed, roofline, store.name), indent=1))
-        else:
-            print(_text(report, request, deployed, roofline, store.name))
+        findings = Findings(report, request, deployed, roofline, store.name)
+    if arguments.json:
+        print_json(findings.document())
+    else:
+        print(findings.text())
     return 0 if all(len(mine.finals) == len(mine.results) for mine in report.signatures) else 1
 
 
@@ -110,7 +118,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         if arguments.model:
             raise TilewrightError("--model and --problem exclude each other; give one of them")
         for text in arguments.problem:
-            fields = _fields(text)
+            fields = _fields(text, op.problem_example)
             for tokens in _tokens(arguments.tokens) if arguments.tokens else [None]:
                 sized = fields if tokens is None else {**fields, "tokens": str(tokens)}
                 problems.append(op.parse_problem(sized, routing))
@@ -131,6 +139,8 @@ def _request(arguments: argparse.Namespace) -> Request:
         seed=arguments.seed,
         resume=arguments.resume,
         model=model_name,
+        probes=_probes(arguments.probes),
+        templates=op.template_names(_names(arguments.template), arch) if arguments.template is not None else (),
     )
 
 
@@ -166,10 +176,14 @@ def _tokens(text: str) -> list[int]:
     return counts
 
 
-def _fields(text: str) -> dict[str, str]:
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+def _fields(text: str, example: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",") if part]
     if not pairs or any(not sign for _, sign, _ in pairs):
-        raise TilewrightError(f"--problem {text!r} is not key=value,...; for example: experts=8,n=2048,k=1024,top_k=2")
+        raise TilewrightError(f"--problem {text!r} is not key=value,...; for example: {example}")
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
@@ -181,137 +195,35 @@ def _threads(asked: int | None) -> int:
     return threads
 
 
-def _race_deployed(mine: SignatureReport, store: Store, request: Request, progress: Progress) -> list[Deployed]:
-    """The plan as the runtime serves it, against plain torch; only where the runtime can read the database."""
+def _probes(asked: int) -> int:
+    if asked < 0:
+        raise TilewrightError(f"--probes {asked} is impossible; give 0 or more")
+    return asked
+
+
+def _race_deployed(
+    mine: SignatureReport, campaign: Campaign, store: Store, request: Request, progress: Progress
+) -> list[Deployed]:
+    """Race the plan as the runtime serves it against plain torch, and have torch serve where it is faster.
+
+    Only where the runtime can read the database.
+    """
+    if mine.plan is None or mine.verdict is None:
+        return []
     if store.path is None:
         progress.say("the runtime reads SQLite only, so the plan is not raced against torch")
         return []
     progress.say("racing the stored plan, as the runtime serves it, against plain torch")
-    return race_against_torch(
-        [final.problem for final in mine.finals],
+    planned = [final.problem for final in (*mine.verdict.finals, *mine.verdict.between)]
+    rows = race_against_torch(
+        [*planned, *(probe.problem for probe in mine.probes)],
         database=str(store.path),
         threads=request.threads,
         seed=request.seed,
-        budget_s=min(8.0, 0.1 * request.time_s),
+        budget_s=min(12.0, 0.1 * request.time_s),
     )
-
-
-def _text(
-    report: Report, request: Request, deployed: dict[str, list[Deployed]], roofline: Roofline, database: str
-) -> str:
-    lines = [""]
-    for mine in report.signatures:
-        lines += [mine.signature.describe(), *_table(mine, request, deployed.get(mine.signature.key, []), roofline)]
-        if mine.layout is not None and mine.layout.cost > 1.005:
-            lines.append(f"  one weight layout for all sizes ({mine.layout.key}) costs {mine.layout.cost - 1:.1%}")
-        lines.append("")
-    cpu = read_cpu_info()
-    lines += [
-        f"measured on {cpu.name}, {request.threads} threads, {request.arch.name}; every kernel checked against fp64",
-        f"{report.trials} trials in {report.wall_s:.0f} s; {report.efficiency:.0%} of the time compiling "
-        f"({report.build_s:.0f} s), checking ({report.check_s:.0f} s) or measuring ({report.measure_s:.0f} s)",
-        f"roofline here: {roofline.peak_gflops:.0f} GFLOP/s, {roofline.bandwidth_gbps:.0f} GB/s",
-        f"stored in {database}",
-        "",
-        "next:  tune show                 what is known, and how",
-        "       tune compare              variants side by side",
-        "       from tilewright.runtime import Experts   serves these kernels by itself; see README",
-    ]
-    return "\n".join(lines)
-
-
-_HEAD = (
-    f"  {'tokens':>6}  {'torch':>9}  {'default':>9}  {'tuned':>9}  {'vs default':>18}  {'vs torch':>18}"
-    f"  {'roofline':>8}  {'noise':>6}  kernel"
-)
-
-
-def _table(mine: SignatureReport, request: Request, deployed: list[Deployed], roofline: Roofline) -> list[str]:
-    by_tokens = {row.tokens: row for row in deployed}
-    lines = [_HEAD]
-    for final in mine.finals:
-        row = by_tokens.get(final.problem.dynamic_size)
-        lines.append(
-            f"  {final.problem.dynamic_size:>6}  {format_us(row.torch_us) if row else '-':>9}"
-            f"  {format_us(final.default_us.median_us or 0):>9}  {format_us(final.winner_us.median_us or 0):>9}"
-            f"  {_interval(final.speedup.median, final.speedup.low, final.speedup.high):>18}"
-            f"  {_interval(row.speedup, row.speedup_low, row.speedup_high) if row else '-':>18}"
-            f"  {_roofline_share(final, request, roofline):>8.0%}  {final.noise.noise:>6.1%}  {_knobs(final)}"
-        )
-    failed = len(mine.results) - len(mine.finals)
-    return [*lines, *([f"  {failed} sizes have no right kernel"] if failed else [])]
-
-
-def _interval(middle: float, low: float, high: float) -> str:
-    return f"{middle:.2f}x [{low:.2f}, {high:.2f}]"
-
-
-def _roofline_share(final: Final, request: Request, roofline: Roofline) -> float:
-    work = request.op.workload(final.problem, request.op.inputs(final.problem, request.seed))
-    return roofline.time_us(work.flops, work.min_bytes) / (final.winner_us.median_us or math.inf)
-
-
-def _knobs(final: Final) -> str:
-    """The template and the register tile: enough to recognise a kernel."""
-    config = final.winner.variant.config
-    same = " (the default)" if final.winner == final.default else ""
-    name = str(config["template"]).rpartition("/")[2]
-    return f"{name} {config.get('block_rows')}x{config.get('vectors')}{same}"
-
-
-def _document(
-    report: Report, request: Request, deployed: dict[str, list[Deployed]], roofline: Roofline, database: str
-) -> dict[str, Any]:
-    return {
-        "run": report.run_id,
-        "op": request.op.name,
-        "arch": request.arch.name,
-        "device": read_cpu_info().key,
-        "threads": request.threads,
-        "model": request.model,
-        "database": database,
-        "trials": report.trials,
-        "wall_s": report.wall_s,
-        "efficiency": report.efficiency,
-        "roofline": {"peak_gflops": roofline.peak_gflops, "bandwidth_gbps": roofline.bandwidth_gbps},
-        "signatures": [
-            {
-                "signature": mine.signature.to_dict(),
-                "layout": mine.layout.key if mine.layout else None,
-                "layout_cost": mine.layout.cost if mine.layout else None,
-                "problems": [
-                    _final_document(final, request, roofline, deployed.get(mine.signature.key, []))
-                    for final in mine.finals
-                ],
-                "unsolved": len(mine.results) - len(mine.finals),
-            }
-            for mine in report.signatures
-        ],
-    }
-
-
-def _final_document(final: Final, request: Request, roofline: Roofline, deployed: list[Deployed]) -> dict[str, Any]:
-    row = next((row for row in deployed if row.tokens == final.problem.dynamic_size), None)
-    return {
-        "tokens": final.problem.dynamic_size,
-        "kernel": final.winner.variant.key,
-        "config": dict(final.winner.variant.config),
-        "timing": "measured",
-        "checked": "device",
-        "tuned": _measured(final.winner_us),
-        "default": _measured(final.default_us),
-        "speedup": {"median": final.speedup.median, "low": final.speedup.low, "high": final.speedup.high},
-        "noise": final.noise.noise,
-        "roofline_share": _roofline_share(final, request, roofline),
-        "deployed": None if row is None else vars(row),
-    }
-
-
-def _measured(evaluation: Any) -> dict[str, Any]:
-    return {
-        "median_us": evaluation.median_us,
-        "low_us": evaluation.low_us,
-        "high_us": evaluation.high_us,
-        "samples": len(evaluation.samples_us),
-        "error": evaluation.error,
-    }
+    sizes = {problem.dynamic_size for problem in planned}
+    torch_us = {row.tokens: row.torch.median for row in rows if row.tokens in sizes and row.slower_than_torch}
+    if torch_us:
+        mine.plan = campaign.store_plan(mine.verdict, torch_us)
+    return rows
