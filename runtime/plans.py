@@ -88,6 +88,17 @@ def resolve(signature: Signature, threads: int, database: Database | None) -> Re
     return Resolution(signature, device_key, database, plan, _load_ranges(reader, plan, signature))
 
 
+def is_planned(signature: Signature, database: Database | None) -> bool:
+    """Whether the database holds a plan for ``signature`` on this machine; False, too, where it cannot be read."""
+    try:
+        plans = Reader.open(os.fspath(default_url() if database is None else database)).plans_for(
+            signature.op, signature.key
+        )
+    except TilewrightError:
+        return False
+    return any(plan.device_key == read_cpu_info().key for plan in plans)
+
+
 def _choose_plan(plans: Sequence[PlanRecord], device_key: str, threads: int) -> PlanRecord:
     """The plan for this device whose thread count is nearest to ``threads``."""
     here = [plan for plan in plans if plan.device_key == device_key]

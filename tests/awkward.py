@@ -11,6 +11,8 @@ from covering import covering_rows
 from tilewright.codegen.archs import Arch
 from tilewright.codegen.ops import OPS, find_op
 from tilewright.codegen.ops.base import Arrays, Problem, Template
+from tilewright.codegen.ops.gating import GatingProblem
+from tilewright.codegen.ops.gating_signature import GatingSignature as Gating
 from tilewright.codegen.ops.moe_gemm import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature as MoeGemm
 from tilewright.codegen.ops.signature import Signature
@@ -30,9 +32,25 @@ SIGNATURES: Mapping[str, Sequence[Signature]] = {
         MoeGemm(stage="plain", experts=6, n=401, k=129),
         MoeGemm(stage="plain", experts=2, n=1, k=1030, bias=True),
     ),
+    "gating": (
+        Gating(experts=8, top_k=2, order="rows"),
+        Gating(experts=64, top_k=6, renormalize=False, scale=1.5),
+        Gating(experts=128, top_k=8, order="blocks", block_size=16),
+        Gating(experts=53, top_k=5, renormalize=False, order="rows"),
+        Gating(experts=16, top_k=1, score="sigmoid", renormalize=False),
+        Gating(experts=7, top_k=7, score="sigmoid", order="blocks", block_size=1),
+        Gating(experts=64, top_k=4, score="sigmoid", bias=True, scale=2.5),
+        Gating(experts=256, top_k=8, score="sigmoid", bias=True, groups=8, top_groups=4, scale=2.5, order="rows"),
+        Gating(experts=60, top_k=4, groups=5, top_groups=2, renormalize=False),
+        Gating(experts=36, top_k=6, score="sigmoid", groups=6, top_groups=1, order="blocks", block_size=7),
+        Gating(experts=1, top_k=1, order="rows"),
+        Gating(experts=391, top_k=10),
+    ),
 }
-"""Sizes that no tile divides and sizes that all divide, n below one panel, k of one step and one step into a block of
-k, enough panels for the widest task, one expert, many, and more choices than experts on this rank."""
+"""For moe_gemm: sizes that no tile divides and sizes that all divide, n below one panel, k of one step and one step
+into a block of k, enough panels for the widest task, one expert, many, and more choices than experts on this rank. For
+gating: every way to score, to choose and to order; experts that fill vectors and that do not, one of them, all of them
+chosen."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +91,10 @@ def few_cases(arch: Arch, count: int) -> list[Case]:
     random = np.random.default_rng(0)
     chosen = []
     for op in OPS.values():
-        signatures = SIGNATURES[op.name]
         for template in op.templates:
             if arch.family not in template.families:
                 continue
+            signatures = [each for each in SIGNATURES[op.name] if template.applies(each, arch)]
             for number in range(count):
                 signature = signatures[(2 * number + 1) * len(signatures) // (2 * count)]
                 own = template.space(signature, arch)
@@ -90,6 +108,8 @@ def _covering_cases(op_name: str, template: Template[Any], arch: Arch) -> list[C
     blocks = []
     values: dict[str, dict[Any, int]] = {}
     for number, signature in enumerate(SIGNATURES[op_name]):
+        if not template.applies(signature, arch):
+            continue
         space = template.space(signature, arch)
         columns = [np.full(len(space), number)]
         for index, parameter in enumerate(space.parameters):
@@ -118,7 +138,16 @@ def _more_moe_gemm(problem: MoeGemmProblem) -> tuple[Problem, ...]:
     return hot, replace(problem, tokens=2, all_experts=8 * problem.all_experts)
 
 
-MORE_PROBLEMS: Mapping[str, Callable[[Any], tuple[Problem, ...]]] = {"moe_gemm": _more_moe_gemm}
+def _more_gating(problem: GatingProblem) -> tuple[Problem, ...]:
+    """Enough tokens for several threads, skewed beyond what fp32 tells apart in a softmax, and equal logits."""
+    skewed = replace(problem, tokens=1101, routing=RoutingSpec.parse("power-law:8"))
+    return skewed, replace(problem, tokens=130, tied=True)
+
+
+MORE_PROBLEMS: Mapping[str, Callable[[Any], tuple[Problem, ...]]] = {
+    "moe_gemm": _more_moe_gemm,
+    "gating": _more_gating,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +170,8 @@ def examples(op_name: str, signature: Signature) -> tuple[Example, ...]:
     op = find_op(op_name)
     drawn = [(problem, op.inputs(problem, seed)) for seed, problem in enumerate(problems(op_name, signature))]
     problem, inputs = drawn[1]
-    drawn.append((problem, {**inputs, "x": inputs["x"] * np.float32(200)}))
+    if "x" in inputs:
+        drawn.append((problem, {**inputs, "x": inputs["x"] * np.float32(200)}))
     return tuple(
         Example(problem, inputs, op.reference(signature, weights(op_name, signature), inputs))
         for problem, inputs in drawn

@@ -85,6 +85,8 @@ class Template(Generic[S]):
     recipe: Callable[[S, Config, Arch], Recipe]
     context: Callable[[S, Config, Arch], dict[str, Any]]
     """What the Jinja file needs beside ``signature``, ``config`` and ``arch``."""
+    applies: Callable[[S, Arch], bool] = lambda _signature, _arch: True
+    """Whether the algorithm can compute a signature at all; where not, there is no space."""
     label: tuple[str, ...] = ()
     """Knobs whose values tell its kernels apart in a table, beside the template's name."""
 
@@ -177,14 +179,17 @@ class OpDeclaration(ABC, Generic[S, P]):
     def default_config(self, signature: S, arch: Arch) -> Config:
         """The config that a careful engineer would write down without tuning; always a candidate."""
 
+    def templates_for(self, signature: S, arch: Arch) -> tuple[Template[Any], ...]:
+        """Templates for ``arch`` that can compute ``signature``."""
+        return tuple(t for t in self.templates if arch.family in t.families and t.applies(signature, arch))
+
     def space(self, signature: S, arch: Arch, templates: Collection[str] = ()) -> Space:
         """Every valid config of every template for ``arch``, the template's name being a parameter.
 
         ``templates`` restricts it to those, by their full names. Knobs stay those of all templates, so that a config
         is the same config in the whole space and in a part of it.
         """
-        spaces = {t.name: t.space(signature, arch) for t in self.templates if arch.family in t.families}
-        union = Space.union(spaces)
+        union = Space.union({t.name: t.space(signature, arch) for t in self.templates_for(signature, arch)})
         return union.of_templates(templates) if templates else union
 
     def template_names(self, asked: Iterable[str], arch: Arch) -> tuple[str, ...]:

@@ -255,6 +255,6 @@ def default_config(signature: MoeGemmSignature, arch: Arch) -> Config:
 _LABEL = ("block_rows", "streams", "vectors")
 
 TEMPLATES = (
-    Template(BLOCKED, "cpp", ("cpu",), _blocked_space, _layout, _recipe, _context, _LABEL),
-    Template(STREAM, "cpp", ("cpu",), _stream_space, _layout, _recipe, _context, _LABEL),
+    Template(BLOCKED, "cpp", ("cpu",), _blocked_space, _layout, _recipe, _context, label=_LABEL),
+    Template(STREAM, "cpp", ("cpu",), _stream_space, _layout, _recipe, _context, label=_LABEL),
 )
