@@ -60,7 +60,8 @@ def labelled(label: str, text: str, *, width: int | None) -> list[str]:
 
 def terminal_width() -> int | None:
     """Columns of the terminal that stdout is, or ``$COLUMNS``; None where lines may be of any length."""
-    if os.environ.get("COLUMNS", "").isdecimal() or sys.stdout.isatty():
+    # A closed stdout is None.
+    if os.environ.get("COLUMNS", "").isdecimal() or (sys.stdout and sys.stdout.isatty()):
         return shutil.get_terminal_size().columns
     return None
 

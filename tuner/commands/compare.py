@@ -103,9 +103,9 @@ def _bound(op: OpDeclaration[Any, Any], problem: Problem, summary: ProblemSummar
         return None, "the roofline is not known here: the times are of another device"
     try:
         roofline = measure_roofline(summary.threads)
-    except TilewrightError as error:
+        work = op.workload(problem, op.inputs(problem, 0))
+    except TilewrightError as error:  # no compiler, or recorded routing that is gone
         return None, f"the roofline is not known here: {error}"
-    work = op.workload(problem, op.inputs(problem, 0))
     ceilings = f"{roofline.peak_gflops:.0f} GFLOP/s, {roofline.bandwidth_gbps:.0f} GB/s"
     return roofline.time_us(work.flops, work.min_bytes), f"roofline as measured just now: {ceilings}"
 

@@ -20,6 +20,7 @@ from tilewright.runtime.native_module import native_module
 from tilewright.runtime.openmp import fork_address
 from tilewright.tuner.commands.common import add_options, print_json
 from tilewright.tuner.evaluation.statistics import paired_ratio
+from tilewright.tuning_db.integrity import UntrustedFile, check_private
 from tilewright.tuning_db.locations import default_url, sqlite_path
 from tilewright.tuning_db.store import Store
 
@@ -85,8 +86,13 @@ def _database(url: str | None) -> Finding:
         counts = store.counts()
     if problems:
         return "fail", f"{len(problems)} things are wrong, the first: {problems[0]}"
-    if path is not None and (finding := _private(path))[0] != "ok":
-        return finding
+    if path is not None:
+        try:
+            check_private(path)
+        except UntrustedFile as error:
+            return "fail", str(error)
+        if not os.access(path, os.W_OK):
+            return "warn", f"{path} cannot be written; kernels can be served from it, but not tuned"
     known = f"{counts.trials} trials, {counts.kernels} kernels, {counts.plans} plans"
     return "ok", f"{path or url}: {known}, {counts.artifact_bytes / 1e6:.1f} MB of kernels, all checksums match"
 
