@@ -22,7 +22,8 @@ def home_directory() -> Path:
         home = Path()
     if not home.is_absolute():
         raise TilewrightError(
-            f"this user has no home directory; set $HOME, or name files with ${ENVIRONMENT_VARIABLE} and $TILEWRIGHT_CACHE"
+            f"this user has no home directory; set $HOME, or both ${ENVIRONMENT_VARIABLE} (a file) and "
+            "$TILEWRIGHT_CACHE (a directory)"
         )
     return home
 

@@ -111,7 +111,8 @@ def test_a_run_goes_on_when_its_workers_are_killed(database: Path) -> None:
     tuner, results = start(tune, database, 30, 12.0, 0)
     killed = set()
     while tuner.is_alive() and len(killed) < 20:
-        time.sleep(moments.uniform(0.05, 0.4))
+        # Seldom enough for a worker to get something done, often enough to meet it in whatever it does.
+        time.sleep(moments.uniform(0.1, 1.0))
         for worker in workers_of(tuner.pid or 0):
             kill_9(worker)
             killed.add(worker)
