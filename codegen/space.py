@@ -248,6 +248,15 @@ class Space(Sequence[Config]):
         own = {TEMPLATE: template, **config}
         return Config(own | {p.name: None for p in self.parameters if p.name not in own})
 
+    def summary(self) -> str:
+        """One line of text: the size, and what the constraints of each name removed in all templates together."""
+        removed: dict[str, int] = {}
+        for removal in self.removals:
+            name = removal.constraint.rpartition("/")[2]
+            removed[name] = removed.get(name, 0) + removal.count
+        why = ", ".join(f"{name} {count:,}" for name, count in removed.items() if count)
+        return f"{len(self):,} valid configs of {self.full_size:,}{f'; removed by {why}' if why else ''}"
+
     def describe(self) -> str:
         """Several lines of text: the size and what each constraint removed."""
         used = [len(np.unique(column)) for column in self.indices.T]

@@ -77,14 +77,14 @@ def resolve(signature: Signature, threads: int, database: Database | None) -> Re
     ``database`` None means ``$TILEWRIGHT_DB``, else the user's own. Of several plans for this device, the one made with
     ``threads`` threads is taken, else the one that comes nearest.
     """
-    database = os.fspath(default_url() if database is None else database)
     device_key = read_cpu_info().key
     try:
+        database = os.fspath(default_url() if database is None else database)
         reader = Reader.open(database)
         plan = _choose_plan(reader.plans_for(signature.op, signature.key), device_key, threads)
     except TilewrightError as error:
         warn_once(f"{signature.describe()} is served by plain torch: {error}")
-        return Resolution(signature, device_key, database, None, (SizeRange(None, None, None, str(error)),))
+        return Resolution(signature, device_key, str(database), None, (SizeRange(None, None, None, str(error)),))
     return Resolution(signature, device_key, database, plan, _load_ranges(reader, plan, signature))
 
 

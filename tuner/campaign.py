@@ -28,6 +28,7 @@ from tilewright.tuner.loop import Budget, Origin, ProblemResult, ProblemTuner
 from tilewright.tuner.plan import Final, Layout, choose_layout, distil, kept, probe_sizes
 from tilewright.tuner.progress import Progress
 from tilewright.tuner.search import Prior
+from tilewright.tuner.text import format_shape
 from tilewright.tuner.variants import Workshop
 from tilewright.tuning_db.records import DeviceRecord, PlanRecord, TrialRecord
 from tilewright.tuning_db.store import Store
@@ -171,8 +172,8 @@ class Campaign:
         workshop = Workshop(request.op, signature, request.arch, self._builder)
         origin = Origin(run_id, self._device_key, request.threads, request.seed, request.search)
         space = request.op.space(signature, request.arch, request.templates)
-        self._progress.say(signature.describe())
-        self._progress.say(space.describe().splitlines()[0])
+        self._progress.say(format_shape(signature.to_dict()))
+        self._progress.say(space.summary())
         with CpuEvaluator(request.op, signature, threads=request.threads, seed=request.seed) as evaluator:
             make_tuner = partial(
                 ProblemTuner,

@@ -11,6 +11,8 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from tilewright.codegen.ops import find_op
+from tilewright.tuner.text import format_shape
 from tilewright.tuning_db.records import ProblemSummary, TrialRecord
 from tilewright.tuning_db.store import Store
 
@@ -28,7 +30,10 @@ def _trials(store: Store, summary: ProblemSummary) -> list[TrialRecord]:
 
 
 def _study(summary: ProblemSummary, trials: Sequence[TrialRecord]) -> optuna.Study:
-    name = f"{summary.op} {summary.problem_key} threads={summary.threads} {summary.device_key}"
+    problem = find_op(summary.op).problem_from_dict(summary.problem)
+    shape = f"{format_shape(problem.signature.to_dict())} tokens={problem.dynamic_size} threads={summary.threads}"
+    # Problems may differ in their routing alone: hence the key.
+    name = f"{shape} on {summary.device_key} ({summary.problem_key[:8]})"
     study = optuna.create_study(study_name=name, direction="minimize")
     attributes = {
         "op": summary.op,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -12,6 +13,8 @@ from typing import Any
 
 _UNITS = ((1.0, "us"), (1e3, "ms"), (1e6, "s"))
 _GAP = "  "
+_NUMBER = re.compile(r"-|\d+(\.\d+)?(e-\d+)?([-%x ].*)?")
+"""A number with its unit or interval, or none; not a key, which may begin with a digit, too."""
 
 
 def format_us(time_us: float) -> str:
@@ -43,16 +46,19 @@ def format_shape(signature: Mapping[str, Any]) -> str:
     return " ".join([str(signature["op"]), *words, *kinds])
 
 
-def labelled(label: str, text: str, *, width: int | None) -> list[str]:
-    """A labelled line of words, broken to fit ``width``."""
-    indent = " " * 11
-    if width is None or width <= 2 * len(indent):
-        return [f"{label:<11}{text}"]
+def format_threads(count: int) -> str:
+    """Count with its word."""
+    return f"{count} thread{'' if count == 1 else 's'}"
+
+
+def labelled(label: str, text: str, *, width: int | None, indent: int = 11) -> list[str]:
+    """A labelled line of words that begin in column ``indent``, broken to fit ``width``."""
+    if width is None or width <= 2 * indent:
+        return [f"{label:<{indent}}{text}"]
     return textwrap.wrap(
-        text,
+        f"{label:<{indent}}{text}",
         width,
-        initial_indent=f"{label:<11}",
-        subsequent_indent=indent,
+        subsequent_indent=" " * indent,
         break_long_words=False,
         break_on_hyphens=False,
     )
@@ -60,7 +66,8 @@ def labelled(label: str, text: str, *, width: int | None) -> list[str]:
 
 def terminal_width() -> int | None:
     """Columns of the terminal that stdout is, or ``$COLUMNS``; None where lines may be of any length."""
-    if os.environ.get("COLUMNS", "").isdecimal() or sys.stdout.isatty():
+    # A closed stdout is None.
+    if os.environ.get("COLUMNS", "").isdecimal() or (sys.stdout and sys.stdout.isatty()):
         return shutil.get_terminal_size().columns
     return None
 
@@ -84,7 +91,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, width: int | No
 
 def _aligned(cells: Sequence[str]) -> list[str]:
     longest = max(map(len, cells))
-    numbers = all(cell[:1].isdecimal() or cell == "-" for cell in cells[1:])
+    numbers = all(map(_NUMBER.fullmatch, cells[1:]))
     return [cell.rjust(longest) if numbers else cell.ljust(longest) for cell in cells]
 
 

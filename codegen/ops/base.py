@@ -201,7 +201,7 @@ class OpDeclaration(ABC, Generic[S, P]):
         """
         full = {spelling: t.name for t in self.templates for spelling in (t.name, t.name.removeprefix(f"{self.name}/"))}
         here = [t.name for t in self.templates if arch.family in t.families]
-        known = ", ".join(name.removeprefix(f"{self.name}/") for name in here)
+        known = ", ".join(name.removeprefix(f"{self.name}/") for name in here) or "none"
         for name in asked:
             if name not in full:
                 raise TilewrightError(f"{self.name} has no template {name!r}; its templates for {arch.name}: {known}")

@@ -24,6 +24,7 @@ from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops import moe_gemm_cpu
 from tilewright.codegen.ops.base import Arrays, OpDeclaration, Problem, Template, Workload
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.recorded_routing import read_recorded_ids
 from tilewright.codegen.routing import (
     RoutingSpec,
     TokenOrder,
@@ -112,8 +113,14 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
     def problem(
         self, signature: MoeGemmSignature, tokens: int, routing: RoutingSpec, model: ModelShape | None = None
     ) -> MoeGemmProblem:
-        """Problem of ``tokens`` tokens, routed over all experts of ``model`` (of the signature, without one)."""
-        return MoeGemmProblem(signature, tokens, routing, model.all_experts if model else signature.experts)
+        """Problem of ``tokens`` tokens, routed over all experts of ``model`` (of the signature, without one).
+
+        Recorded routing that does not fit is refused here, not when a run has begun.
+        """
+        problem = MoeGemmProblem(signature, tokens, routing, model.all_experts if model else signature.experts)
+        if routing.path is not None:
+            read_recorded_ids(routing.path, problem.all_experts, signature.top_k)
+        return problem
 
     def problem_from_dict(self, fields: Mapping[str, Any]) -> MoeGemmProblem:
         """Problem from its JSON form."""

@@ -21,7 +21,15 @@ from tilewright.tuner.commands.common import add_options, only_one, print_json
 from tilewright.tuner.loop import FINAL_RACE
 from tilewright.tuner.roofline import measure_roofline
 from tilewright.tuner.standings import measured_document, right_trials, standings
-from tilewright.tuner.text import format_interval, format_shape, format_us, labelled, table, terminal_width
+from tilewright.tuner.text import (
+    format_interval,
+    format_shape,
+    format_threads,
+    format_us,
+    labelled,
+    table,
+    terminal_width,
+)
 from tilewright.tuning_db.records import KernelRecord, ProblemSummary, TrialRecord
 from tilewright.tuning_db.store import Store
 
@@ -103,9 +111,9 @@ def _bound(op: OpDeclaration[Any, Any], problem: Problem, summary: ProblemSummar
         return None, "the roofline is not known here: the times are of another device"
     try:
         roofline = measure_roofline(summary.threads)
-    except TilewrightError as error:
+        work = op.workload(problem, op.inputs(problem, 0))
+    except TilewrightError as error:  # no compiler, or recorded routing that is gone
         return None, f"the roofline is not known here: {error}"
-    work = op.workload(problem, op.inputs(problem, 0))
     ceilings = f"{roofline.peak_gflops:.0f} GFLOP/s, {roofline.bandwidth_gbps:.0f} GB/s"
     return roofline.time_us(work.flops, work.min_bytes), f"roofline as measured just now: {ceilings}"
 
@@ -139,7 +147,7 @@ def _lines(document: dict[str, Any]) -> list[str]:
     variants = document["variants"]
     title = [
         f"{document['problem'][:8]}  {format_shape(document['signature'])} tokens={document['tokens']}",
-        f"{document['threads']} threads on {document['device']}",
+        f"{format_threads(document['threads'])} on {document['device']}",
     ]
     if not variants:
         return [*title, "no variant was right; `tune show` counts what failed"]
@@ -219,5 +227,7 @@ def _disassemble(store: Store, kernel: KernelRecord) -> str:
         )
     if done.returncode != 0:
         raise TilewrightError(f"{tool} cannot read kernel {kernel.key}: {done.stderr.strip()}")
-    text = re.sub(r"^\s*[0-9a-f]+:\s*", "", done.stdout, flags=re.MULTILINE)
+    # The first lines name the temporary file.
+    code = done.stdout.partition("Disassembly of section")[2]
+    text = re.sub(r"^\s*[0-9a-f]+:\s*", "", code, flags=re.MULTILINE)
     return re.sub(r"\b[0-9a-f]{3,}\b(?= <)|<[^>]*>|# [0-9a-f]+", "", text)

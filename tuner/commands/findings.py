@@ -15,13 +15,13 @@ from tilewright.tuner.finals import Probe
 from tilewright.tuner.plan import Final
 from tilewright.tuner.roofline import Roofline
 from tilewright.tuner.standings import measured_document
-from tilewright.tuner.text import format_ratio, format_shape, format_us, table, terminal_width
+from tilewright.tuner.text import format_ratio, format_shape, format_threads, format_us, table, terminal_width
 
 _HEAD = ("tokens", "torch", "default", "tuned", "vs default", "vs torch", "roofline", "noise", "kernel")
 _NOTES = """\
-torch, vs torch: the plan as the runtime serves it, raced against a loop over experts in plain torch
-default, tuned, vs default: the config that one would write down without tuning, and the plan's, in one last race
-roofline: share of what this machine's bandwidth or peak allows; noise: the tuned kernel raced against itself"""
+default: the config that one would write down without tuning, in one last race with the tuned one
+torch: a loop over experts in plain torch, raced with the plan as the runtime serves it
+roofline: share of what bandwidth or peak allow here; noise: the tuned kernel raced with itself"""
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,16 @@ class Findings:
         lines += [
             *_NOTES.splitlines(),
             "",
-            f"measured on {read_cpu_info().name}, {request.threads} threads, {request.arch.name}; "
+            f"measured on {read_cpu_info().name}, {format_threads(request.threads)}, {request.arch.name}; "
             "every kernel checked against fp64",
-            f"{report.trials} trials in {report.wall_s:.0f} s; {report.efficiency:.0%} of the time compiling "
-            f"({report.build_s:.0f} s), checking ({report.check_s:.0f} s) or measuring ({report.measure_s:.0f} s)",
+            f"{report.trials} trials in {report.wall_s:.0f} s, {report.efficiency:.0%} of them spent compiling "
+            f"({report.build_s:.0f} s), checking ({report.check_s:.0f} s), measuring ({report.measure_s:.0f} s)",
             f"roofline here: {roofline.peak_gflops:.0f} GFLOP/s, {roofline.bandwidth_gbps:.0f} GB/s",
             f"stored in {self.database}",
             "",
             "next:  tune show                 what is known, and how",
             "       tune compare              variants side by side",
-            "       from tilewright.runtime import Experts   serves these kernels by itself; see README",
+            "       from tilewright.runtime import Experts   serves this by itself; see README",
         ]
         return "\n".join(lines)
 

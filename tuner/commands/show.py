@@ -11,7 +11,15 @@ from typing import Any
 from tilewright.codegen.ops import find_op
 from tilewright.tuner.commands.common import add_options, only_one, print_json
 from tilewright.tuner.standings import measured_document, right_trials, standings
-from tilewright.tuner.text import format_interval, format_shape, format_us, labelled, table, terminal_width
+from tilewright.tuner.text import (
+    format_interval,
+    format_shape,
+    format_threads,
+    format_us,
+    labelled,
+    table,
+    terminal_width,
+)
 from tilewright.tuning_db.records import KernelRecord, PlanEntry, PlanRecord, ProblemSummary, TrialRecord
 from tilewright.tuning_db.store import Store
 
@@ -33,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     """
     with Store.open_read_only(arguments.db) as store:
-        if arguments.kernel:
+        if arguments.kernel is not None:
             _show_kernel(store, arguments)
         elif arguments.json:
             print_json(_document(store))
@@ -151,7 +159,7 @@ def _lines(store: Store) -> list[str]:
         return [*lines, "nothing is known yet; run: tune --arch native --op moe_gemm"]
     lines += [f"device   {device.key}  {device.name}, {device.arch}" for device in store.devices()]
     for group in known:
-        lines += ["", format_shape(group.signature), f"{group.threads} threads on {group.device_key}"]
+        lines += ["", format_shape(group.signature), f"{format_threads(group.threads)} on {group.device_key}"]
         if group.problems:
             lines += table(_HEAD, map(_row, group.problems), width=terminal_width())
         if group.plan:
@@ -159,12 +167,13 @@ def _lines(store: Store) -> list[str]:
     return lines
 
 
-_HEAD = ("problem", "tokens", "trials", "failed", "best", "95 %", "n", "error", "timing", "checked")
+_HEAD = ("problem", "tokens", "trials", "best", "95 %", "n", "error", "timing", "checked")
 
 
 def _row(problem: _KnownProblem) -> tuple[str, ...]:
     best, summary = problem.best, problem.summary
-    counts = (summary.problem_key[:8], str(problem.dynamic_size), str(summary.trials), str(problem.failed))
+    trials = f"{summary.trials} ({problem.failed} failed)" if problem.failed else str(summary.trials)
+    counts = (summary.problem_key[:8], str(problem.dynamic_size), trials)
     if best is None or best.median_us is None:
         return (*counts, *("-",) * 4, "none", "none")
     return (

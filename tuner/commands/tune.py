@@ -29,6 +29,7 @@ DEFAULT_TOKENS = (1, 4, 16, 64, 256)
 DEFAULT_TRIALS = 60
 DEFAULT_TIME_S = 120.0
 DEFAULT_PROBES = 4
+_MAX_SEED = 2**32 - 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     with Store.open(arguments.db) as store:
         if store.path is not None:
             _warn_if_not_servable(store.path)
+        progress.say("measuring this machine's roofline")
         before = measure_roofline(request.threads)
         campaign = Campaign(request, store, progress)
         report = campaign.run()
@@ -115,18 +117,24 @@ def _request(arguments: argparse.Namespace) -> Request:
     problems: list[Problem] = []
     model_name = ""
     if arguments.problem:
-        if arguments.model:
+        if arguments.model is not None:
             raise TilewrightError("--model and --problem exclude each other; give one of them")
+        if (arguments.tp, arguments.ep) != (1, 1):
+            raise TilewrightError("--tp and --ep divide a model; give --problem the sizes of one rank instead")
         for text in arguments.problem:
             fields = _fields(text, op.problem_example)
-            for tokens in _tokens(arguments.tokens) if arguments.tokens else [None]:
+            for tokens in _tokens(arguments.tokens) if arguments.tokens is not None else [None]:
                 sized = fields if tokens is None else {**fields, "tokens": str(tokens)}
                 problems.append(op.parse_problem(sized, routing))
     else:
-        model = load_model(arguments.model or DEFAULT_MODEL, tp=arguments.tp, ep=arguments.ep)
+        model = load_model(
+            DEFAULT_MODEL if arguments.model is None else arguments.model, tp=arguments.tp, ep=arguments.ep
+        )
         model_name = model.name
-        ladder = _tokens(arguments.tokens) if arguments.tokens else DEFAULT_TOKENS
+        ladder = _tokens(arguments.tokens) if arguments.tokens is not None else DEFAULT_TOKENS
         problems = [op.problem(s, tokens, routing, model) for s in op.signatures(model) for tokens in ladder]
+    if not 0 <= arguments.seed <= _MAX_SEED:
+        raise TilewrightError(f"--seed {arguments.seed} is impossible; give a number from 0 to {_MAX_SEED}")
     trials, time_s = _budget(arguments)
     return Request(
         op=op,
@@ -184,7 +192,10 @@ def _fields(text: str, example: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",") if part]
     if not pairs or any(not sign for _, sign, _ in pairs):
         raise TilewrightError(f"--problem {text!r} is not key=value,...; for example: {example}")
-    return {key.strip(): value.strip() for key, _, value in pairs}
+    fields = {key.strip(): value.strip() for key, _, value in pairs}
+    if len(fields) < len(pairs):
+        raise TilewrightError(f"--problem {text!r} gives a field twice; leave one of them out")
+    return fields
 
 
 def _threads(asked: int | None) -> int:
