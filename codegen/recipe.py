@@ -128,7 +128,7 @@ class Recipe:
             workspace_bytes=data["workspace_bytes"],
             workspace_zeroed=data["workspace_zeroed"],
             guards=tuple(Guard(**g) for g in data["guards"]),
-            weight_layout=None if layout is None else WeightLayout(**layout),
+            weight_layout=None if layout is None else WeightLayout.from_dict(layout),
             abi_version=data["abi_version"],
             format_version=data["format_version"],
         )

@@ -148,7 +148,7 @@ def _lay_out(weight: Tensor, resolution: Resolution, keep_weight: bool) -> tuple
     packed = pack_weight(weight, resolution.layout)
     if keep_weight:
         return packed, DeclaredWeights(weight)
-    return packed, PackedWeights(packed, resolution.layout, weight.shape[1])
+    return packed, PackedWeights(packed, resolution.layout, weight.shape[1], weight.shape[2])
 
 
 def _variant(part: SizeRange) -> CallVariant:
