@@ -93,7 +93,7 @@ class Precision:
     def refusal(self, k: int) -> str | None:
         """Why weights with ``k`` steps cannot be stored so, in one sentence; None when they can."""
         if k % self.group(k):
-            return f"precision {self.name} shares a scale among {self.group(k)} steps of k, which k={k} is no multiple of"
+            return f"k={k} is no multiple of the {self.group(k)} steps that share a scale in precision {self.name}"
         return None
 
 

@@ -105,8 +105,8 @@ def pack_weight(
         threads: threads to pack on; None: ``torch.get_num_threads()``.
 
     Raises:
-        TilewrightError: when the weight is another kind of tensor, the layout does not fit it, or it cannot be quantised
-            because it holds NaN or infinity.
+        TilewrightError: when the weight is another kind of tensor, the layout does not fit it, or it is to be quantised
+            and holds NaN or infinity.
 
     """
     if weight.device.type != "cpu" or weight.dtype is not torch.float32 or weight.dim() != 3:

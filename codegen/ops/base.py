@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -14,6 +14,7 @@ from tilewright.codegen.archs import Arch
 from tilewright.codegen.layouts import WeightLayout
 from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops.signature import Signature, stable_key
+from tilewright.codegen.precisions import LOSSLESS, PRECISIONS
 from tilewright.codegen.recipe import Recipe, TensorSpec
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.codegen.space import Config, Space
@@ -69,12 +70,15 @@ class Template(Generic[S]):
     """``cpp``, ``cuda`` or ``triton``: decides the builder."""
     families: tuple[str, ...]
     """Families of archs that it is for."""
-    space: Callable[[S, Arch], Space]
+    space: Callable[..., Space]
+    """``space(signature, arch)``; with :attr:`precisions` also ``space(signature, arch, some of them)``."""
     layout: Callable[[S, Config, Arch], WeightLayout | None]
     """Weight layout that a config's kernel reads; None for an op without packed weights."""
     recipe: Callable[[S, Config, Arch], Recipe]
     context: Callable[[S, Config, Arch], dict[str, Any]]
     """What the Jinja file needs beside ``signature``, ``config`` and ``arch``."""
+    precisions: tuple[str, ...] = ()
+    """That it can read weights in (codegen/precisions.py); empty: only as the op declares them."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,11 @@ class Workload:
 
     flops: float
     min_bytes: float
+
+
+def packable(tensors: Sequence[TensorSpec]) -> TensorSpec | None:
+    """The weight that a :class:`WeightLayout` packs: [experts, n, k]. A bias has the role of a weight, too."""
+    return next((tensor for tensor in tensors if tensor.role == "weight" and len(tensor.dims) == 3), None)
 
 
 class OpDeclaration(ABC, Generic[S, P]):
@@ -163,9 +172,34 @@ class OpDeclaration(ABC, Generic[S, P]):
     def default_config(self, signature: S, arch: Arch) -> Config:
         """The config that a careful engineer would write down without tuning; always a candidate."""
 
-    def space(self, signature: S, arch: Arch) -> Space:
-        """Every valid config of every template for ``arch``, the template's name being a parameter."""
-        spaces = {t.name: t.space(signature, arch) for t in self.templates if arch.family in t.families}
+    def precisions(self, signature: S) -> dict[str, str | None]:
+        """Precisions that some template can read weights in; each with why this signature's cannot be stored so."""
+        names = dict.fromkeys(name for template in self.templates for name in template.precisions)
+        weight = packable(self.tensors(signature))
+        return {name: PRECISIONS[name].refusal(int(weight.dims[2])) for name in names} if weight else {}
+
+    def space(self, signature: S, arch: Arch, precisions: Sequence[str] = (LOSSLESS,)) -> Space:
+        """Every valid config of every template for ``arch``, the template's name being a parameter.
+
+        Args:
+            signature: of the kernels.
+            arch: of the kernels.
+            precisions: that weights may be stored in; a knob of the templates that know several.
+
+        Raises:
+            TilewrightError: when no template stores the signature's weights in one of ``precisions``.
+
+        """
+        spaces = {}
+        for template in self.templates:
+            if arch.family not in template.families:
+                continue
+            if template.precisions:
+                known = tuple(name for name in precisions if name in template.precisions)
+                if known:
+                    spaces[template.name] = template.space(signature, arch, known)
+            elif LOSSLESS in precisions:
+                spaces[template.name] = template.space(signature, arch)
         return Space.union(spaces)
 
     def layout_key(self, signature: S, config: Config, arch: Arch) -> str:

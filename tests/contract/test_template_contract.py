@@ -73,7 +73,7 @@ def test_variant_matches_the_reference(case: Case, builds: dict[Case, Future[Bui
     assert build.path is not None, build.message
     op = find_op(case.op)
     recipe = case.template.recipe(case.signature, case.config, case.arch)
-    for example in examples(case.op, case.signature):
+    for example in examples(case.op, case.signature, case.precision):
         tensors = tensors_for(recipe, weights(case.op, case.signature), example.inputs)
         results = set()
         for call in calls():
@@ -94,7 +94,7 @@ def test_other_levels_of_this_machine_compile(arch: Arch, tmp_path) -> None:
         if not runs_on(arch, read_cpu_info()):
             continue
         recipe = case.template.recipe(case.signature, case.config, arch)
-        for example in examples(case.op, case.signature):
+        for example in examples(case.op, case.signature, case.precision):
             tensors = tensors_for(recipe, weights(case.op, case.signature), example.inputs)
             out = run_kernel(build.path, recipe, tensors, example.expected.shape, calls()[0])
             assert compare(out, example.expected, find_op(case.op).tolerance(case.signature)).complaint is None, case
@@ -104,7 +104,7 @@ def check_standalone(case: Case, toolchain: Toolchain, folder: Path) -> None:
     op = find_op(case.op)
     recipe = case.template.recipe(case.signature, case.config, case.arch)
     program = toolchain.build(source_of(case), recipe.launches[0].entry, folder / "program")
-    for example in examples(case.op, case.signature):
+    for example in examples(case.op, case.signature, case.precision):
         tensors = tensors_for(recipe, weights(case.op, case.signature), example.inputs)
         out = toolchain.run(program, recipe, tensors, example.expected.shape, threads=2)
         complaint = compare(out, example.expected, op.tolerance(case.signature)).complaint

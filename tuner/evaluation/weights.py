@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.ops.base import Arrays
+from tilewright.codegen.ops.base import Arrays, packable
 from tilewright.codegen.recipe import TensorSpec
 from tilewright.errors import TilewrightError
 from tilewright.tuner.evaluation.arena import Block, SharedRegion, share
@@ -18,11 +18,6 @@ from tilewright.tuner.evaluation.binding import DTYPES
 Release = Callable[[Iterable[SharedRegion]], None]
 
 _PACKED_DTYPES = {"fp32": np.float32}
-
-
-def packable(tensors: Sequence[TensorSpec]) -> TensorSpec | None:
-    """The weight that a :class:`WeightLayout` packs: [experts, n, k]. A bias has the role of a weight, too."""
-    return next((tensor for tensor in tensors if tensor.role == "weight" and len(tensor.dims) == 3), None)
 
 
 def pack(weight: NDArray[np.float32], layout: WeightLayout, out: NDArray[np.float32]) -> None:
