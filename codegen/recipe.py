@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from tilewright.codegen.expressions import IntExpr
 from tilewright.codegen.layouts import WeightLayout
+from tilewright.codegen.precisions import LOSSLESS
 
 ABI_VERSION = 1
 """Of the C entry point that a ``host_so`` artifact exports (templates/shared/abi.jinja); the runtime refuses others."""
@@ -86,6 +87,11 @@ class Recipe:
     """Layout in which the weight tensor [experts, n, k] is passed; None: as the op declares it."""
     abi_version: int = ABI_VERSION
     format_version: int = field(default=1)
+
+    @property
+    def precision(self) -> str:
+        """Precision that the weights are passed in."""
+        return self.weight_layout.precision if self.weight_layout else LOSSLESS
 
     @property
     def sizes(self) -> tuple[str, ...]:

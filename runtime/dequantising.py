@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ def _e2m1(codes: Tensor) -> Tensor:
     return torch.tensor([*_E2M1, *(-value for value in _E2M1)])[codes]
 
 
-_ELEMENTS = {
+_ELEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "bf16": lambda codes: (codes << 16).view(torch.float32),
     "int8": lambda codes: _signed(codes, 8),
     "fp8_e4m3": _e4m3,

@@ -6,6 +6,8 @@ order. A zero is what a group becomes whose largest weight is below 2^-100.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,7 +40,7 @@ def quantise(weights: _Floats, precision: Precision) -> _Words:
     padded = np.zeros((n, groups, rows * precision.steps), np.uint32)
     padded[:, :, :group] = codes
     shifts = np.arange(precision.steps, dtype=np.uint32) * np.uint32(precision.bits)
-    words = np.bitwise_or.reduce(padded.reshape(n, groups, rows, precision.steps) << shifts, axis=3)
+    words: _Words = np.bitwise_or.reduce(padded.reshape(n, groups, rows, precision.steps) << shifts, axis=3)
     if precision.scales is None:
         return words.reshape(n, groups * rows)
     per_row = precision.scales.per_word
@@ -141,4 +143,10 @@ def _fp4_e2m1(groups: _Floats) -> tuple[_Words, _Words]:
     return codes | ((values.view(np.uint32) >> np.uint32(28)) & np.uint32(8)), exponent
 
 
-_ENCODERS = {"bf16": _bf16, "int8": _int8, "fp8_e4m3": _fp8_e4m3, "int4": _int4, "fp4_e2m1": _fp4_e2m1}
+_ENCODERS: dict[str, Callable[[_Floats], tuple[_Words, _Words]]] = {
+    "bf16": _bf16,
+    "int8": _int8,
+    "fp8_e4m3": _fp8_e4m3,
+    "int4": _int4,
+    "fp4_e2m1": _fp4_e2m1,
+}

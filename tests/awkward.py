@@ -165,7 +165,4 @@ def examples(op_name: str, signature: Signature, precision: str = LOSSLESS) -> t
     drawn = [(problem, op.inputs(problem, seed)) for seed, problem in enumerate(problems(op_name, signature))]
     problem, inputs = drawn[1]
     drawn.append((problem, {**inputs, "x": inputs["x"] * np.float32(200)}))
-    return tuple(
-        Example(problem, inputs, op.reference(signature, stored, inputs))
-        for problem, inputs in drawn
-    )
+    return tuple(Example(problem, inputs, op.reference(signature, stored, inputs)) for problem, inputs in drawn)

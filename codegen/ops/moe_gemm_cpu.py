@@ -239,7 +239,6 @@ def _c_type(tensor: TensorSpec, config: Config) -> str:
     return "const int32_t *" if quantised else _C_TYPES[tensor.dtype]
 
 
-
 def _recipe(signature: MoeGemmSignature, config: Config, arch: Arch) -> Recipe:
     """One launch: the tensors' addresses, the workspace, then the dynamic sizes."""
     tensors = signature.tensors()

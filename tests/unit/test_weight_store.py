@@ -26,7 +26,11 @@ class Store(WeightStore):
         self.released: list[int] = []
         arrays = MoeGemm().weights(SIGNATURE, seed=0)
         super().__init__(
-            SIGNATURE.tensors(), arrays, copies=2, capacity_bytes=4 * WEIGHT_BYTES, release=self.remember_released
+            SIGNATURE.tensors(),
+            arrays,
+            copies=lambda _: 2,
+            capacity_bytes=4 * WEIGHT_BYTES,
+            release=self.remember_released,
         )
 
     def remember_released(self, regions: Iterable[SharedRegion]) -> None:

@@ -47,6 +47,25 @@ def compare(out: NDArray[Any], reference: NDArray[np.float64], tolerance: float)
     )
 
 
+@dataclass(frozen=True)
+class PrecisionError:
+    """What a precision of the weights does to an op's output: of the precision, not of any kernel."""
+
+    relative: float
+    """``||out - reference|| / ||reference||`` (Frobenius): what ``--max-error`` bounds."""
+    largest: float
+    """``max |out - reference| / max |reference|``."""
+
+
+def compare_precisions(out: NDArray[np.float64], reference: NDArray[np.float64]) -> PrecisionError:
+    """``out``, computed exactly from rounded weights, against the reference with the weights as declared."""
+    if out.size == 0 or out is reference:
+        return PrecisionError(0.0, 0.0)
+    norm, scale = float(np.linalg.norm(reference)) or 1.0, _largest(reference.reshape(-1)) or 1.0
+    difference = out - reference
+    return PrecisionError(float(np.linalg.norm(difference)) / norm, _largest(difference.reshape(-1)) / scale)
+
+
 def _largest(values: NDArray[np.float64]) -> float:
     return max((float(np.abs(values[i : i + _CHUNK]).max()) for i in range(0, values.size, _CHUNK)), default=0.0)
 

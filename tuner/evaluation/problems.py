@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,14 @@ class InputSet:
     output_shape: tuple[int, ...]
     sizes: Mapping[str, int]
 
+    def inputs(self, tensors: Sequence[TensorSpec]) -> Arrays:
+        """The draw as arrays that share its memory."""
+        return {
+            spec.name: self.tensors[spec.name].array(DTYPES[spec.dtype], shape_of(spec, self.sizes))
+            for spec in tensors
+            if spec.role == "input" and spec.name in self.tensors
+        }
+
     def result(self) -> NDArray[Any]:
         """What a kernel wrote."""
         return self.output.array(self.output_dtype, self.output_shape)
@@ -36,11 +44,12 @@ class InputSet:
 
 @dataclass(frozen=True, eq=False)
 class ProblemData:
-    """A problem ready to be run. The sets differ in their values and routing; the reference is the first one's."""
+    """A problem ready to be run. The sets differ in their values and routing; the references are the first one's."""
 
     problem: Problem
     sets: tuple[InputSet, ...]
-    reference: NDArray[np.float64]
+    references: dict[str, NDArray[np.float64]]
+    """What must come out, by precision of the weights; made when they are first needed."""
 
     @property
     def regions(self) -> tuple[SharedRegion, ...]:
@@ -50,7 +59,9 @@ class ProblemData:
     @property
     def nbytes(self) -> int:
         """Memory that the problem takes."""
-        return sum(region.file_bytes for region in self.regions) + self.reference.nbytes
+        return sum(region.file_bytes for region in self.regions) + sum(
+            reference.nbytes for reference in self.references.values()
+        )
 
 
 def expected_bytes(op: OpDeclaration[Any, Any], problem: Problem, inputs: Arrays) -> int:

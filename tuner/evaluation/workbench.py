@@ -95,7 +95,7 @@ class Workbench:
         for name, block in written.items():
             if damage := block.damage():
                 raise KernelFaultError(Outcome.WRONG, f"wrote outside its {name}: {damage}", program)
-        comparison = compare(inputs.result(), data.reference, self._tolerance)
+        comparison = compare(inputs.result(), data.references[kernel.recipe.precision], self._tolerance)
         if comparison.complaint:
             raise KernelFaultError(Outcome.WRONG, comparison.complaint, program, error=comparison.error)
         return comparison.error
