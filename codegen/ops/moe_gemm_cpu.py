@@ -130,7 +130,9 @@ def _blocked_space(signature: MoeGemmSignature, arch: Arch, precisions: tuple[st
         _chunks_exist(signature, arch),
         Constraint(
             "unpacked_once",
-            lambda c: not _stored(c).quantised or (c["order"], c["prefetch"], c["fetch_next"]) == ("panel_outer", 0, False),
+            lambda c: (
+                not _stored(c).quantised or (c["order"] == "panel_outer" and c["prefetch"] == 0 and not c["fetch_next"])
+            ),
             "quantised panels are unpacked into the cache before many rows read them there",
             ("precision", "order", "prefetch", "fetch_next"),
         ),
