@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any
 
@@ -85,6 +86,7 @@ def prepare(
     bias: Any = None,
     threads: int | None = None,
     database: Database | None = None,
+    max_error: float = 0.0,
     keep_weight: bool = True,
 ) -> PreparedGemm:
     """Find the tuned kernels for ``weight`` on this machine and pack it for them.
@@ -97,6 +99,9 @@ def prepare(
         bias: fp32 [experts, rows of the weight], or None.
         threads: threads of a call; None: ``torch.get_num_threads()``.
         database: path or SQLite URL; None: ``$TILEWRIGHT_DB``, else the user's own.
+        max_error: largest relative error of the output, ``||out - exact|| / ||exact||`` as it was measured when the plan
+            was made, that storing the weight in fewer bits may bring; of the plans within it, the fastest serves. 0: only
+            plans that leave the weight as it is.
         keep_weight: whether to refer to ``weight`` for sizes that torch serves. False reads them back from the packed
             copy, which is slower, and lets the owner free the original.
 
@@ -120,12 +125,12 @@ def prepare(
     if bias is not None:
         bias = checked_bias(bias, what=f"moe_gemm {stage}: bias", experts=experts, rows=rows)
     threads = _checked_threads(threads)
-    resolution = resolve(signature, threads, database)
+    resolution = resolve(signature, threads, database, checked_max_error(max_error))
     served, weights = _lay_out(weight, resolution, keep_weight)
     call = bind_call(
         signature.tensors(),
         # Without a kernel nobody reads the address of the weight, which may be strided then.
-        {"weight": 0 if served is None else served, **({} if bias is None else {"bias": bias})},
+        {"weight": 0 if served is None else served.view(torch.float32), **({} if bias is None else {"bias": bias})},
         # Sizes beyond the end of a plan have no variant, so that meeting one is warned of.
         tuple(_variant(part) for part in resolution.ranges if part.entry is not None or resolution.plan is None),
         dynamic_size=signature.dynamic_size,
@@ -164,6 +169,18 @@ def _variant(part: SizeRange) -> CallVariant:
         guards=recipe.guards,
         owner=part.kernel.artifacts,
     )
+
+
+def checked_max_error(max_error: float) -> float:
+    """``max_error`` as a finite number of at least 0.
+
+    Raises:
+        TilewrightError: when it is none.
+
+    """
+    if not isinstance(max_error, int | float) or not 0 <= max_error < math.inf:
+        raise TilewrightError(f"max_error={max_error!r} is impossible; give a number of at least 0, such as 0.01")
+    return float(max_error)
 
 
 def _checked_threads(threads: int | None) -> int:
