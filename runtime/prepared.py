@@ -99,9 +99,9 @@ def prepare(
         bias: fp32 [experts, rows of the weight], or None.
         threads: threads of a call; None: ``torch.get_num_threads()``.
         database: path or SQLite URL; None: ``$TILEWRIGHT_DB``, else the user's own.
-        max_error: largest relative error of the output, ``||out - exact|| / ||exact||`` as it was measured when the plan
-            was made, that storing the weight in fewer bits may bring; of the plans within it, the fastest serves. 0: only
-            plans that leave the weight as it is.
+        max_error: largest relative error of the output that storing the weight in fewer bits may bring,
+            ``||out - exact|| / ||exact||`` as it was measured when a plan was made; of the plans within it, the fastest
+            serves. 0: only plans that leave the weight as it is.
         keep_weight: whether to refer to ``weight`` for sizes that torch serves. False reads them back from the packed
             copy, which is slower, and lets the owner free the original.
 

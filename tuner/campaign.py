@@ -6,7 +6,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil, log
@@ -21,21 +21,26 @@ from tilewright.codegen.building.cpp import CppBuilder
 from tilewright.codegen.cpu_info import read_cpu_info
 from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.precisions import LOSSLESS
 from tilewright.codegen.space import Config, Space
+from tilewright.tuner.evaluation.checking import PrecisionError
 from tilewright.tuner.evaluation.evaluator import CpuEvaluator
 from tilewright.tuner.loop import Budget, Origin, ProblemResult, ProblemTuner
 from tilewright.tuner.plan import (
     Final,
     Layout,
+    Raced,
     choose_layout,
     decide,
     distil,
     kept,
+    priced,
     race_configs,
     race_finalists,
     settle_layout,
     sizes_between,
 )
+from tilewright.tuner.precision import FrontPoint, admit, front, layout_by_precision, storable
 from tilewright.tuner.progress import Progress
 from tilewright.tuner.search import Prior
 from tilewright.tuner.variants import Workshop
@@ -75,6 +80,10 @@ class Request:
     seed: int
     resume: bool
     model: str
+    precisions: tuple[str, ...] = (LOSSLESS,)
+    """Of the weights; the lossless one is always tried, too."""
+    max_error: float = 0.0
+    """Largest relative error of the op's output that a precision may bring."""
 
 
 @dataclass
@@ -86,6 +95,8 @@ class SignatureReport:
     layout: Layout | None = None
     finals: list[Final] = field(default_factory=list)
     plan: PlanRecord | None = None
+    front: list[FrontPoint] = field(default_factory=list)
+    """Time against error, by rising error: a plan is stored for each."""
 
 
 @dataclass
@@ -170,10 +181,16 @@ class Campaign:
         mine = SignatureReport(signature)
         workshop = Workshop(request.op, signature, request.arch, self._builder)
         origin = Origin(run_id, self._device_key, request.threads, request.seed, request.search)
-        space = request.op.space(signature, request.arch)
         self._progress.say(signature.describe())
-        self._progress.say(space.describe().splitlines()[0])
-        with CpuEvaluator(request.op, signature, threads=request.threads, seed=request.seed) as evaluator:
+        precisions = storable(request.precisions, request.op.precisions(signature), self._progress.say)
+        with CpuEvaluator(
+            request.op, signature, threads=request.threads, precisions=precisions, seed=request.seed
+        ) as evaluator:
+            errors = {LOSSLESS: PrecisionError(0.0, 0.0)}
+            if len(precisions) > 1:
+                errors = admit(evaluator, problems, precisions, request.max_error, self._progress.say)
+            space = request.op.space(signature, request.arch, tuple(errors))
+            self._progress.say(space.describe().splitlines()[0])
             make_tuner = partial(
                 ProblemTuner,
                 workshop=workshop,
@@ -197,7 +214,7 @@ class Campaign:
                 within = self._of_layout(space, signature, layout_key)
                 remaining = _REFINE_SHARE / (_REFINE_SHARE + _FINAL_SHARE)
                 self._search(tuners, within, request.trials, _share(until, remaining))
-                self._finish(mine, layout_key, tuners, make_tuner, evaluator, workshop, until)
+                self._finish(mine, errors, layout_key, tuners, make_tuner, evaluator, workshop, until)
             spent = evaluator.spent
         report.build_s += sum(tuner.build_s for tuner in tuners)
         report.check_s += spent.checking_s
@@ -223,6 +240,7 @@ class Campaign:
     def _finish(
         self,
         mine: SignatureReport,
+        errors: Mapping[str, PrecisionError],
         layout_key: str,
         tuners: Sequence[ProblemTuner],
         make_tuner: Callable[[Problem], ProblemTuner],
@@ -230,13 +248,13 @@ class Campaign:
         workshop: Workshop,
         until: float,
     ) -> None:
-        """Race the finalists, settle the layout, and store the plan and the kernels that are worth keeping."""
+        """Race the finalists, settle the layout, and store the plans and the kernels that are worth keeping."""
         self._progress.say("finalists race again")
         op, signature, arch = self._request.op, mine.signature, self._request.arch
         # The default's layout is the one in which no size can be slower than the default.
-        layout_keys = list(
-            dict.fromkeys([layout_key, op.layout_key(signature, op.default_config(signature, arch), arch)])
-        )
+        default_key = op.layout_key(signature, op.default_config(signature, arch), arch)
+        of_precisions = layout_by_precision(mine.results) if len(errors) > 1 else {}
+        layout_keys = list(dict.fromkeys([layout_key, default_key, *of_precisions.values()]))
         raced = []
         solved = [tuner for tuner in tuners if tuner.result.candidates]
         for done, tuner in enumerate(solved):
@@ -257,16 +275,50 @@ class Campaign:
                 title = problem_title(tuner.result.problem)
                 self._progress.say(f"{title}: no finalist was right; the plan leaves it out")
         if mine.finals and mine.layout:
-            mine.plan = distil(
-                mine.finals,
-                self._race_between(mine.finals, mine.layout, make_tuner, evaluator, until),
-                mine.layout,
-                op=self._request.op.name,
-                device_key=self._device_key,
-                threads=self._request.threads,
-                model=self._request.model,
-            )
-            self._store.put_plan(mine.plan)
+            between = self._race_between(mine.finals, mine.layout, make_tuner, evaluator, until)
+            point = self._point(mine.finals, between, mine.layout, errors)
+            mine.plan = point.plan
+            others = [key for name, key in of_precisions.items() if name != point.precision]
+            mine.front = front([point, *self._other_points(raced, others, evaluator, workshop, errors)])
+            plans = [point.plan, *(other.plan for other in mine.front if other is not point)]
+            for plan in plans:
+                self._store.put_plan(plan)
+
+    def _point(
+        self, finals: Sequence[Final], between: Sequence[Final], layout: Layout, errors: Mapping[str, PrecisionError]
+    ) -> FrontPoint:
+        """The plan of one layout, with what its precision costs."""
+        precision = finals[0].winner.kernel.recipe.precision
+        plan = distil(
+            finals,
+            between,
+            layout,
+            op=self._request.op.name,
+            device_key=self._device_key,
+            threads=self._request.threads,
+            model=self._request.model,
+            precision=precision,
+            error=errors[precision].relative,
+        )
+        return FrontPoint(precision, errors[precision], tuple(finals), plan)
+
+    def _other_points(
+        self,
+        raced: Sequence[Raced | None],
+        layout_keys: Sequence[str],
+        evaluator: CpuEvaluator,
+        workshop: Workshop,
+        errors: Mapping[str, PrecisionError],
+    ) -> Iterator[FrontPoint]:
+        """Plans of the layouts that were not settled on, each the best of its precision."""
+        known = [each for each in raced if each]
+        for key in layout_keys:
+            if not all(each.fastest(key) for each in known):
+                continue
+            layout = priced(key, known)
+            finals = [final for each in known if (final := decide(each, layout, evaluator, _NOISE_S))]
+            self._keep(workshop, [final.winner.variant.config for final in finals])
+            yield self._point(finals, [], layout, errors)
 
     def _race_between(
         self,

@@ -37,7 +37,7 @@ class Deployed:
 
 
 def race_against_torch(
-    problems: Sequence[Problem], *, database: str, threads: int, seed: int, budget_s: float
+    problems: Sequence[Problem], *, database: str, threads: int, seed: int, budget_s: float, max_error: float = 0.0
 ) -> list[Deployed]:
     """Race the runtime with ``database`` against plain torch on problems of one signature; [] when it could not run."""
     request = {
@@ -47,6 +47,7 @@ def race_against_torch(
         "threads": threads,
         "seed": seed,
         "budget_s": budget_s,
+        "max_error": max_error,
     }
     try:
         done = subprocess.run(
@@ -84,7 +85,7 @@ def _answer(request: dict[str, Any]) -> list[Deployed]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the torch side has no database on purpose
         plain = prepare(weights["weight"], database="/dev/null/no-database", **options)
-    tuned = prepare(weights["weight"], database=request["database"], **options)
+    tuned = prepare(weights["weight"], database=request["database"], max_error=request["max_error"], **options)
     return [
         _race(op, problem, tuned, plain, request["seed"], request["budget_s"] / len(problems)) for problem in problems
     ]

@@ -148,8 +148,9 @@ class PlanRecord:
     """For one op, signature, device, thread count and precision: which kernel serves which dynamic size.
 
     ``precision`` is what the weights are stored in, and ``error`` what that does to the op's output, at the most over
-    the tuned sizes: ``||out - reference|| / ||reference||``, 0 for weights as the op declares them. ``timing`` and ``checked`` are the weakest evidence among the entries. ``layout`` names the one weight layout that
-    all entries share; ``model`` is the preset that the plan was made for, or empty.
+    the tuned sizes: ``||out - reference|| / ||reference||``, 0 for weights as the op declares them. ``timing`` and
+    ``checked`` are the weakest evidence among the entries. ``layout`` names the one weight layout that all entries
+    share; ``model`` is the preset that the plan was made for, or empty.
     """
 
     op: str

@@ -109,6 +109,7 @@ def _plan_lines(plan: PlanRecord, store: Store) -> list[str]:
     lines = [
         f"plan     {shape}  {plan.model}",
         f"         {plan.threads} threads, layout {plan.layout}; timing: {plan.timing}, checked: {plan.checked}",
+        *([f"         precision {plan.precision}, off by {plan.error:.2g}"] if plan.error else []),
     ]
     for entry in plan.entries:
         upto = "any more" if entry.max_tokens is None else f"<= {entry.max_tokens}"

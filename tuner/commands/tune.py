@@ -14,11 +14,13 @@ from tilewright.codegen.cpu_info import read_cpu_info, usable_cores
 from tilewright.codegen.models import load_model
 from tilewright.codegen.ops import OPS, find_op
 from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.precisions import LOSSLESS, PRECISIONS, parse_precisions
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign import Campaign, Report, Request, SignatureReport
 from tilewright.tuner.deployed import Deployed, race_against_torch
 from tilewright.tuner.plan import Final
+from tilewright.tuner.precision import DEFAULT_MAX_ERROR
 from tilewright.tuner.progress import ENDLESS_TRIALS, Progress, format_us
 from tilewright.tuner.roofline import Roofline, measure_roofline
 from tilewright.tuner.search import DEFAULT_SEARCH, SEARCHES
@@ -52,6 +54,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--threads", type=int, metavar="N", help="threads of a kernel (default: all cores)")
     how.add_argument("--seed", type=int, default=0, metavar="N")
     how.add_argument("--resume", action="store_true", help="count and use earlier trials of the same problems")
+    how.add_argument(
+        "--precision",
+        default=LOSSLESS,
+        metavar="P,P,...",
+        help=f"what weights may be stored in: {', '.join(PRECISIONS)} (default {LOSSLESS})",
+    )
+    how.add_argument(
+        "--max-error",
+        type=float,
+        default=DEFAULT_MAX_ERROR,
+        metavar="E",
+        help=f"largest relative error of the output, ||out - exact|| / ||exact|| (default {DEFAULT_MAX_ERROR})",
+    )
     where = parser.add_argument_group("where to")
     where.add_argument("--db", metavar="PATH|URL", help="database (default $TILEWRIGHT_DB, or the user's data folder)")
     where.add_argument("--json", action="store_true", help="one JSON document on stdout, progress on stderr")
@@ -131,7 +146,15 @@ def _request(arguments: argparse.Namespace) -> Request:
         seed=arguments.seed,
         resume=arguments.resume,
         model=model_name,
+        precisions=parse_precisions(arguments.precision),
+        max_error=_max_error(arguments.max_error),
     )
+
+
+def _max_error(asked: float) -> float:
+    if not 0 <= asked < math.inf:
+        raise TilewrightError(f"--max-error {asked} is impossible; give a number of at least 0, such as 0.01")
+    return asked
 
 
 def _budget(arguments: argparse.Namespace) -> tuple[int, float]:
@@ -191,6 +214,7 @@ def _race_deployed(mine: SignatureReport, store: Store, request: Request, progre
         [final.problem for final in mine.finals],
         database=str(store.path),
         threads=request.threads,
+        max_error=mine.plan.error if mine.plan else 0.0,
         seed=request.seed,
         budget_s=min(8.0, 0.1 * request.time_s),
     )
@@ -204,7 +228,7 @@ def _text(
         lines += [mine.signature.describe(), *_table(mine, request, deployed.get(mine.signature.key, []), roofline)]
         if mine.layout is not None and mine.layout.cost > 1.005:
             lines.append(f"  one weight layout for all sizes ({mine.layout.key}) costs {mine.layout.cost - 1:.1%}")
-        lines.append("")
+        lines += [*_front_table(mine), ""]
     cpu = read_cpu_info()
     lines += [
         f"measured on {cpu.name}, {request.threads} threads, {request.arch.name}; every kernel checked against fp64",
@@ -218,6 +242,29 @@ def _text(
         "       from tilewright.runtime import Experts   serves these kernels by itself; see README",
     ]
     return "\n".join(lines)
+
+
+def _front_table(mine: SignatureReport) -> list[str]:
+    """Time against error of the precisions that were tried; nothing where there is no choice."""
+    if len(mine.front) < 2:
+        return []
+    lossless = next((point for point in mine.front if point.precision == LOSSLESS), None)
+    lines = [f"  {'precision':>9}  {'error':>8}  {'largest':>8}  {'mean us':>9}  {'vs fp32':>7}  each stored as a plan"]
+    for point in mine.front:
+        gain = f"{lossless.time_us / point.time_us:.2f}x" if lossless else "-"
+        serves = "the result" if point.plan is mine.plan else f"serves with max_error < {_next_error(mine, point):.2g}"
+        lines.append(
+            f"  {point.precision:>9}  {point.error.relative:>8.2g}  {point.error.largest:>8.2g}"
+            f"  {point.time_us:>9.1f}  {gain:>7}  {serves}"
+        )
+    lines.append("  error: ||out - exact|| / ||exact||, largest: max |out - exact| / max |exact|; at the worst size")
+    return lines
+
+
+def _next_error(mine: SignatureReport, point: FrontPoint) -> float:
+    """From which on a faster plan serves instead."""
+    following = mine.front[mine.front.index(point) + 1 :]
+    return following[0].error.relative if following else math.inf
 
 
 _HEAD = (
@@ -283,6 +330,9 @@ def _document(
                     _final_document(final, request, roofline, deployed.get(mine.signature.key, []))
                     for final in mine.finals
                 ],
+                "precision": mine.plan.precision if mine.plan else None,
+                "error": mine.plan.error if mine.plan else None,
+                "front": [_point_document(point) for point in mine.front],
                 "unsolved": len(mine.results) - len(mine.finals),
             }
             for mine in report.signatures
@@ -304,6 +354,20 @@ def _final_document(final: Final, request: Request, roofline: Roofline, deployed
         "noise": final.noise.noise,
         "roofline_share": _roofline_share(final, request, roofline),
         "deployed": None if row is None else vars(row),
+    }
+
+
+def _point_document(point: FrontPoint) -> dict[str, Any]:
+    return {
+        "precision": point.precision,
+        "error": point.error.relative,
+        "largest_error": point.error.largest,
+        "layout": point.plan.layout,
+        "geometric_mean_us": point.time_us,
+        "problems": [
+            {"tokens": final.problem.dynamic_size, "kernel": final.winner.variant.key, **_measured(final.winner_us)}
+            for final in point.finals
+        ],
     }
 
 
