@@ -123,9 +123,10 @@ def _sum_of_squares(errors: _Floats) -> _Floats:
     """Over the last axis, in the order of the C twin."""
     n, groups, group = errors.shape
     lanes = np.zeros((n, groups, _LANES), np.float32)
-    for step in range(0, group, _LANES):
-        each = errors[:, :, step : step + _LANES]
-        lanes += each * each
+    with np.errstate(over="ignore"):  # an infinite error is never less than another
+        for step in range(0, group, _LANES):
+            each = errors[:, :, step : step + _LANES]
+            lanes += each * each
     return (lanes[:, :, 0] + lanes[:, :, 1]) + (lanes[:, :, 2] + lanes[:, :, 3])
 
 

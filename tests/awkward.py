@@ -104,6 +104,21 @@ def few_cases(arch: Arch, count: int) -> list[Case]:
     return chosen
 
 
+def precision_cases(arch: Arch) -> list[Case]:
+    """One case of every template and kind of quantised element, of a signature that all of them suit."""
+    random = np.random.default_rng(0)
+    chosen = []
+    for op in OPS.values():
+        for template in op.templates:
+            kinds = {find_precision(name).dtype: name for name in template.precisions if name != LOSSLESS}
+            for name in kinds.values():
+                signature = next(s for s in reversed(SIGNATURES[op.name]) if op.precisions(s)[name] is None)
+                own = template.space(signature, arch, (name,))
+                config = op.space(signature, arch, (name,)).lift(template.name, own[int(random.integers(len(own)))])
+                chosen.append(Case(op.name, signature, config, arch))
+    return chosen
+
+
 def _covering_cases(op_name: str, template: Template[Any], arch: Arch) -> list[Case]:
     op = find_op(op_name)
     blocks = []

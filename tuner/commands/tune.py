@@ -20,7 +20,7 @@ from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign import Campaign, Report, Request, SignatureReport
 from tilewright.tuner.deployed import Deployed, race_against_torch
 from tilewright.tuner.plan import Final
-from tilewright.tuner.precision import DEFAULT_MAX_ERROR
+from tilewright.tuner.precision import DEFAULT_MAX_ERROR, FrontPoint
 from tilewright.tuner.progress import ENDLESS_TRIALS, Progress, format_us
 from tilewright.tuner.roofline import Roofline, measure_roofline
 from tilewright.tuner.search import DEFAULT_SEARCH, SEARCHES
