@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from awkward import SIGNATURES, Case, cases, examples, few_cases, weights
+from awkward import SIGNATURES, Case, cases, examples, few_cases, precision_cases, weights
 from guarded_calls import Call, forking, run_kernel, tensors_for
 from standalone_kernels import Toolchain
 
@@ -88,7 +88,7 @@ def test_variant_matches_the_reference(case: Case, builds: dict[Case, Future[Bui
 def test_other_levels_of_this_machine_compile(arch: Arch, tmp_path) -> None:
     """Compiled is all that is known of them, unless this CPU runs them, too."""
     builder = builder_for(arch, tmp_path)
-    chosen = few_cases(arch, 4)
+    chosen = [*few_cases(arch, 4), *precision_cases(arch)]
     for case, build in zip(chosen, builder.build_all([source_of(case) for case in chosen]), strict=True):
         assert build.path is not None, f"{case}: {build.message}"
         if not runs_on(arch, read_cpu_info()):
@@ -111,7 +111,9 @@ def check_standalone(case: Case, toolchain: Toolchain, folder: Path) -> None:
         assert complaint is None, f"{example.problem.to_dict()}: {complaint}"
 
 
-@pytest.mark.parametrize("case", few_cases(ARCHS["aarch64_neon"], 4), ids=str)
+@pytest.mark.parametrize(
+    "case", [*few_cases(ARCHS["aarch64_neon"], 4), *precision_cases(ARCHS["aarch64_neon"])], ids=str
+)
 def test_variant_for_arm_matches_the_reference_in_an_emulator(case: Case, tmp_path) -> None:
     compiler = shutil.which("aarch64-linux-gnu-g++")
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
