@@ -220,6 +220,11 @@ def _workspace(signature: MoeGemmSignature, config: Config, arch: Arch) -> list[
         parts.append(("row_slot", "int32_t *", "4 * rows"))
         if config["combine"] == "partials":
             parts.append(("partial", "float *", f"4 * rows * {signature.n}"))
+    stored = _stored(config)
+    if config["template"] == STREAM and stored.scales and stored.scales.dtype == "bf16_pair":
+        groups = stored.groups(signature.k)
+        parts.append(("x_sums", "float *", f"4 * threads * {config['block_rows'] * groups}"))
+        parts.append(("x_divided", "float *", f"4 * threads * {config['block_rows'] * signature.k}"))
     if config.get("pack_x"):
         parts.append(("packed", "float *", f"4 * rows * {signature.k}"))
     if config.get("k_block") and _stored(config).quantised:

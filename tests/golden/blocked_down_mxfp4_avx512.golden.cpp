@@ -187,7 +187,8 @@ INLINE void finish_tile(const Job &job, int64_t expert, int64_t row, int64_t pan
 }
 
 // Panels [panel, end), `depth` steps of k from k0 on, as floats that many rows can read.
-__attribute__((noinline)) void unpack_panels(const Job &job, int64_t expert, int64_t panel, int64_t end, int64_t k0, int64_t depth, float *to) {
+__attribute__((noinline)) void unpack_panels(const Job &job, int64_t expert, int64_t panel, int64_t end, int64_t k0,
+                                             int64_t depth, float *to) {
   for (; panel < end; panel++, to += kUnpackedSteps * kPanel) {
     const int32_t *weights = weight_panel(job, expert, panel);
     for (int64_t k = k0, stop; k < k0 + depth; k = stop) {
