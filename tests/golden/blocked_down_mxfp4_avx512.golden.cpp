@@ -249,7 +249,8 @@ INLINE void each_vector(vec (&sums)[S][M][kVectors], float *accumulators, Visit 
 }
 
 template <int M, int S>
-INLINE void tile(const Job &job, int64_t expert, int64_t row, int64_t panel, const float *weights, int64_t k0, float *accumulators) {
+INLINE void tile(const Job &job, int64_t expert, int64_t row, int64_t panel,
+             const float *weights, int64_t k0, float *accumulators) {
   const int64_t depth = kK - k0 < kBlockK ? kK - k0 : kBlockK;
   const float *x = job.packed + row * kK + k0 * M;
   vec sums[S][M][kVectors] = {};
@@ -261,7 +262,8 @@ INLINE void tile(const Job &job, int64_t expert, int64_t row, int64_t panel, con
 }
 
 template <int S>
-void tile_of(int64_t rows, const Job &job, int64_t expert, int64_t row, int64_t panel, const float *weights, int64_t k0, float *accumulators) {
+void tile_of(int64_t rows, const Job &job, int64_t expert, int64_t row, int64_t panel,
+             const float *weights, int64_t k0, float *accumulators) {
   switch (rows) {
     case 1: return tile<1, S>(job, expert, row, panel, weights, k0, accumulators);
     case 2: return tile<2, S>(job, expert, row, panel, weights, k0, accumulators);
