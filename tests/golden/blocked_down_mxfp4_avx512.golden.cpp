@@ -284,7 +284,8 @@ INLINE void compute_block(const Job &job, const Segment &segment, int64_t panel,
       const int64_t row = segment.row + r;
       float *const tile_sums = accumulators + ((p - panel) * kBlockM + r * kStreams) * kPanel;
       if (p + kStreams > end) {
-        for (int64_t q = p; q < end; q++) tile_of<1>(rows, job, segment.expert, row, q, unpacked + (q - p) * kUnpackedSteps * kPanel, k0, tile_sums + (q - p) * kRows * kPanel);
+        for (int64_t q = p; q < end; q++) tile_of<1>(rows, job, segment.expert, row, q,
+                                                  unpacked + (q - p) * kUnpackedSteps * kPanel, k0, tile_sums + (q - p) * kRows * kPanel);
         continue;
       }
       tile_of<kStreams>(rows, job, segment.expert, row, p, unpacked, k0, tile_sums);
