@@ -65,7 +65,7 @@ class Row:
 def built_variants(signature: MoeGemmSignature, precision: str, tokens: int) -> list:
     configs = [
         config
-        for config in OP.space(signature, ARCH, (precision,))
+        for config in OP.space(signature, ARCH, precisions=(precision,))
         if config["template"] == STREAM and config["block_rows"] <= tokens
     ]
     chosen = random.Random(0).sample(configs, min(TRIALS, len(configs)))
@@ -77,7 +77,7 @@ def cached_us(config, signature: MoeGemmSignature, threads: int) -> float:
     small = MoeGemmSignature(stage="plain", experts=1, n=256 * threads, k=signature.k)
     own = {**config, "combine": "none", "gate_up": "none", "chunk_groups": 1}
     workshop = Workshop(OP, small, ARCH, CppBuilder(ARCH))
-    space = OP.space(small, ARCH, (config["precision"],))
+    space = OP.space(small, ARCH, precisions=(config["precision"],))
     (built,) = workshop.build([space[space.index_of(own)]])
     problem = OP.problem(small, 1, RoutingSpec.parse("balanced"))
     with CpuEvaluator(OP, small, threads=threads) as evaluator:

@@ -17,9 +17,9 @@ def database() -> Path:
     return path
 
 
-def ensure_tuned(problem: str, tokens: Sequence[int], threads: int) -> Path:
+def ensure_tuned(problem: str, tokens: Sequence[int], threads: int, *, op: str = "moe_gemm") -> Path:
     """Tune ``problem`` (key=value,...) at all ``tokens``; finished trials of an earlier run count."""
-    arguments = ["--arch", "native", "--op", "moe_gemm", "--problem", problem, "--resume", "--db", str(database())]
+    arguments = ["--arch", "native", "--op", op, "--problem", problem, "--resume", "--db", str(database())]
     sizes = ",".join(map(str, tokens))
     code = tune([*arguments, "--tokens", sizes, "--threads", str(threads), "--trials", str(TRIALS)])
     if code != 0:

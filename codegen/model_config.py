@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -91,6 +92,9 @@ def shape_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "expert_bias": family.expert_bias,
         "scoring": _scoring(fields, family),
         "renormalize": fields.flag("norm_topk_prob", default=family.renormalize),
+        "expert_groups": fields.size("n_group", default=1),
+        "top_groups": fields.size("topk_group", default=1),
+        "routed_scale": fields.number("routed_scaling_factor", default=1.0),
         "shared_experts": _shared_experts(fields, family),
         "layers": layers,
         "moe_layers": _moe_layers(fields, layers),
@@ -135,6 +139,14 @@ class _Fields:
         if not isinstance(value, bool):
             raise self.error(f"{key!r} is {value!r}, but must be true or false")
         return value
+
+    def number(self, key: str, *, default: float) -> float:
+        value = self._values.get(key)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self.error(f"{key!r} is {value!r}, but must be a number above 0")
+        return float(value)
 
     def text(self, *keys: str) -> str | None:
         key, value = self.first(*keys)

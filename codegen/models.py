@@ -64,13 +64,18 @@ class ModelShape:
     """Elements of one query head and one key head."""
     vocab: int
     """Tokens of the vocabulary."""
+    expert_groups: int = 1
+    """Groups of experts, of which a token's best ``top_groups`` are picked first; 1: there are none."""
+    top_groups: int = 1
+    routed_scale: float = 1.0
+    """Factor of all routing weights."""
     tp: int = 1
     """Ranks that share every expert."""
     ep: int = 1
     """Ranks that share the set of experts."""
 
     def __post_init__(self) -> None:
-        for size in (*_SIZES, "tp", "ep"):
+        for size in (*_SIZES, "expert_groups", "top_groups", "tp", "ep"):
             self._require_whole(size, least=1)
         self._require_whole("shared_experts", least=0)
         if self.activation not in get_args(Activation):
@@ -79,6 +84,11 @@ class ModelShape:
             raise self._error(f"the scoring {self.scoring!r} is none of {', '.join(get_args(Scoring))}")
         if self.top_k > self.all_experts:
             raise self._error(f"each token picks top_k={self.top_k} experts, but there are only {self.all_experts}")
+        if self.all_experts % self.expert_groups or self.top_groups > self.expert_groups:
+            raise self._error(
+                f"expert_groups={self.expert_groups} must divide the {self.all_experts} experts, and hold at least "
+                f"top_groups={self.top_groups}"
+            )
         if self.moe_layers > self.layers:
             raise self._error(f"moe_layers={self.moe_layers} is more than layers={self.layers}")
         if self.heads % self.kv_heads:

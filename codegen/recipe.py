@@ -14,7 +14,7 @@ ABI_VERSION = 1
 """Of the C entry point that a ``host_so`` artifact exports (templates/shared/abi.jinja); the runtime refuses others."""
 
 Role = Literal["input", "weight", "output"]
-ValueCheck = Literal["none", "offsets", "index", "slot", "finite"]
+ValueCheck = Literal["none", "offsets", "index", "slot", "finite", "logits"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class TensorSpec:
     ``dims`` holds constants and size names; a size name takes its value where it first appears and must agree
     everywhere else. ``values`` names what the runtime checks of the data itself: ``offsets`` must not decrease, start
     at 0 and end at ``bound``; ``index`` must lie in [0, ``bound``); ``slot`` likewise, or be -1; ``finite`` must hold
-    no NaN or infinity. ``optional`` tensors may be None.
+    no NaN or infinity; ``logits`` no NaN and no +inf, and in every row (of the last dimension) a number above -inf.
+    ``optional`` tensors may be None.
     """
 
     name: str

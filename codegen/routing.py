@@ -90,6 +90,18 @@ class TokenOrder:
     """[tokens, top_k] The row that computes a token's j-th pick, or -1 where another rank does."""
 
 
+@dataclass(frozen=True, eq=False)
+class BlockOrder:
+    """Slots sorted by expert and padded, so that every block of rows belongs to one expert; as GPU kernels take it."""
+
+    sorted_slots: NDArray[np.int32]
+    """[padded] Slots (token * top_k + j) by expert, each expert's filled up to whole blocks with tokens * top_k."""
+    block_experts: NDArray[np.int32]
+    """[blocks] The expert of each block; 0 for those beyond the last."""
+    padded_rows: int
+    """How many entries of ``sorted_slots`` are in use."""
+
+
 def generate_topk_ids(spec: RoutingSpec, tokens: int, experts: int, top_k: int, seed: int) -> NDArray[np.int32]:
     """Experts that every token picks.
 
@@ -195,6 +207,34 @@ def sort_tokens(topk_ids: NDArray[np.int32], experts: int) -> TokenOrder:
         expert_offsets=np.concatenate(([0], np.cumsum(rows_of_expert))).astype(np.int32),
         slot_row=slot_row.reshape(topk_ids.shape),
     )
+
+
+def pad_blocks(order: TokenOrder, block_size: int, capacity: int) -> BlockOrder:
+    """Pad the rows of every expert to whole blocks.
+
+    Args:
+        order: of choices that all fall on this rank.
+        block_size: rows of a block.
+        capacity: length of ``sorted_slots``, a multiple of ``block_size``.
+
+    Raises:
+        TilewrightError: when the padded rows exceed ``capacity``.
+
+    """
+    slots = np.empty(order.slot_row.size, np.int32)
+    slots[order.slot_row.ravel()] = np.arange(slots.size, dtype=np.int32)
+    counts = np.diff(order.expert_offsets)
+    blocks = -(-counts // block_size)
+    padded_rows = int(blocks.sum()) * block_size
+    if padded_rows > capacity:
+        raise TilewrightError(f"{padded_rows} padded rows exceed the {capacity} that there is room for")
+    sorted_slots = np.full(capacity, slots.size, np.int32)
+    starts = np.cumsum(blocks * block_size) - blocks * block_size
+    shift = np.repeat(starts - order.expert_offsets[:-1], counts)
+    sorted_slots[np.arange(slots.size) + shift] = slots
+    block_experts = np.zeros(capacity // block_size, np.int32)
+    block_experts[: blocks.sum()] = np.repeat(np.arange(len(counts)), blocks)
+    return BlockOrder(sorted_slots, block_experts, padded_rows)
 
 
 def _unknown_routing(text: str) -> TilewrightError:

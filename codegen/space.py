@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self, overload
@@ -183,6 +183,12 @@ class Space(Sequence[Config]):
         )
         return cls(parameters, np.concatenate(blocks), removals)
 
+    def of_templates(self, templates: Collection[str]) -> "Space":
+        """Keep the configs of these templates of a union, with all its parameters."""
+        kept = np.array([value in templates for value in self.parameters[0].values])
+        removals = tuple(r for r in self.removals if r.constraint.rpartition("/")[0] in templates)
+        return Space(self.parameters, self.indices[kept[self.indices[:, 0]]], removals)
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -242,9 +248,19 @@ class Space(Sequence[Config]):
         own = {TEMPLATE: template, **config}
         return Config(own | {p.name: None for p in self.parameters if p.name not in own})
 
+    def summary(self) -> str:
+        """One line of text: the size, and what the constraints of each name removed in all templates together."""
+        removed: dict[str, int] = {}
+        for removal in self.removals:
+            name = removal.constraint.rpartition("/")[2]
+            removed[name] = removed.get(name, 0) + removal.count
+        why = ", ".join(f"{name} {count:,}" for name, count in removed.items() if count)
+        return f"{len(self):,} valid configs of {self.full_size:,}{f'; removed by {why}' if why else ''}"
+
     def describe(self) -> str:
         """Several lines of text: the size and what each constraint removed."""
-        sizes = " x ".join(f"{p.name} {len(p.values)}" for p in self.parameters if len(p.values) > 1)
+        used = [len(np.unique(column)) for column in self.indices.T]
+        sizes = " x ".join(f"{p.name} {count}" for p, count in zip(self.parameters, used, strict=True) if count > 1)
         lines = [f"{len(self):,} valid configs of {self.full_size:,} ({sizes or 'nothing varies'})"]
         width = max((len(r.constraint) for r in self.removals), default=0)
         lines += [f"  {r.constraint:<{width}}  removed {r.count:>9,}  {r.reason}".rstrip() for r in self.removals]

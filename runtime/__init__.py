@@ -15,14 +15,19 @@ from tilewright.runtime.calls import softmax_topk, sort_tokens
 from tilewright.runtime.experts import Experts
 from tilewright.runtime.explanation import Explanation, MemoryReport, MemoryUse
 from tilewright.runtime.functional import grouped_gemm, moe_down, moe_up
+from tilewright.runtime.gate import Gate, Gated
+from tilewright.runtime.gemm import PreparedGemm, prepare
 from tilewright.runtime.notices import TilewrightWarning
-from tilewright.runtime.prepared import PreparedGemm, live_prepared, prepare
+from tilewright.runtime.prepared import PreparedCall, live_prepared
 
 __all__ = [
     "Experts",
     "Explanation",
+    "Gate",
+    "Gated",
     "MemoryReport",
     "MemoryUse",
+    "PreparedCall",
     "PreparedGemm",
     "TilewrightWarning",
     "explain",

@@ -28,7 +28,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "uint8": torch.uint8,
 }
 
-_CHECKED_DTYPE = {"offsets": "int32", "index": "int32", "slot": "int32", "finite": "fp32"}
+_CHECKED_DTYPE = {"offsets": "int32", "index": "int32", "slot": "int32", "finite": "fp32", "logits": "fp32"}
 """The dtype that each check of values reads."""
 
 
@@ -58,7 +58,7 @@ class Binding:
     """One signature bound to its weights and kernels.
 
     ``name`` begins every message. ``bound`` maps tensor names to what was passed once: a tensor, an address, or None
-    for an absent optional one. ``fallback`` is called with the tensors of a call and must write the output.
+    for an absent optional one. ``fallback`` is called with the tensors of a call and must write the outputs.
 
     Raises:
         TilewrightError: when the parts do not fit together.
@@ -82,8 +82,10 @@ class Binding:
             raise TilewrightError(f"{self.name}: it has no tensor {min(unknown)!r} to bind")
         addresses = {spec.name: self._bound_address(spec) for spec in self.tensors if spec.name in self.bound}
         object.__setattr__(self, "addresses", addresses)
-        if [spec.role for spec in self.positional].count("output") != 1:
-            raise TilewrightError(f"{self.name}: a call needs exactly one output tensor that is passed with it")
+        if not self.outputs or any(spec.role == "output" for spec in self.tensors if spec.name in self.bound):
+            raise TilewrightError(f"{self.name}: a call needs an output, and every output must be passed with the call")
+        if absent := [self.positional[i].name for i in self.outputs if self.positional[i].optional]:
+            raise TilewrightError(f"{self.name}: the output {absent[0]} cannot be optional")
         for spec in self.tensors:
             if _CHECKED_DTYPE.get(spec.values, spec.dtype) != spec.dtype or spec.dtype not in TORCH_DTYPES:
                 raise TilewrightError(f"{self.name}: {spec.name} of {spec.dtype} cannot be checked as {spec.values!r}")
@@ -91,6 +93,8 @@ class Binding:
                 len(spec.dims) == 1 and isinstance(spec.dims[0], int) and spec.dims[0] > 0
             ):
                 raise TilewrightError(f"{self.name}: the offsets {spec.name} need a constant length")
+            if spec.values == "logits" and not (spec.dims and isinstance(spec.dims[-1], int) and spec.dims[-1] > 0):
+                raise TilewrightError(f"{self.name}: the rows of logits in {spec.name} need a constant length")
         required = {dim for spec in self.positional if not spec.optional for dim in spec.dims}
         if unset := [s for s in (*self.symbols, self.dynamic_size) if s not in required and s != THREADS]:
             raise TilewrightError(f"{self.name}: no tensor of a call tells the size {unset[0]!r}")
@@ -102,9 +106,9 @@ class Binding:
         return tuple(spec for spec in self.tensors if spec.name not in self.bound)
 
     @cached_property
-    def output_index(self) -> int:
-        """Position of the output among ``positional``."""
-        return next(i for i, spec in enumerate(self.positional) if spec.role == "output")
+    def outputs(self) -> tuple[int, ...]:
+        """Positions of the outputs among ``positional``."""
+        return tuple(i for i, spec in enumerate(self.positional) if spec.role == "output")
 
     @cached_property
     def symbols(self) -> tuple[str, ...]:

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilewright.codegen.ops.gating_signature import GatingSignature
 from tilewright.codegen.ops.moe_gemm_signature import Activation
 from tilewright.errors import TilewrightError
 from tilewright.runtime.calls import softmax_topk_into, sort_tokens_into
 from tilewright.runtime.explanation import Explanation
-from tilewright.runtime.fallback import spare_torch_threads
-from tilewright.runtime.plans import Database
-from tilewright.runtime.prepared import prepare
+from tilewright.runtime.gate import Gate
+from tilewright.runtime.gemm import prepare
+from tilewright.runtime.plain_torch import spare_torch_threads
+from tilewright.runtime.plans import Database, is_planned
 from tilewright.runtime.weights import checked_weight
 
 _REMEMBERED_SIZES = 64
@@ -101,6 +103,7 @@ class Experts:
             keep_weight=keep_weights,
         )
         self._call_up, self._call_down = self.up.call, self.down.call
+        self.gate = self._tuned_gate(threads, database)
         self._local = threading.local()
 
     def __call__(self, x: Tensor, router_logits: Tensor, out: Tensor | None = None) -> Tensor:
@@ -122,8 +125,18 @@ class Experts:
             )
         logits = _rows(router_logits, self.experts, "router_logits", "experts")
         buffers = self._buffers(logits.shape[0])
-        softmax_topk_into(logits, self.renormalize, buffers.topk_ids, buffers.topk_weights)
-        return self._compute(x, buffers.topk_ids, buffers.topk_weights, out)
+        if self.gate is None:
+            softmax_topk_into(logits, self.renormalize, buffers.topk_ids, buffers.topk_weights)
+            return self._compute(x, buffers.topk_ids, buffers.topk_weights, out)
+        self.gate.call(
+            logits,
+            buffers.topk_ids,
+            buffers.topk_weights,
+            buffers.expert_offsets,
+            buffers.row_token.view(-1, self.top_k),
+            buffers.slot_row,
+        )
+        return self._compute(x, buffers.topk_ids, buffers.topk_weights, out, sorted_rows=buffers.rows)
 
     def run(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute with experts that were chosen before.
@@ -151,7 +164,24 @@ class Experts:
         """What serves ``up`` and ``down``; see :meth:`tilewright.runtime.PreparedGemm.explain`."""
         return self.up.explain(), self.down.explain()
 
-    def _compute(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor | None) -> Tensor:
+    def _tuned_gate(self, threads: int | None, database: Database | None) -> Gate | None:
+        """What routes and sorts at once, where it was tuned for; else the runtime's own softmax and sort do."""
+        if self.all_experts != self.experts:
+            return None
+        signature = GatingSignature(experts=self.experts, top_k=self.top_k, renormalize=self.renormalize, order="rows")
+        if not is_planned(signature, database):
+            return None
+        return Gate.prepare(signature, {}, threads=threads, database=database)
+
+    def _compute(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        out: Tensor | None,
+        sorted_rows: int | None = None,
+    ) -> Tensor:
+        """``sorted_rows`` counts rows whose order is in the thread's buffers already."""
         flat = _rows(x, self.hidden, "x", "hidden")
         tokens = flat.shape[0]
         if topk_ids.shape[0] != tokens:
@@ -161,7 +191,9 @@ class Experts:
         flat_out = out if flat is x else self._flat_output(out, x)  # of a matrix, the call below checks the shape
         buffers = self._buffers(tokens)
         row_token, inner = buffers.row_token, buffers.inner
-        rows = sort_tokens_into(topk_ids, self.experts, row_token, buffers.expert_offsets, buffers.slot_row)
+        rows = sorted_rows
+        if rows is None:
+            rows = sort_tokens_into(topk_ids, self.experts, row_token, buffers.expert_offsets, buffers.slot_row)
         if rows < buffers.rows:  # some choices are on other ranks
             row_token, inner = row_token[:rows], inner[:rows]
         self._call_up(flat, row_token, buffers.expert_offsets, inner)

@@ -15,9 +15,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tilewright.codegen.ops.moe_gemm_signature import Activation, Stage
 from tilewright.errors import TilewrightError
+from tilewright.runtime.gemm import PreparedGemm, prepare
 from tilewright.runtime.locks import fork_safe_lock
 from tilewright.runtime.plans import Database
-from tilewright.runtime.prepared import PreparedGemm, prepare
 
 
 @dataclass(frozen=True)

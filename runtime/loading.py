@@ -19,6 +19,7 @@ from tilewright.codegen.recipe import ABI_VERSION
 from tilewright.errors import TilewrightError
 from tilewright.runtime.locks import fork_safe_lock
 from tilewright.tuning_db.integrity import DamagedArtifact, check_private
+from tilewright.tuning_db.locations import home_directory
 
 CACHE_VARIABLE = "TILEWRIGHT_CACHE"
 
@@ -60,7 +61,7 @@ def cache_directory() -> Path:
     if configured:
         return Path(configured).expanduser() / "artifacts"
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "tilewright" / "artifacts"
+    return (base if base.is_absolute() else home_directory() / ".cache") / "tilewright" / "artifacts"
 
 
 def load_artifact(checksum: str, read_bytes: Callable[[], bytes]) -> LoadedArtifact:

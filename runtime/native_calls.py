@@ -22,7 +22,7 @@ _DLPACK_DTYPES = {
     "int8": (_DLPACK_INT, 8),
     "uint8": (_DLPACK_UINT, 8),
 }
-_VALUE_CHECKS = {"none": 0, "offsets": 1, "index": 2, "slot": 3, "finite": 4}
+_VALUE_CHECKS = {"none": 0, "offsets": 1, "index": 2, "slot": 3, "finite": 4, "logits": 5}
 _POSITIONAL, _ADDRESS, _WORKSPACE, _SIZE = range(4)
 _LARGEST = (1 << 63) - 1
 
@@ -44,7 +44,7 @@ def describe(binding: Binding) -> tuple[Any, ...]:
         len(binding.symbols),
         binding.symbols.index(binding.dynamic_size),
         binding.symbols.index(THREADS),
-        binding.output_index,
+        binding.outputs,
         binding.threads,
         tuple(_tensor(binding, spec) for spec in binding.positional),
         tuple((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in bound_tensors),

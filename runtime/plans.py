@@ -14,7 +14,7 @@ from functools import partial
 from tilewright.codegen.archs import ARCHS, runs_on
 from tilewright.codegen.cpu_info import read_cpu_info
 from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.precisions import LOSSLESS
 from tilewright.codegen.recipe import ABI_VERSION, Argument, Recipe
 from tilewright.errors import TilewrightError
@@ -56,7 +56,7 @@ class SizeRange:
 class Resolution:
     """What serves a signature on this machine, and why."""
 
-    signature: MoeGemmSignature
+    signature: Signature
     device_key: str
     database: str
     plan: PlanRecord | None
@@ -73,22 +73,33 @@ class Resolution:
         return self.kernels[0].recipe.weight_layout if self.kernels else None
 
 
-def resolve(signature: MoeGemmSignature, threads: int, database: Database | None, max_error: float = 0.0) -> Resolution:
+def resolve(signature: Signature, threads: int, database: Database | None, max_error: float = 0.0) -> Resolution:
     """Find the plan for ``signature`` on this machine and load its kernels.
 
     ``database`` None means ``$TILEWRIGHT_DB``, else the user's own. Plans that bring a larger error than ``max_error``
     are left out. Of several plans for this device, those made with ``threads`` threads are taken, else those that come
     nearest, and of these the fastest.
     """
-    database = os.fspath(default_url() if database is None else database)
     device_key = read_cpu_info().key
     try:
+        database = os.fspath(default_url() if database is None else database)
         reader = Reader.open(database)
         plan = _choose_plan(reader.plans_for(signature.op, signature.key), device_key, threads, max_error)
     except TilewrightError as error:
         warn_once(f"{signature.describe()} is served by plain torch: {error}")
-        return Resolution(signature, device_key, database, None, (SizeRange(None, None, None, str(error)),))
+        return Resolution(signature, device_key, str(database), None, (SizeRange(None, None, None, str(error)),))
     return Resolution(signature, device_key, database, plan, _load_ranges(reader, plan, signature))
+
+
+def is_planned(signature: Signature, database: Database | None) -> bool:
+    """Whether the database holds a plan for ``signature`` on this machine; False, too, where it cannot be read."""
+    try:
+        plans = Reader.open(os.fspath(default_url() if database is None else database)).plans_for(
+            signature.op, signature.key
+        )
+    except TilewrightError:
+        return False
+    return any(plan.device_key == read_cpu_info().key for plan in plans)
 
 
 def _choose_plan(plans: Sequence[PlanRecord], device_key: str, threads: int, max_error: float) -> PlanRecord:
@@ -123,7 +134,7 @@ def _fastest(plans: Sequence[PlanRecord]) -> PlanRecord:
     return min(zip(plans, times, strict=True), key=cost)[0]
 
 
-def _load_ranges(reader: Reader, plan: PlanRecord, signature: MoeGemmSignature) -> tuple[SizeRange, ...]:
+def _load_ranges(reader: Reader, plan: PlanRecord, signature: Signature) -> tuple[SizeRange, ...]:
     """The plan's entries with their kernels loaded; torch where that fails, and beyond the end of the plan."""
     ranges: list[SizeRange] = []
     layouts: list[WeightLayout | None] = []
@@ -154,7 +165,7 @@ def _require_one_layout(layouts: Sequence[WeightLayout | None], kernel: LoadedKe
         )
 
 
-def _load_kernel(reader: Reader, key: str, signature: MoeGemmSignature) -> LoadedKernel:
+def _load_kernel(reader: Reader, key: str, signature: Signature) -> LoadedKernel:
     """The kernel ``key``, checked to fit this machine, this release and ``signature``, and loaded.
 
     Raises:

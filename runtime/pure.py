@@ -40,7 +40,7 @@ class PureCall:
         self.binding = binding
 
     def __call__(self, *tensors: Any) -> Any:
-        """Compute into the output, which is the one tensor of role ``output``, and return it.
+        """Compute into the tensors of role ``output`` and return them: one by itself, several as a tuple.
 
         Args:
             tensors: those that were not bound, in order: torch CPU tensors, or what ``torch.from_dlpack`` takes.
@@ -60,8 +60,7 @@ class PureCall:
         sizes = self._checked_sizes(unwrapped)
         self._check_values(unwrapped, sizes)
         self._check_overlap(unwrapped)
-        output = unwrapped[binding.output_index]
-        if output is not None and output.numel() > 0:
+        if any(output is not None and output.numel() > 0 for output in map(unwrapped.__getitem__, binding.outputs)):
             variant = binding.variant_for(sizes[binding.dynamic_size])
             reason = self._refusal(variant, unwrapped, sizes)
             if reason:
@@ -70,7 +69,8 @@ class PureCall:
                 binding.fallback(*unwrapped)
             else:
                 self._launch(variant, unwrapped, sizes)
-        return tensors[binding.output_index]
+        written = tuple(tensors[index] for index in binding.outputs)
+        return written if len(written) > 1 else written[0]
 
     def kernel_failed(self, code: int) -> None:
         """Report the error ``code`` of a kernel.
@@ -143,17 +143,15 @@ class PureCall:
                 )
 
     def _check_overlap(self, tensors: Sequence[Tensor | None]) -> None:
-        specs, output = self.binding.positional, tensors[self.binding.output_index]
-        others = [(spec, t) for spec, t in zip(specs, tensors, strict=True) if spec.role != "output"]
-        others += [
-            (spec, b) for spec in self.binding.tensors if isinstance(b := self.binding.bound.get(spec.name), Tensor)
-        ]
-        for spec, tensor in others:
-            if output is not None and tensor is not None and _share_memory(output, tensor):
-                name = specs[self.binding.output_index].name
-                raise TilewrightError(
-                    f"{self.binding.name}: {name} overlaps {spec.name} in memory; give it memory of its own"
-                )
+        passed = list(zip(self.binding.positional, tensors, strict=True))
+        bound = [(spec, self.binding.bound.get(spec.name)) for spec in self.binding.tensors]
+        for index in self.binding.outputs:
+            written, output = passed[index]
+            for spec, tensor in (*passed[:index], *passed[index + 1 :], *bound):
+                if output is not None and isinstance(tensor, Tensor) and _share_memory(output, tensor):
+                    raise TilewrightError(
+                        f"{self.binding.name}: {written.name} overlaps {spec.name} in memory; give it memory of its own"
+                    )
 
     def _refusal(self, variant: CallVariant | None, tensors: Sequence[Tensor | None], sizes: dict[str, int]) -> str:
         """Why no kernel may run on these tensors; empty when one may, or when the plan says torch."""
@@ -244,6 +242,11 @@ def _wrong_values(spec: TensorSpec, values: NDArray[Any], end: int) -> tuple[tup
         case "slot":
             wrong = (values < -1) | (values >= end)
             rule = f"an index from 0 to {end - 1} ({spec.bound} = {end}), or -1"
+        case "logits":
+            # A row is as large as its largest logit, and NaN where one is NaN.
+            largest = values.max(axis=-1, keepdims=True)
+            wrong = np.where(np.isfinite(largest), False, (values == largest) | np.isnan(values))
+            rule = "a number, or -inf in a row with other numbers"
         case _:
             wrong = ~np.isfinite(values)
             rule = "a finite number"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tilewright.codegen.expressions import IntExpr
 from tilewright.codegen.layouts import WeightLayout
 from tilewright.codegen.ops.base import Arrays
 from tilewright.codegen.recipe import ABI_VERSION, Recipe
@@ -101,49 +102,52 @@ def tensors_for(recipe: Recipe, weights: Arrays, inputs: Arrays) -> Arrays:
     return tensors
 
 
-def sizes_of(recipe: Recipe, inputs: Arrays, out_shape: tuple[int, ...]) -> dict[str, int]:
+def sizes_of(recipe: Recipe, inputs: Arrays, expected: Arrays) -> dict[str, int]:
     """Dynamic sizes of a call."""
     sizes: dict[str, int] = {}
     for spec in recipe.tensors:
-        if spec.role != "weight":
-            shape = out_shape if spec.role == "output" else inputs[spec.name].shape
+        if spec.role != "weight" and (spec.role == "output" or spec.name in inputs):
+            shape = (expected if spec.role == "output" else inputs)[spec.name].shape
             sizes |= {dim: size for dim, size in zip(spec.dims, shape, strict=True) if isinstance(dim, str)}
     return sizes
 
 
-def run_kernel(
-    path: Path, recipe: Recipe, tensors: Arrays, out_shape: tuple[int, ...], call: Call
-) -> NDArray[np.float32]:
-    """Output of one call; fails when the kernel wrote to anything else than its output and its workspace."""
+def run_kernel(path: Path, recipe: Recipe, tensors: Arrays, expected: Arrays, call: Call) -> Arrays:
+    """Outputs of one call, shaped like ``expected``; fails when the kernel wrote to anything else but its workspace."""
     library = ctypes.CDLL(str(path))
     assert library.tilewright_abi_version() == recipe.abi_version == ABI_VERSION
-    sizes = sizes_of(recipe, tensors, out_shape) | {"threads": call.threads}
+    sizes = sizes_of(recipe, tensors, expected) | {"threads": call.threads}
     workspace = Guarded(recipe.workspace_for(sizes))
     if recipe.workspace_zeroed:
         workspace.bytes[:] = 0
     buffers: dict[str, Guarded] = {}
     for spec in recipe.tensors:
         if spec.role == "output":
-            buffers[spec.name] = out = Guarded(int(np.prod(out_shape)) * DTYPES[spec.dtype].itemsize, skew=4)
+            buffers[spec.name] = Guarded(expected[spec.name].size * DTYPES[spec.dtype].itemsize, skew=4)
         elif spec.name in tensors:
             array = np.ascontiguousarray(tensors[spec.name], DTYPES[spec.dtype])
             # Packed weights are aligned; all else need not be aligned to more than its elements.
             buffer = Guarded(array.nbytes, skew=0 if spec.name == "weight" else 4)
             buffer.bytes[:] = array.reshape(-1).view(np.uint8)
             buffers[spec.name] = buffer
-    before = {name: buffer.bytes.tobytes() for name, buffer in buffers.items() if buffer is not out}
+    before = {name: buffers[name].bytes.tobytes() for name in buffers.keys() & tensors.keys()}
     (launch,) = recipe.launches
-    arguments = [
-        {"tensor": lambda s: buffers[s].address, "workspace": lambda _: workspace.address, "size": sizes.get}[a.kind](
-            a.source
-        )
-        for a in launch.arguments
-    ]
+    addresses = {name: buffer.address for name, buffer in buffers.items()}
+    value = {
+        "tensor": lambda name: addresses.get(name, 0),
+        "workspace": lambda _: workspace.address,
+        "size": lambda text: IntExpr(text).evaluate(sizes),
+    }
+    arguments = [value[argument.kind](argument.source) for argument in launch.arguments]
     host = Host(ABI_VERSION, call.threads, call.fork_address)
     status = getattr(library, launch.entry)(ctypes.byref(host), (ctypes.c_int64 * len(arguments))(*arguments))
     assert status == 0
     assert not workspace.touched(), f"{call.name}: wrote past {recipe.workspace_bytes} bytes of workspace"
     for name, buffer in buffers.items():
         assert not buffer.touched(), f"{call.name}: wrote beside {name}"
-        assert buffer is out or buffer.bytes.tobytes() == before[name], f"{call.name}: changed its input {name}"
-    return out.bytes.view(np.float32).reshape(out_shape)
+        assert name not in before or buffer.bytes.tobytes() == before[name], f"{call.name}: changed its input {name}"
+    return {
+        spec.name: buffers[spec.name].bytes.view(DTYPES[spec.dtype]).reshape(expected[spec.name].shape)
+        for spec in recipe.tensors
+        if spec.role == "output"
+    }

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from guarded_calls import DTYPES, POISON, sizes_of
-from numpy.typing import NDArray
 
 from tilewright.codegen.archs import Arch
 from tilewright.codegen.building.cpp import FLAGS
+from tilewright.codegen.expressions import IntExpr
 from tilewright.codegen.ops.base import Arrays
 from tilewright.codegen.recipe import Recipe
 
@@ -37,21 +37,20 @@ class Toolchain:
         assert done.returncode == 0, done.stderr
         return folder / "program"
 
-    def run(
-        self, program: Path, recipe: Recipe, tensors: Arrays, out_shape: tuple[int, ...], threads: int
-    ) -> NDArray[np.float32]:
-        """Output of one call; fails when the program says anything or ends badly."""
-        sizes = sizes_of(recipe, tensors, out_shape) | {"threads": threads}
+    def run(self, program: Path, recipe: Recipe, tensors: Arrays, expected: Arrays, threads: int) -> Arrays:
+        """Outputs of one call, shaped like ``expected``; fails when the program says anything or ends badly."""
+        sizes = sizes_of(recipe, tensors, expected) | {"threads": threads}
         specs = [spec for spec in recipe.tensors if spec.role == "output" or spec.name in tensors]
         buffers = {"": b"\xff" * recipe.workspace_for(sizes)}
         for spec in specs:
-            poison = np.full(int(np.prod(out_shape)) * DTYPES[spec.dtype].itemsize, POISON, np.uint8)
-            array = poison if spec.role == "output" else tensors[spec.name].astype(DTYPES[spec.dtype])
-            buffers[spec.name] = array.tobytes()
+            if spec.role == "output":
+                buffers[spec.name] = bytes([POISON]) * (expected[spec.name].size * DTYPES[spec.dtype].itemsize)
+            else:
+                buffers[spec.name] = tensors[spec.name].astype(DTYPES[spec.dtype]).tobytes()
         number = {name: index for index, name in enumerate(buffers)}
         (launch,) = recipe.launches
         arguments = [
-            (0, sizes[a.source]) if a.kind == "size" else (1, number[a.source if a.kind == "tensor" else ""])
+            (0, IntExpr(a.source).evaluate(sizes)) if a.kind == "size" else (1, number[a.source])
             for a in launch.arguments
         ]
         given, taken = program.with_name("input"), program.with_name("output")
@@ -61,10 +60,13 @@ class Toolchain:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
         assert (done.returncode, done.stdout + done.stderr) == (0, "")
         after = dict(zip(buffers, _split(taken.read_bytes(), [len(b) for b in buffers.values()]), strict=True))
-        (out,) = (spec for spec in specs if spec.role == "output")
         for spec in specs:
-            assert spec is out or after[spec.name] == buffers[spec.name], f"changed its input {spec.name}"
-        return np.frombuffer(after[out.name], DTYPES[out.dtype]).reshape(out_shape)
+            assert spec.role == "output" or after[spec.name] == buffers[spec.name], f"changed its input {spec.name}"
+        return {
+            spec.name: np.frombuffer(after[spec.name], DTYPES[spec.dtype]).reshape(expected[spec.name].shape)
+            for spec in specs
+            if spec.role == "output"
+        }
 
 
 def _numbers(*values: int) -> bytes:

@@ -6,7 +6,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil, log
@@ -25,24 +25,13 @@ from tilewright.codegen.precisions import LOSSLESS
 from tilewright.codegen.space import Config, Space
 from tilewright.tuner.evaluation.checking import PrecisionError
 from tilewright.tuner.evaluation.evaluator import CpuEvaluator
+from tilewright.tuner.finals import Finals, Probe, Verdict
 from tilewright.tuner.loop import Budget, Origin, ProblemResult, ProblemTuner
-from tilewright.tuner.plan import (
-    Final,
-    Layout,
-    Raced,
-    choose_layout,
-    decide,
-    distil,
-    kept,
-    priced,
-    race_configs,
-    race_finalists,
-    settle_layout,
-    sizes_between,
-)
+from tilewright.tuner.plan import Final, Layout, choose_layout, distil, kept, probe_sizes
 from tilewright.tuner.precision import FrontPoint, admit, front, layout_by_precision, storable
 from tilewright.tuner.progress import Progress
 from tilewright.tuner.search import Prior
+from tilewright.tuner.text import format_shape
 from tilewright.tuner.variants import Workshop
 from tilewright.tuning_db.records import DeviceRecord, PlanRecord, TrialRecord
 from tilewright.tuning_db.store import Store
@@ -57,10 +46,6 @@ _REFINE_SHARE = 0.25
 """Of the time, for the search within the layout."""
 _FINAL_SHARE = 0.25
 """Of the time, for the last race among the finalists."""
-_RACE_SHARE = 0.6
-"""Of the time for the finals, at the tuned sizes; the rest is for the noise and the sizes between."""
-_NOISE_S = 0.5
-"""Seconds for the race of a winner against itself."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +65,10 @@ class Request:
     seed: int
     resume: bool
     model: str
+    probes: int
+    """Sizes drawn at random at which a finished plan is raced against the default."""
+    templates: tuple[str, ...] = ()
+    """The only ones to search, beside the default config; empty: all."""
     precisions: tuple[str, ...] = (LOSSLESS,)
     """Of the weights; the lossless one is always tried, too."""
     max_error: float = 0.0
@@ -92,11 +81,21 @@ class SignatureReport:
 
     signature: Signature
     results: list[ProblemResult] = field(default_factory=list)
-    layout: Layout | None = None
-    finals: list[Final] = field(default_factory=list)
+    verdict: Verdict | None = None
     plan: PlanRecord | None = None
+    probes: list[Probe] = field(default_factory=list)
     front: list[FrontPoint] = field(default_factory=list)
     """Time against error, by rising error: a plan is stored for each."""
+
+    @property
+    def finals(self) -> tuple[Final, ...]:
+        """The verdict on every tuned size that has one."""
+        return self.verdict.finals if self.verdict else ()
+
+    @property
+    def layout(self) -> Layout | None:
+        """The weight layout of the plan."""
+        return self.verdict.layout if self.verdict else None
 
 
 @dataclass
@@ -131,6 +130,8 @@ class Campaign:
         self._progress = progress
         self._device_key = read_cpu_info().key
         self._builder = CppBuilder(request.arch)
+        self._errors: dict[tuple[str, str], PrecisionError] = {}
+        """What precisions cost, by signature key and precision: of those within the budget."""
 
     def run(self) -> Report:
         """Tune everything; interrupted, all finished trials are in the store already.
@@ -181,16 +182,14 @@ class Campaign:
         mine = SignatureReport(signature)
         workshop = Workshop(request.op, signature, request.arch, self._builder)
         origin = Origin(run_id, self._device_key, request.threads, request.seed, request.search)
-        self._progress.say(signature.describe())
+        self._progress.say(format_shape(signature.to_dict()))
         precisions = storable(request.precisions, request.op.precisions(signature), self._progress.say)
         with CpuEvaluator(
             request.op, signature, threads=request.threads, precisions=precisions, seed=request.seed
         ) as evaluator:
-            errors = {LOSSLESS: PrecisionError(0.0, 0.0)}
-            if len(precisions) > 1:
-                errors = admit(evaluator, problems, precisions, request.max_error, self._progress.say)
-            space = request.op.space(signature, request.arch, tuple(errors))
-            self._progress.say(space.describe().splitlines()[0])
+            admitted = self._admit(evaluator, problems, precisions)
+            space = request.op.space(signature, request.arch, request.templates, admitted)
+            self._progress.say(space.summary())
             make_tuner = partial(
                 ProblemTuner,
                 workshop=workshop,
@@ -211,10 +210,12 @@ class Campaign:
             if layout_key is not None:
                 if layout_key:
                     self._progress.say(f"searching on in one weight layout: {layout_key}")
-                within = self._of_layout(space, signature, layout_key)
+                # The default alone may read that layout, where its template is not searched.
+                within = self._of_layout(space, signature, layout_key) or space
                 remaining = _REFINE_SHARE / (_REFINE_SHARE + _FINAL_SHARE)
                 self._search(tuners, within, request.trials, _share(until, remaining))
-                self._finish(mine, errors, layout_key, tuners, make_tuner, evaluator, workshop, until)
+                finals = Finals(make_tuner, evaluator, self._progress, until=until)
+                self._finish(mine, layout_key, tuners, finals, workshop)
             spent = evaluator.spent
         report.build_s += sum(tuner.build_s for tuner in tuners)
         report.check_s += spent.checking_s
@@ -222,11 +223,19 @@ class Campaign:
         report.prepare_s += spent.preparing_s
         return mine
 
+    def _admit(self, evaluator: CpuEvaluator, problems: Sequence[Problem], precisions: Sequence[str]) -> list[str]:
+        """Precisions within the budget of errors."""
+        errors = {LOSSLESS: PrecisionError(0.0, 0.0)}
+        if len(precisions) > 1:
+            errors = admit(evaluator, problems, precisions, self._request.max_error, self._progress.say)
+        self._errors |= {(problems[0].signature.key, name): error for name, error in errors.items()}
+        return list(errors)
+
     def _search(self, tuners: Sequence[ProblemTuner], space: Space, trials: int, until: float) -> None:
         """Search every problem in turn, up to ``trials`` each; they share the time evenly."""
         for done, tuner in enumerate(tuners):
             problem = tuner.result.problem
-            self._progress.problem(problem_title(problem))
+            self._progress.problem(problem.title)
             budget = Budget(trials, _share(until, 1 / (len(tuners) - done)))
             siblings = [other.result for other in tuners if other is not tuner]
             tuner.search(space, budget, self._priors(problem, siblings))
@@ -238,110 +247,69 @@ class Campaign:
         return Space(space.parameters, space.indices[np.array(chosen)])
 
     def _finish(
-        self,
-        mine: SignatureReport,
-        errors: Mapping[str, PrecisionError],
-        layout_key: str,
-        tuners: Sequence[ProblemTuner],
-        make_tuner: Callable[[Problem], ProblemTuner],
-        evaluator: CpuEvaluator,
-        workshop: Workshop,
-        until: float,
+        self, mine: SignatureReport, layout_key: str, tuners: Sequence[ProblemTuner], finals: Finals, workshop: Workshop
     ) -> None:
-        """Race the finalists, settle the layout, and store the plans and the kernels that are worth keeping."""
+        """Race the finalists, store the plan and the kernels that are worth keeping, and probe the plan."""
         self._progress.say("finalists race again")
         op, signature, arch = self._request.op, mine.signature, self._request.arch
         # The default's layout is the one in which no size can be slower than the default.
         default_key = op.layout_key(signature, op.default_config(signature, arch), arch)
-        of_precisions = layout_by_precision(mine.results) if len(errors) > 1 else {}
-        layout_keys = list(dict.fromkeys([layout_key, default_key, *of_precisions.values()]))
-        raced = []
-        solved = [tuner for tuner in tuners if tuner.result.candidates]
-        for done, tuner in enumerate(solved):
-            seconds = _RACE_SHARE * (until - time.monotonic()) / (len(solved) - done)
-            raced.append(race_finalists(tuner, layout_keys, min(max(seconds, 1.0), 6.0)))
-            self._progress.raced(problem_title(tuner.result.problem), raced[-1])
-        mine.layout = settle_layout([each for each in raced if each]) if any(raced) else None
-        for tuner, each in zip(solved, raced, strict=True):
-            final = decide(each, mine.layout, evaluator, _NOISE_S) if each and mine.layout else None
-            if final is None:
-                continue
-            mine.finals.append(final)
-            fastest = kept(tuner.result, _KEPT_PER_PROBLEM)
-            self._keep(workshop, [final.winner.variant.config, *(c.config for c in fastest)])
-        decided = {final.problem.key for final in mine.finals}
+        of_precisions = layout_by_precision(mine.results)
+        mine.verdict = finals.run(tuners, list(dict.fromkeys([layout_key, default_key, *of_precisions.values()])))
+        decided = {final.problem.key: final for final in mine.finals}
         for tuner in tuners:
-            if tuner.result.problem.key not in decided:
-                title = problem_title(tuner.result.problem)
-                self._progress.say(f"{title}: no finalist was right; the plan leaves it out")
-        if mine.finals and mine.layout:
-            between = self._race_between(mine.finals, mine.layout, make_tuner, evaluator, until)
-            point = self._point(mine.finals, between, mine.layout, errors)
-            mine.plan = point.plan
-            others = [key for name, key in of_precisions.items() if name != point.precision]
-            mine.front = front([point, *self._other_points(raced, others, evaluator, workshop, errors)])
-            plans = [point.plan, *(other.plan for other in mine.front if other is not point)]
-            for plan in plans:
-                self._store.put_plan(plan)
+            final = decided.get(tuner.result.problem.key)
+            if final is None:
+                self._progress.say(f"{tuner.result.problem.title}: no finalist was right; the plan leaves it out")
+            else:
+                fastest = kept(tuner.result, _KEPT_PER_PROBLEM)
+                self._keep(workshop, [final.winner.variant.config, *(c.config for c in fastest)])
+        if not mine.verdict or not mine.finals:
+            return
+        mine.plan = self.store_plan(mine.verdict)
+        known = {final.problem.dynamic_size for final in (*mine.finals, *mine.verdict.between)}
+        sizes = probe_sizes(max(known), known, self._request.probes, self._request.seed)
+        mine.probes = finals.probe(mine.verdict, mine.plan, sizes)
+        others = [key for name, key in of_precisions.items() if name != mine.plan.precision]
+        verdicts = [verdict for key in others if (verdict := finals.within(key)) and verdict.finals]
+        mine.front = front([self._point(mine.verdict, mine.plan), *(self._point(v, self._plan(v)) for v in verdicts)])
+        for point in mine.front:
+            if point.precision != mine.plan.precision:
+                self._keep(workshop, [final.winner.variant.config for final in point.finals])
+                self._store.put_plan(point.plan)
 
-    def _point(
-        self, finals: Sequence[Final], between: Sequence[Final], layout: Layout, errors: Mapping[str, PrecisionError]
-    ) -> FrontPoint:
-        """The plan of one layout, with what its precision costs."""
-        precision = finals[0].winner.kernel.recipe.precision
-        plan = distil(
-            finals,
-            between,
-            layout,
+    def _point(self, verdict: Verdict, plan: PlanRecord) -> FrontPoint:
+        error = self._errors[plan.signature_key, plan.precision]
+        return FrontPoint(plan.precision, error, verdict.finals, plan)
+
+    def store_plan(self, verdict: Verdict, torch_us: Mapping[int, float] | None = None) -> PlanRecord:
+        """Store the plan that follows from ``verdict``, in place of an earlier one.
+
+        Args:
+            verdict: with at least one final.
+            torch_us: sizes at which plain torch is faster, with its time; torch serves them.
+
+        """
+        plan = self._plan(verdict, torch_us)
+        self._store.put_plan(plan)
+        return plan
+
+    def _plan(self, verdict: Verdict, torch_us: Mapping[int, float] | None = None) -> PlanRecord:
+        """The plan that follows from ``verdict``; see :meth:`store_plan`."""
+        final = verdict.finals[0]
+        precision = final.winner.kernel.recipe.precision
+        return distil(
+            verdict.finals,
+            verdict.between,
+            verdict.layout,
             op=self._request.op.name,
             device_key=self._device_key,
             threads=self._request.threads,
             model=self._request.model,
+            torch_us=torch_us,
             precision=precision,
-            error=errors[precision].relative,
+            error=self._errors[final.problem.signature.key, precision].relative,
         )
-        return FrontPoint(precision, errors[precision], tuple(finals), plan)
-
-    def _other_points(
-        self,
-        raced: Sequence[Raced | None],
-        layout_keys: Sequence[str],
-        evaluator: CpuEvaluator,
-        workshop: Workshop,
-        errors: Mapping[str, PrecisionError],
-    ) -> Iterator[FrontPoint]:
-        """Plans of the layouts that were not settled on, each the best of its precision."""
-        known = [each for each in raced if each]
-        for key in layout_keys:
-            if not all(each.fastest(key) for each in known):
-                continue
-            layout = priced(key, known)
-            finals = [final for each in known if (final := decide(each, layout, evaluator, _NOISE_S))]
-            self._keep(workshop, [final.winner.variant.config for final in finals])
-            yield self._point(finals, [], layout, errors)
-
-    def _race_between(
-        self,
-        finals: Sequence[Final],
-        layout: Layout,
-        make_tuner: Callable[[Problem], ProblemTuner],
-        evaluator: CpuEvaluator,
-        until: float,
-    ) -> list[Final]:
-        """Race the winners of the tuned sizes at the sizes between them, which they serve, too."""
-        known = {final.problem.dynamic_size: final.problem for final in finals}
-        winners = list(dict.fromkeys(final.winner.variant.config for final in finals))
-        sizes = sizes_between(sorted(known)) if len(winners) > 1 else []
-        between = []
-        for done, size in enumerate(sizes):
-            seconds = (until - time.monotonic()) / (len(sizes) - done) - _NOISE_S
-            tuner = make_tuner(next(iter(known.values())).with_size(size))
-            raced = race_configs(tuner, winners, min(max(seconds, 1.0), 3.0))
-            self._progress.raced(problem_title(tuner.result.problem), raced)
-            final = decide(raced, layout, evaluator, _NOISE_S) if raced else None
-            if final is not None:
-                between.append(final)
-        return between
 
     def _keep(self, workshop: Workshop, configs: Sequence[Config]) -> None:
         """Store kernels, source and bytes, so that they can be served and compared."""
@@ -359,7 +327,7 @@ class Campaign:
         size = problem.dynamic_size
         for result in sorted(siblings, key=lambda r: abs(log(r.problem.dynamic_size / size))):
             best = result.ranked()[:_PRIOR_CONFIGS]
-            yield Prior(problem_title(result.problem), tuple((c.config, c.time_us) for c in best))
+            yield Prior(result.problem.title, tuple((c.config, c.time_us) for c in best))
         seen = {result.problem.key for result in siblings}
         neighbours: dict[str, list[TrialRecord]] = {}
         known = self._store.neighbours(
@@ -379,12 +347,6 @@ def _share(until: float, share: float) -> float:
     """The moment at which ``share`` of the time from now to ``until`` is over."""
     now = time.monotonic()
     return now + max(0.0, until - now) * share
-
-
-def problem_title(problem: Problem) -> str:
-    """Short name of a problem for progress lines and tables."""
-    stage = getattr(problem.signature, "stage", problem.signature.op)
-    return f"{stage:5s} tokens={problem.dynamic_size:<5d}"
 
 
 def _by_signature(problems: Sequence[Problem]) -> Iterator[tuple[Signature, list[Problem]]]:

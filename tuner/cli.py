@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import signal
@@ -16,6 +17,8 @@ _COMMANDS = {
     "show": "what is known, for which device, how",
     "compare": "variants side by side",
     "doctor": "whether this machine can build, measure and store",
+    "pack": "one file with plans and their kernels, for deployment",
+    "export": "every trial as Optuna studies, for optuna-dashboard",
 }
 _INTERRUPTED = 130
 
@@ -23,24 +26,44 @@ _INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 1 for a failure, 2 for bad usage, 130 when interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    reads = words[:1] and words[0] in _COMMANDS
     try:
-        return _run(words)
+        code = _run(words)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except TilewrightError as error:
         print(f"tune: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ntune: interrupted; finished trials are kept, and --resume goes on from them", file=sys.stderr)
+        kept = "" if reads else "; finished trials are kept, and --resume goes on from them"
+        print(f"\ntune: interrupted{kept}", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output went away; nobody is left to be told.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"tune: {error.filename or 'the output'} cannot be written: {error.strerror}", file=sys.stderr)
+        _discard_output()
+        return 1
+    return code
+
+
+def _discard_output() -> None:
+    """Leave nothing that Python would try to write once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(words: list[str]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     if words and words[0] in _COMMANDS:
         return _run_command(words)
+    if words and not words[0].startswith("-"):
+        raise TilewrightError(
+            f"there is no command {words[0]!r}; there are {', '.join(_COMMANDS)}, and tune --arch A --op O"
+        )
     parser = argparse.ArgumentParser(
         prog="tune",
         description="Generate, compile, check, measure and store kernels for one op on one arch.",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -169,6 +170,12 @@ def priced(layout_key: str, raced: Sequence[Raced]) -> Layout:
     return Layout(layout_key, _geometric_mean(losses))
 
 
+def slower_than_default(raced: Raced, kernel_key: str) -> bool:
+    """Whether the kernel is slower than the default beyond the noise."""
+    mine = next((each for each in raced.right if each.built.variant.key == kernel_key), None)
+    return mine is None or clearly_slower(mine.samples_us, raced.default.samples_us, _TOLERATED)
+
+
 def decide(raced: Raced, layout: Layout, evaluator: CpuEvaluator, budget_s: float) -> Final | None:
     """The winner of one problem within ``layout``; None when the layout has no finalist that was right.
 
@@ -194,10 +201,13 @@ def distil(
     device_key: str,
     threads: int,
     model: str,
+    torch_us: Mapping[int, float] | None = None,
     precision: str = LOSSLESS,
     error: float = 0.0,
 ) -> PlanRecord:
     """Plan of one signature: each winner serves the sizes around the one that it won at.
+
+    Where plain torch is faster still, at the sizes of ``torch_us``, torch serves.
 
     ``finals`` are of the tuned sizes. ``between``, the sizes at which only the winners of those were raced, gets an
     entry of its own where neither neighbour won. From one size to the next the switch is at their geometric mean:
@@ -209,10 +219,11 @@ def distil(
     for final, following in zip(ordered, [*ordered[1:], None], strict=True):
         size = final.problem.dynamic_size
         bound = None if following is None else math.isqrt(size * following.problem.dynamic_size)
+        by_torch = None if torch_us is None else torch_us.get(size)
         entry = PlanEntry(
             max_tokens=bound,
-            kernel_key=final.winner.variant.key,
-            median_us=final.winner_us.median_us,
+            kernel_key=final.winner.variant.key if by_torch is None else None,
+            median_us=final.winner_us.median_us if by_torch is None else by_torch,
             default_us=final.default_us.median_us,
             tuned_tokens=size,
         )
@@ -239,6 +250,18 @@ def distil(
         precision=precision,
         error=error,
     )
+
+
+def probe_sizes(largest: int, known: Collection[int], count: int, seed: int) -> list[int]:
+    """Sizes in [1, largest] that are not ``known``, ascending; drawn so that every octave is as likely as any other."""
+    draw = random.Random(seed)
+    unknown = [size for size in range(1, largest + 1) if size not in known]
+    drawn: set[int] = set()
+    while len(drawn) < min(count, len(unknown)):
+        size = round(math.exp(draw.uniform(0, math.log(largest))))
+        if size not in known:
+            drawn.add(size)
+    return sorted(drawn)
 
 
 def kept(result: ProblemResult, count: int) -> list[Candidate]:

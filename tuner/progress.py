@@ -6,6 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, TextIO
 
+from tilewright.tuner.text import format_us
 from tilewright.tuning_db.records import Outcome
 
 if TYPE_CHECKING:
@@ -95,10 +96,3 @@ class Progress:
         if self._stream is not None:
             self._stream.write(text)
             self._stream.flush()
-
-
-def format_us(time_us: float) -> str:
-    """Time with three digits and a unit that fits it."""
-    if time_us < 1000:
-        return f"{time_us:.3g} us"
-    return f"{time_us / 1000:.3g} ms"

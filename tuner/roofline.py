@@ -76,6 +76,8 @@ def _build(folder: Path) -> Path:
         [find_compiler().command, "-std=c++17", "-O3", native, "-pthread", str(source), "-o", str(program)],
         _BUILD_TIMEOUT_S,
     )
+    if not program.exists():
+        raise TilewrightError(f"{find_compiler().command} built nothing; set $CXX to a C++ compiler, or unset it")
     return program
 
 
@@ -83,7 +85,7 @@ def _run(command: list[str], timeout_s: float) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout_s)
     except subprocess.CalledProcessError as error:
-        reason = error.stderr.strip() or f"it ended with status {error.returncode}"
+        reason = " ".join(error.stderr.split())[:500] or f"it ended with status {error.returncode}"
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = str(error)
     else:

@@ -14,14 +14,31 @@ ENVIRONMENT_VARIABLE = "TILEWRIGHT_DB"
 _SQLITE_URL = re.compile(r"sqlite(?:\+pysqlite)?://(?P<rest>.*)", re.DOTALL)
 
 
+def home_directory() -> Path:
+    """Return the user's home. Raises TilewrightError for a user without one, as containers may have."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = Path()
+    if not home.is_absolute():
+        raise TilewrightError(
+            f"this user has no home directory; set $HOME, or both ${ENVIRONMENT_VARIABLE} (a file) and "
+            "$TILEWRIGHT_CACHE (a directory)"
+        )
+    return home
+
+
 def user_data_path() -> Path:
-    """Return the path of the database in the platform's directory for a user's data."""
+    """Return the path of the database in the platform's directory for a user's data.
+
+    Raises TilewrightError where that is in the user's home and there is none.
+    """
     if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
+        base = home_directory() / "Library" / "Application Support"
     else:
         configured = os.environ.get("XDG_DATA_HOME", "")
         # The XDG specification says to ignore a relative path.
-        base = Path(configured) if Path(configured).is_absolute() else Path.home() / ".local" / "share"
+        base = Path(configured) if Path(configured).is_absolute() else home_directory() / ".local" / "share"
     return base / "tilewright" / "tuning.db"
 
 

@@ -10,6 +10,7 @@ from tilewright.tuning_db import codec
 from tilewright.tuning_db.integrity import verified
 from tilewright.tuning_db.models import Artifact, Device, Kernel, KernelArtifact, Plan, PlanEntry, Run, Trial
 from tilewright.tuning_db.records import (
+    ArtifactRecord,
     Counts,
     DeviceRecord,
     KernelRecord,
@@ -110,10 +111,10 @@ def kernel(session: Session, key: str) -> KernelRecord | None:
     return None
 
 
-def artifact(session: Session, checksum: str) -> bytes | None:
-    """Return the bytes with this sha256. Raises DamagedArtifact where the stored bytes have another."""
-    for row in _rows(session, select(Artifact.data).where(Artifact.checksum == checksum)):
-        return verified(checksum, row["data"])
+def artifact(session: Session, checksum: str) -> ArtifactRecord | None:
+    """Return the artifact with this sha256. Raises DamagedArtifact where the stored bytes have another."""
+    for row in _rows(session, _columns(Artifact).where(Artifact.checksum == checksum)):
+        return ArtifactRecord(checksum, row["kind"], row["abi_version"], verified(checksum, row["data"]))
     return None
 
 

@@ -182,8 +182,8 @@ class Store:
         """Return the kernel with this key."""
         return self._database.read(lambda session: queries.kernel(session, key))
 
-    def artifact(self, checksum: str) -> bytes | None:
-        """Return the bytes with this sha256. Raises DamagedArtifact where the stored bytes have another."""
+    def artifact(self, checksum: str) -> ArtifactRecord | None:
+        """Return the artifact with this sha256. Raises DamagedArtifact where the stored bytes have another."""
         return self._database.read(lambda session: queries.artifact(session, checksum))
 
     def plans(self, **where: Unpack[PlanFilter]) -> list[PlanRecord]:

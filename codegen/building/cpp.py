@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -38,6 +40,8 @@ FLAGS = (
 
 CPU_LIMIT_S = 60
 MEMORY_LIMIT_KIB = 4 << 20
+_DRAFT = "build-"
+"""How the names of folders begin in which something is being built."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,13 @@ class Build:
 
 def cache_directory() -> Path:
     """Where built kernels are kept: ``$TILEWRIGHT_CACHE``, or the user's cache directory."""
-    configured = os.environ.get("TILEWRIGHT_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(configured) if configured else base / "tilewright"
+    configured, base = os.environ.get("TILEWRIGHT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if configured:
+        return Path(configured)
+    try:
+        return Path(base or Path.home() / ".cache") / "tilewright"
+    except RuntimeError as error:
+        raise TilewrightError("this user has no home directory; set $TILEWRIGHT_CACHE to a directory") from error
 
 
 def find_compiler(environment: dict[str, str] | None = None) -> Compiler:
@@ -134,6 +142,14 @@ class CppBuilder:
                 f"cannot keep built kernels in {self.directory} ({error.strerror}); "
                 "set $TILEWRIGHT_CACHE to a directory that can be written"
             ) from error
+        self._remove_abandoned()
+
+    def _remove_abandoned(self) -> None:
+        """Remove what builds of killed processes left: folders older than any build may take."""
+        for folder in self.directory.glob(f"{_DRAFT}*"):
+            with contextlib.suppress(FileNotFoundError):  # another process removes them, too
+                if time.time() - folder.stat().st_mtime > 4 * CPU_LIMIT_S:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def toolchain(self) -> str:
@@ -174,7 +190,7 @@ class CppBuilder:
         path = self.path_for(source)
         if path.exists():
             return Build(path, "", 0.0)
-        with tempfile.TemporaryDirectory(dir=self.directory, prefix="build-") as folder:
+        with tempfile.TemporaryDirectory(dir=self.directory, prefix=_DRAFT) as folder:
             code, made = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
             code.write_text(source)
             message, cpu_s = self._compile(code, made, stop)
@@ -211,6 +227,12 @@ class CppBuilder:
             return f"{self.compiler.version} was stopped after {CPU_LIMIT_S} s of CPU time", cpu_s
         if status != 0 or not made.exists():
             text = log.read_text(errors="replace").replace(str(code), "kernel.cpp")[:2000].strip()
+            if os.strerror(errno.ENOSPC) in text:
+                # No fault of the variant's, and nothing to remember of it.
+                raise TilewrightError(
+                    f"no space is left for {self.compiler.version} to build kernels in {self.directory} or the folder "
+                    "of temporary files; free some, or set $TILEWRIGHT_CACHE or $TMPDIR to another disk"
+                )
             return f"{self.compiler.version} failed (status {status}): {text or 'it said nothing'}", cpu_s
         return "", cpu_s
 

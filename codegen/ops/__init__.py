@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from tilewright.codegen.ops.base import OpDeclaration
+from tilewright.codegen.ops.gating import Gating
 from tilewright.codegen.ops.moe_gemm import MoeGemm
 from tilewright.errors import TilewrightError
 
-OPS: dict[str, OpDeclaration[Any, Any]] = {op.name: op for op in (MoeGemm(),)}
+OPS: dict[str, OpDeclaration[Any, Any]] = {op.name: op for op in (MoeGemm(), Gating())}
 
 
 def find_op(name: str) -> OpDeclaration[Any, Any]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.archs import Arch
@@ -18,6 +17,7 @@ from tilewright.codegen.precisions import LOSSLESS, PRECISIONS
 from tilewright.codegen.recipe import Recipe, TensorSpec
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.codegen.space import Config, Space
+from tilewright.errors import TilewrightError
 
 Arrays = dict[str, NDArray[Any]]
 """Tensors of one call by name; optional ones that are absent are left out."""
@@ -50,9 +50,19 @@ class Problem:
         changes: dict[str, Any] = {self.size_field: size}
         return replace(self, **changes)
 
+    @property
+    def output_sizes(self) -> Mapping[str, int]:
+        """Sizes by name that no input shows: lengths of outputs that hold as much as the data may need."""
+        return {}
+
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON."""
         raise NotImplementedError
+
+    @property
+    def title(self) -> str:
+        """Short name for progress lines."""
+        return f"{self.signature.title} {self.signature.dynamic_size}={self.dynamic_size:<5d}"
 
     @property
     def key(self) -> str:
@@ -77,6 +87,10 @@ class Template(Generic[S]):
     recipe: Callable[[S, Config, Arch], Recipe]
     context: Callable[[S, Config, Arch], dict[str, Any]]
     """What the Jinja file needs beside ``signature``, ``config`` and ``arch``."""
+    applies: Callable[[S, Arch], bool] = lambda _signature, _arch: True
+    """Whether the algorithm can compute a signature at all; where not, there is no space."""
+    label: tuple[str, ...] = ()
+    """Knobs whose values tell its kernels apart in a table, beside the template's name."""
     precisions: tuple[str, ...] = ()
     """That it can read weights in (codegen/precisions.py); empty: only as the op declares them."""
 
@@ -99,6 +113,8 @@ class OpDeclaration(ABC, Generic[S, P]):
 
     name: ClassVar[str]
     templates: ClassVar[tuple[Template[Any], ...]]
+    problem_example: ClassVar[str]
+    """A text that :meth:`parse_problem` understands, for messages."""
 
     @abstractmethod
     def signatures(self, model: ModelShape) -> tuple[S, ...]:
@@ -140,9 +156,9 @@ class OpDeclaration(ABC, Generic[S, P]):
 
         """
 
-    @abstractmethod
     def tensors(self, signature: S) -> tuple[TensorSpec, ...]:
         """Tensors of a call, in the order in which callers pass them."""
+        return signature.tensors()
 
     @abstractmethod
     def weights(self, signature: S, seed: int) -> Arrays:
@@ -153,12 +169,12 @@ class OpDeclaration(ABC, Generic[S, P]):
         """Realistic tensors of the other inputs; the same for the same seed."""
 
     @abstractmethod
-    def reference(self, signature: S, weights: Arrays, inputs: Arrays) -> NDArray[np.float64]:
-        """The result in float64, in the shape of the output tensor."""
+    def reference(self, signature: S, weights: Arrays, inputs: Arrays) -> Arrays:
+        """Every output by name, in the shape of its tensor: floats in float64, integers as they must be."""
 
     @abstractmethod
     def tolerance(self, signature: S) -> float:
-        """Largest allowed relative error: max |out - reference| / max |reference|."""
+        """Largest allowed relative error of a float output: max |out - reference| / max |reference|."""
 
     @abstractmethod
     def workload(self, problem: P, inputs: Arrays) -> Workload:
@@ -178,29 +194,51 @@ class OpDeclaration(ABC, Generic[S, P]):
         weight = packable(self.tensors(signature))
         return {name: PRECISIONS[name].refusal(int(weight.dims[2])) for name in names} if weight else {}
 
-    def space(self, signature: S, arch: Arch, precisions: Sequence[str] = (LOSSLESS,)) -> Space:
+    def templates_for(self, signature: S, arch: Arch) -> tuple[Template[Any], ...]:
+        """Templates for ``arch`` that can compute ``signature``."""
+        return tuple(t for t in self.templates if arch.family in t.families and t.applies(signature, arch))
+
+    def space(
+        self, signature: S, arch: Arch, templates: Collection[str] = (), precisions: Sequence[str] = (LOSSLESS,)
+    ) -> Space:
         """Every valid config of every template for ``arch``, the template's name being a parameter.
 
-        Args:
-            signature: of the kernels.
-            arch: of the kernels.
-            precisions: that weights may be stored in; a knob of the templates that know several.
+        ``templates`` restricts it to those, by their full names. Knobs stay those of all templates, so that a config
+        is the same config in the whole space and in a part of it. ``precisions`` are what weights may be stored in; a
+        knob of the templates that know several.
 
         Raises:
             TilewrightError: when no template stores the signature's weights in one of ``precisions``.
 
         """
         spaces = {}
-        for template in self.templates:
-            if arch.family not in template.families:
-                continue
-            if template.precisions:
-                known = tuple(name for name in precisions if name in template.precisions)
-                if known:
-                    spaces[template.name] = template.space(signature, arch, known)
-            elif LOSSLESS in precisions:
-                spaces[template.name] = template.space(signature, arch)
-        return Space.union(spaces)
+        for template in self.templates_for(signature, arch):
+            known = tuple(name for name in precisions if name in (template.precisions or (LOSSLESS,)))
+            if known:
+                spaces[template.name] = (
+                    template.space(signature, arch, known) if template.precisions else template.space(signature, arch)
+                )
+        union = Space.union(spaces)
+        return union.of_templates(templates) if templates else union
+
+    def template_names(self, asked: Iterable[str], arch: Arch) -> tuple[str, ...]:
+        """Full names (``op/file``) of the templates that users call by it, or by ``file`` alone.
+
+        Raises:
+            TilewrightError: for one that the op does not have, or not for ``arch``.
+
+        """
+        full = {spelling: t.name for t in self.templates for spelling in (t.name, t.name.removeprefix(f"{self.name}/"))}
+        here = [t.name for t in self.templates if arch.family in t.families]
+        known = ", ".join(name.removeprefix(f"{self.name}/") for name in here) or "none"
+        for name in asked:
+            if name not in full:
+                raise TilewrightError(f"{self.name} has no template {name!r}; its templates for {arch.name}: {known}")
+            if full[name] not in here:
+                raise TilewrightError(
+                    f"template {name!r} of {self.name} is not for {arch.name}; its templates for that: {known}"
+                )
+        return tuple(dict.fromkeys(full[name] for name in asked))
 
     def layout_key(self, signature: S, config: Config, arch: Arch) -> str:
         """Name of the weight layout that the config's kernel reads; empty where weights are not packed."""
@@ -210,3 +248,8 @@ class OpDeclaration(ABC, Generic[S, P]):
     def template(self, config: Config) -> Template[Any]:
         """Template that ``config`` belongs to."""
         return next(t for t in self.templates if t.name == config["template"])
+
+    def label(self, config: Config) -> str:
+        """``config`` in a few characters, for tables: its template and that template's telling knobs."""
+        template = self.template(config)
+        return " ".join([template.name.rpartition("/")[2], *(f"{knob}={config[knob]}" for knob in template.label)])

@@ -24,7 +24,7 @@ from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops import moe_gemm_cpu
 from tilewright.codegen.ops.base import Arrays, OpDeclaration, Problem, Template, Workload
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.recipe import TensorSpec
+from tilewright.codegen.recorded_routing import read_recorded_ids
 from tilewright.codegen.routing import (
     RoutingSpec,
     TokenOrder,
@@ -86,6 +86,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
 
     name: ClassVar[str] = "moe_gemm"
     templates: ClassVar[tuple[Template[Any], ...]] = moe_gemm_cpu.TEMPLATES
+    problem_example: ClassVar[str] = "experts=8,n=2048,k=1024,top_k=2"
 
     def signatures(self, model: ModelShape) -> tuple[MoeGemmSignature, ...]:
         """``up`` with the activation fused, then ``down``, of one expert layer."""
@@ -112,8 +113,14 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
     def problem(
         self, signature: MoeGemmSignature, tokens: int, routing: RoutingSpec, model: ModelShape | None = None
     ) -> MoeGemmProblem:
-        """Problem of ``tokens`` tokens, routed over all experts of ``model`` (of the signature, without one)."""
-        return MoeGemmProblem(signature, tokens, routing, model.all_experts if model else signature.experts)
+        """Problem of ``tokens`` tokens, routed over all experts of ``model`` (of the signature, without one).
+
+        Recorded routing that does not fit is refused here, not when a run has begun.
+        """
+        problem = MoeGemmProblem(signature, tokens, routing, model.all_experts if model else signature.experts)
+        if routing.path is not None:
+            read_recorded_ids(routing.path, problem.all_experts, signature.top_k)
+        return problem
 
     def problem_from_dict(self, fields: Mapping[str, Any]) -> MoeGemmProblem:
         """Problem from its JSON form."""
@@ -127,10 +134,6 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         values = dict(fields)
         tokens = _whole("tokens", values.pop("tokens", "1"))
         return self.problem(MoeGemmSignature.parse(values), tokens, routing)
-
-    def tensors(self, signature: MoeGemmSignature) -> tuple[TensorSpec, ...]:
-        """Tensors of a call; see the module's docstring for what they mean."""
-        return signature.tensors()
 
     def weights(self, signature: MoeGemmSignature, seed: int) -> Arrays:
         """Normal weights scaled so that outputs are of the inputs' magnitude, and a small bias."""
@@ -168,7 +171,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
             arrays["topk_weights"] = generate_topk_weights(topk_ids, seed)
         return arrays
 
-    def reference(self, signature: MoeGemmSignature, weights: Arrays, inputs: Arrays) -> NDArray[np.float64]:
+    def reference(self, signature: MoeGemmSignature, weights: Arrays, inputs: Arrays) -> Arrays:
         """The result in float64, computed by plain torch."""
         import torch
 
@@ -196,11 +199,11 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
                 product = act * up
             rows[begin:end] = product
         if signature.stage != "down":
-            return rows.numpy()
+            return {"out": rows.numpy()}
         slots = torch.from_numpy(inputs["slot_row"]).long()
         scale = torch.from_numpy(inputs["topk_weights"]).double() * (slots >= 0)
         picked = rows[slots.clamp(min=0)] if len(rows) else rows.new_zeros(*slots.shape, signature.n)
-        return torch.einsum("tj,tjn->tn", scale, picked).numpy()
+        return {"out": torch.einsum("tj,tjn->tn", scale, picked).numpy()}
 
     def tolerance(self, signature: MoeGemmSignature) -> float:
         """Fp32 sums of k terms in any order: the error grows like sqrt(k) rounding steps."""

@@ -315,7 +315,13 @@ def default_config(signature: MoeGemmSignature, arch: Arch) -> Config:
     return Space.union(spaces).lift(BLOCKED, own)
 
 
+_LABEL = ("precision", "block_rows", "streams", "vectors")
+
 TEMPLATES = (
-    Template(BLOCKED, "cpp", ("cpu",), _blocked_space, _layout, _recipe, _context, tuple(PRECISIONS)),
-    Template(STREAM, "cpp", ("cpu",), _stream_space, _layout, _recipe, _context, tuple(PRECISIONS)),
+    Template(
+        BLOCKED, "cpp", ("cpu",), _blocked_space, _layout, _recipe, _context, label=_LABEL, precisions=tuple(PRECISIONS)
+    ),
+    Template(
+        STREAM, "cpp", ("cpu",), _stream_space, _layout, _recipe, _context, label=_LABEL, precisions=tuple(PRECISIONS)
+    ),
 )

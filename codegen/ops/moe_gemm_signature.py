@@ -112,6 +112,11 @@ class MoeGemmSignature(Signature):
         return cls(**typed)
 
     @property
+    def title(self) -> str:
+        """The op and its stage."""
+        return f"{self.op} {self.stage}"
+
+    @property
     def halves(self) -> int:
         """2 when every output column needs a gate and an up column."""
         return 1 if self.activation == "none" else 2

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from tilewright.codegen.recipe import TensorSpec
+
 
 def stable_key(fields: Mapping[str, Any]) -> str:
     """Short identity of JSON-able fields: equal fields, equal key, on any machine."""
@@ -20,6 +22,20 @@ class Signature:
     """Static part of a problem, that a kernel is compiled for. Subclassed by every op."""
 
     op: ClassVar[str]
+
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """Tensors of a call, in the order in which callers pass them."""
+        raise NotImplementedError
+
+    @property
+    def dynamic_size(self) -> str:
+        """Name of the size by which plans pick a kernel."""
+        raise NotImplementedError
+
+    @property
+    def title(self) -> str:
+        """The op and what of it, in a word or two: begins messages and lines of progress."""
+        return self.op
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON, the op's name among them."""

@@ -99,19 +99,42 @@ static tw_range range_of(const call_frame *frame, int i) {
 
 static bool overlap(tw_range a, tw_range b) { return a.begin < b.end && b.begin < a.end; }
 
-static bool output_is_apart(const tw_description *d, const call_frame *frame) {
-    tw_range output = range_of(frame, d->output);
-    for (int i = 0; i < d->tensor_count; i++) {
-        if (i != d->output && frame->present[i] && overlap(output, range_of(frame, i))) {
-            return false;
+static bool outputs_are_apart(const tw_description *d, const call_frame *frame) {
+    for (int o = 0; o < d->output_count; o++) {
+        tw_range output = range_of(frame, d->outputs[o]);
+        for (int i = 0; i < d->tensor_count; i++) {
+            if (i != d->outputs[o] && frame->present[i] && overlap(output, range_of(frame, i))) {
+                return false;
+            }
         }
-    }
-    for (int i = 0; i < d->range_count; i++) {
-        if (overlap(output, d->ranges[i])) {
-            return false;
+        for (int i = 0; i < d->range_count; i++) {
+            if (overlap(output, d->ranges[i])) {
+                return false;
+            }
         }
     }
     return true;
+}
+
+/* Whether there is nothing to compute. */
+static bool outputs_are_empty(const tw_description *d, const call_frame *frame) {
+    int64_t elements = 0;
+    for (int o = 0; o < d->output_count; o++) {
+        elements += frame->elements[d->outputs[o]];
+    }
+    return elements == 0;
+}
+
+/* What a call returns: its output, or the tuple of several. */
+static PyObject *outputs_of(const tw_description *d, PyObject *const *args) {
+    if (d->output_count == 1) {
+        return Py_NewRef(args[d->outputs[0]]);
+    }
+    PyObject *tuple = PyTuple_New(d->output_count);
+    for (int o = 0; o < d->output_count && tuple != NULL; o++) {
+        PyTuple_SET_ITEM(tuple, o, Py_NewRef(args[d->outputs[o]]));
+    }
+    return tuple;
 }
 
 static bool values_fit(const tw_description *d, const call_frame *frame) {
@@ -127,6 +150,7 @@ static bool values_fit(const tw_description *d, const call_frame *frame) {
         }
         bool fits = rule->values == TW_OFFSETS  ? count > 0 && tw_are_offsets(data, count, end)
                     : rule->values == TW_FINITE ? tw_are_finite(data, count)
+                    : rule->values == TW_LOGITS ? tw_are_logits(data, count, rule->dims[rule->ndim - 1])
                                                 : tw_are_within(data, count, rule->values == TW_SLOT ? -1 : 0, end);
         if (!fits) {
             return false;
@@ -212,7 +236,7 @@ static launch_result launch(const tw_description *d, const call_frame *frame, in
 /* Everything before the launch. False: the twin must look at it. */
 static bool prepare(const tw_description *d, PyObject *const *args, call_frame *frame) {
     return unwrap(d, args, frame) && grad_is_off(d, args, frame) && metadata_fits(d, frame) &&
-           output_is_apart(d, frame) && values_fit(d, frame) && choose(d, frame);
+           outputs_are_apart(d, frame) && values_fit(d, frame) && choose(d, frame);
 }
 
 static PyObject *call(PyObject *self, PyObject *const *args, size_t nargsf, PyObject *keywords) {
@@ -222,12 +246,12 @@ static PyObject *call(PyObject *self, PyObject *const *args, size_t nargsf, PyOb
         call_frame frame;
         int32_t code = 0;
         if (prepare(d, args, &frame)) {
-            if (frame.elements[d->output] == 0) {
-                return Py_NewRef(args[d->output]);
+            if (outputs_are_empty(d, &frame)) {
+                return outputs_of(d, args);
             }
             switch (launch(d, &frame, &code)) {
             case RAN:
-                return Py_NewRef(args[d->output]);
+                return outputs_of(d, args);
             case FAILED:
                 return PyObject_CallMethod(bound->twin, "kernel_failed", "i", code);
             case NOT_RUN:
@@ -278,7 +302,7 @@ static PyObject *stage_times(PyObject *self, PyObject *args) {
     bool ok = true;
     TIME_STAGE(unwrap(d, items, &frame));
     TIME_STAGE(grad_is_off(d, items, &frame));
-    TIME_STAGE(metadata_fits(d, &frame) && output_is_apart(d, &frame));
+    TIME_STAGE(metadata_fits(d, &frame) && outputs_are_apart(d, &frame));
     TIME_STAGE(values_fit(d, &frame));
     TIME_STAGE(choose(d, &frame));
     TIME_STAGE(release_gil());

@@ -157,10 +157,28 @@ static int parse_ranges(tw_description *description, PyObject *tuple) {
     return 0;
 }
 
+/* Positions of the outputs; the tensors were counted before. */
+static int parse_outputs(tw_description *description, PyObject *tuple) {
+    if ((description->output_count = length_of(tuple, TW_MAX_TENSORS)) < 0) {
+        return -1;
+    }
+    for (int i = 0; i < description->output_count; i++) {
+        long position = PyLong_AsLong(PyTuple_GET_ITEM(tuple, i));
+        if (position < 0 || position >= description->tensor_count) {
+            if (!PyErr_Occurred()) {
+                PyErr_SetString(PyExc_ValueError, "an output has no position among the tensors");
+            }
+            return -1;
+        }
+        description->outputs[i] = (int)position;
+    }
+    return 0;
+}
+
 int tw_description_parse(tw_description *description, PyObject *tuple) {
-    PyObject *tensors, *ranges, *variants;
-    if (!PyArg_ParseTuple(tuple, "iiiiiOOO", &description->symbol_count, &description->dynamic_symbol,
-                          &description->threads_symbol, &description->output, &description->threads, &tensors, &ranges,
+    PyObject *outputs, *tensors, *ranges, *variants;
+    if (!PyArg_ParseTuple(tuple, "iiiOiOOO", &description->symbol_count, &description->dynamic_symbol,
+                          &description->threads_symbol, &outputs, &description->threads, &tensors, &ranges,
                           &variants)) {
         return -1;
     }
@@ -170,7 +188,8 @@ int tw_description_parse(tw_description *description, PyObject *tuple) {
         return -1;
     }
     if ((description->tensor_count = length_of(tensors, TW_MAX_TENSORS)) < 0 ||
-        (description->variant_count = length_of(variants, 4096)) < 0 || parse_ranges(description, ranges) != 0) {
+        (description->variant_count = length_of(variants, 4096)) < 0 || parse_ranges(description, ranges) != 0 ||
+        parse_outputs(description, outputs) != 0) {
         return -1;
     }
     for (int i = 0; i < description->tensor_count; i++) {

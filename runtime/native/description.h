@@ -11,7 +11,7 @@
 
 enum { TW_MAX_TENSORS = 16, TW_MAX_DIMS = 6, TW_MAX_SYMBOLS = 16, TW_MAX_ARGUMENTS = 32 };
 
-typedef enum { TW_ANY, TW_OFFSETS, TW_INDEX, TW_SLOT, TW_FINITE } tw_value_check;
+typedef enum { TW_ANY, TW_OFFSETS, TW_INDEX, TW_SLOT, TW_FINITE, TW_LOGITS } tw_value_check;
 typedef enum { TW_POSITIONAL, TW_ADDRESS, TW_WORKSPACE, TW_SIZE } tw_argument_kind;
 
 /* What a tensor of a call must be. */
@@ -24,7 +24,7 @@ typedef struct {
     int64_t dims[TW_MAX_DIMS]; /* a constant, or -1 - index of a symbol */
 } tw_tensor_rule;
 
-/* Memory of a tensor that is passed once, which the output must not touch. */
+/* Memory of a tensor that is passed once, which outputs must not touch. */
 typedef struct {
     uintptr_t begin, end;
 } tw_range;
@@ -58,7 +58,8 @@ typedef struct {
 
 typedef struct {
     int tensor_count, symbol_count, variant_count, range_count;
-    int dynamic_symbol, threads_symbol, output;
+    int dynamic_symbol, threads_symbol;
+    int output_count, outputs[TW_MAX_TENSORS]; /* positions */
     int32_t threads;
     tw_tensor_rule tensors[TW_MAX_TENSORS];
     tw_range ranges[TW_MAX_TENSORS];

@@ -2,6 +2,10 @@
 
 #include "values.h"
 
+#include <math.h>
+
+#define LANES 16
+
 TW_WIDEST bool tw_are_offsets(const int32_t *values, int64_t count, int64_t end) {
     int32_t decreases = 0;
     for (int64_t i = 1; i < count; i++) {
@@ -23,6 +27,35 @@ TW_WIDEST bool tw_are_within(const int32_t *values, int64_t count, int64_t lowes
         outside |= (uint32_t)values[i] - base >= limit;
     }
     return !outside;
+}
+
+/* Over each row: 0 * largest is NaN for an infinity, and a NaN anywhere differs from itself. */
+TW_WIDEST bool tw_are_logits(const float *values, int64_t count, int64_t row) {
+    int32_t found = 0;
+    for (int64_t start = 0; start < count; start += row) {
+        const float *logits = values + start;
+        float lanes[LANES], largest;
+        int64_t i = 0;
+        for (int l = 0; l < LANES; l++) {
+            lanes[l] = -INFINITY;
+        }
+        for (; i + LANES <= row; i += LANES) {
+            for (int l = 0; l < LANES; l++) {
+                found |= logits[i + l] != logits[i + l];
+                lanes[l] = logits[i + l] > lanes[l] ? logits[i + l] : lanes[l];
+            }
+        }
+        largest = lanes[0];
+        for (int l = 1; l < LANES; l++) {
+            largest = lanes[l] > largest ? lanes[l] : largest;
+        }
+        for (; i < row; i++) {
+            found |= logits[i] != logits[i];
+            largest = logits[i] > largest ? logits[i] : largest;
+        }
+        found |= largest * 0.0f != 0.0f;
+    }
+    return !found;
 }
 
 TW_WIDEST bool tw_are_finite(const float *values, int64_t count) {

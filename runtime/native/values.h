@@ -29,4 +29,7 @@ bool tw_are_within(const int32_t *values, int64_t count, int64_t lowest, int64_t
 /* No value is NaN or infinite. */
 bool tw_are_finite(const float *values, int64_t count);
 
+/* No value is NaN or +inf, and every `row` values hold one above -inf. */
+bool tw_are_logits(const float *values, int64_t count, int64_t row);
+
 #endif

@@ -44,9 +44,7 @@ class StoreContract:
             assert store.trials() == list(filled.trials)
             assert store.kernels() == [filled.kernel]
             assert store.kernel(filled.kernel.key) == filled.kernel
-            assert [store.artifact(each.checksum) for each in filled.artifacts] == [
-                each.data for each in filled.artifacts
-            ]
+            assert [store.artifact(each.checksum) for each in filled.artifacts] == list(filled.artifacts)
             assert store.plans() == [filled.plan]
             assert store.devices() == [DEVICE]
             (run,) = store.runs()

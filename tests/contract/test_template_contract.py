@@ -23,7 +23,7 @@ from tilewright.codegen.ops import OPS, find_op
 from tilewright.codegen.rendering import render
 from tilewright.errors import TilewrightError
 from tilewright.runtime.openmp import fork_address
-from tilewright.tuner.evaluation.checking import compare
+from tilewright.tuner.evaluation.checking import compare_all
 
 FOREIGN = [arch for arch in ARCHS.values() if arch.machine == native_arch().machine and arch != native_arch()]
 
@@ -77,10 +77,10 @@ def test_variant_matches_the_reference(case: Case, builds: dict[Case, Future[Bui
         tensors = tensors_for(recipe, weights(case.op, case.signature), example.inputs)
         results = set()
         for call in calls():
-            out = run_kernel(build.path, recipe, tensors, example.expected.shape, call)
-            complaint = compare(out, example.expected, op.tolerance(case.signature)).complaint
+            out = run_kernel(build.path, recipe, tensors, example.expected, call)
+            complaint = compare_all(out, example.expected, op.tolerance(case.signature)).complaint
             assert complaint is None, f"{call.name}: {example.problem.to_dict()}: {complaint}"
-            results.add(out.tobytes())
+            results.add(tuple(array.tobytes() for array in out.values()))
         assert len(results) == 1, f"the result depends on the number of threads: {example.problem.to_dict()}"
 
 
@@ -96,8 +96,10 @@ def test_other_levels_of_this_machine_compile(arch: Arch, tmp_path) -> None:
         recipe = case.template.recipe(case.signature, case.config, arch)
         for example in examples(case.op, case.signature, case.precision):
             tensors = tensors_for(recipe, weights(case.op, case.signature), example.inputs)
-            out = run_kernel(build.path, recipe, tensors, example.expected.shape, calls()[0])
-            assert compare(out, example.expected, find_op(case.op).tolerance(case.signature)).complaint is None, case
+            out = run_kernel(build.path, recipe, tensors, example.expected, calls()[0])
+            assert compare_all(out, example.expected, find_op(case.op).tolerance(case.signature)).complaint is None, (
+                case
+            )
 
 
 def check_standalone(case: Case, toolchain: Toolchain, folder: Path) -> None:
@@ -106,8 +108,8 @@ def check_standalone(case: Case, toolchain: Toolchain, folder: Path) -> None:
     program = toolchain.build(source_of(case), recipe.launches[0].entry, folder / "program")
     for example in examples(case.op, case.signature, case.precision):
         tensors = tensors_for(recipe, weights(case.op, case.signature), example.inputs)
-        out = toolchain.run(program, recipe, tensors, example.expected.shape, threads=2)
-        complaint = compare(out, example.expected, op.tolerance(case.signature)).complaint
+        out = toolchain.run(program, recipe, tensors, example.expected, threads=2)
+        complaint = compare_all(out, example.expected, op.tolerance(case.signature)).complaint
         assert complaint is None, f"{example.problem.to_dict()}: {complaint}"
 
 

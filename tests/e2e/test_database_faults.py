@@ -1,6 +1,5 @@
 """Faults injected into a SQLite database: processes killed, disks full, bytes changed, permissions missing."""
 
-import multiprocessing
 import os
 import random
 import resource
@@ -13,12 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tuning_children import CHILDREN, finish, start
 from tuning_db_samples import DEVICE, Filled, artifact, failed_trial, fill, kernel, trial
 
 from tilewright.errors import TilewrightError
@@ -31,10 +30,6 @@ from tilewright.tuning_db.store import Store
 
 PLAN_KEY = ("moe_gemm", "signature-1", "cpu-1", 2)
 UNPRIVILEGED = 65534
-
-# Children come from a server that has imported everything and has no threads, so that they start in milliseconds.
-CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["tilewright.tuning_db.store", "tilewright.tuning_db.reader"])
 
 
 def integrity(path: Path) -> str:
@@ -92,21 +87,6 @@ def read_trials(path: Path, done: Event, results: Connection) -> None:
             seen = found
             assert sum(each.trials for each in store.summary()) >= seen
     results.send(seen)
-
-
-def start(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:
-    receiving, sending = CHILDREN.Pipe(duplex=False)
-    process = CHILDREN.Process(target=target, args=(*arguments, sending))
-    process.start()
-    sending.close()
-    return process, receiving
-
-
-def finish(process: BaseProcess, results: Connection) -> Any:
-    result = results.recv()  # EOFError: the child failed, and pytest shows what it printed
-    process.join(30)
-    assert process.exitcode == 0
-    return result
 
 
 def test_two_writers_and_three_readers(path: Path) -> None:

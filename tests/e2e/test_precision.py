@@ -43,7 +43,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Store.open(path) as store:
         store.put_device(DeviceRecord(read_cpu_info().key, "test", arch.name))
         for rank, (precision, error) in enumerate(ERRORS.items()):
-            space = OP.space(SIGNATURE, arch, (precision,))
+            space = OP.space(SIGNATURE, arch, precisions=(precision,))
             built = []
             for template in OP.templates:
                 fitting = [c for c in space if c["template"] == template.name]

@@ -12,6 +12,7 @@ import pytest
 from tilewright import __version__
 from tilewright.codegen.archs import ARCHS
 from tilewright.codegen.ops import OPS, find_op
+from tilewright.codegen.ops.gating_signature import GatingSignature as Gating
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature as MoeGemm
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.precisions import LOSSLESS
@@ -25,6 +26,9 @@ UP = MoeGemm(stage="up", experts=8, n=1792, k=4096, top_k=2, activation="swiglu"
 GEGLU = MoeGemm(stage="up", experts=4, n=100, k=512, top_k=1, activation="geglu", bias=True)
 DOWN = MoeGemm(stage="down", experts=8, n=4096, k=1792, top_k=2)
 RAGGED_DOWN = MoeGemm(stage="down", experts=128, n=2050, k=768, top_k=8, bias=True)
+MIXTRAL_BLOCKS = Gating(experts=8, top_k=2, order="blocks", block_size=64)
+DEEPSEEK_V3 = Gating(experts=256, top_k=8, score="sigmoid", bias=True, groups=8, top_groups=4, scale=2.5, order="rows")
+SHARES = Gating(experts=60, top_k=4, renormalize=False)
 PLAIN = MoeGemm(stage="plain", experts=8, n=24, k=64)
 
 
@@ -47,7 +51,7 @@ class Golden:
         config = op.default_config(self.signature, arch)
         if self.template:
             own = dict(self.knobs)
-            space = op.space(self.signature, arch, (str(own.get("precision", LOSSLESS)),))
+            space = op.space(self.signature, arch, precisions=(str(own.get("precision", LOSSLESS)),))
             config = space.lift(self.template, own)
             assert config in space
         source = render(op.template(config), self.signature, config, arch)
@@ -101,6 +105,27 @@ GOLDEN = [
             gate_up="none",
             combine="partials",
         ),
+    ),
+    Golden(
+        "gating_insert_blocks_avx2",
+        MIXTRAL_BLOCKS,
+        "x86_64_avx2",
+        "gating/cpu_insert",
+        knobs(check=2, insertion="selects", grain=32, scatter="parallel"),
+    ),
+    Golden(
+        "gating_threshold_groups_avx512",
+        DEEPSEEK_V3,
+        "x86_64_avx512",
+        "gating/cpu_threshold",
+        knobs(columns=1, insertion="branches", grain=8, scatter="serial"),
+    ),
+    Golden(
+        "gating_lanes_softmax_neon",
+        SHARES,
+        "aarch64_neon",
+        "gating/cpu_lanes",
+        knobs(vectors=2, skip=True, grain=128, scatter="none"),
     ),
     Golden(
         "stream_up_geglu_bias_neon",

@@ -54,7 +54,7 @@ def run_python(code: str, **environment: str) -> str:
         ({"bound": {"scale": None}}, "scale is None, but it is not optional"),
         ({"bound": {"scale": SCALE.double()}}, "scale is torch.float64 on cpu"),
         ({"bound": {"scale": torch.ones(6)[::2]}}, "with strides [2]; expected contiguous torch.float32 on the CPU"),
-        ({"bound": {"scale": SCALE, "out": SCALE}}, "exactly one output tensor"),
+        ({"bound": {"scale": SCALE, "out": SCALE}}, "every output must be passed with the call"),
         ({"variants": launching(Argument("tensor", "weight"))}, "a launch takes 'weight', which is no tensor"),
         ({"variants": launching(Argument("size", "lines"))}, "reads unknown sizes ['lines']"),
         ({"variants": launching(workspace_bytes="lines")}, "reads unknown sizes ['lines']"),

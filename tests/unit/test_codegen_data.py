@@ -1,5 +1,7 @@
 """Expressions, layouts, recipes, keys and the default config: the plain data that kernels are described by."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -55,6 +57,28 @@ def test_default_config_is_valid_and_renders(name: str, arch) -> None:
         assert recipe.workspace_for({"tokens": 1, "rows": 2, "threads": 2}) >= 0
 
 
+def test_the_space_may_be_restricted_to_some_templates() -> None:
+    arch = ARCHS["x86_64_avx2"]
+    assert OP.template_names([], arch) == ()
+    names = OP.template_names(["cpu_stream", "moe_gemm/cpu_stream"], arch)
+    assert names == ("moe_gemm/cpu_stream",)
+    for signature in OP.signatures(load_model("mixtral-8x7b", tp=8)):
+        part = OP.space(signature, arch, names)
+        assert {config["template"] for config in part} == set(names)
+        assert set(part) <= set(OP.space(signature, arch))
+
+
+def test_an_unknown_template_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(TilewrightError, match=r"moe_gemm has no template 'cpu_streem'; .*: cpu_blocked, cpu_stream"):
+        OP.template_names(["cpu_blocked", "cpu_streem"], ARCHS["x86_64_avx2"])
+
+
+def test_a_template_of_other_archs_is_refused() -> None:
+    gpu = replace(ARCHS["x86_64_avx2"], name="sm_90", family="cuda")
+    with pytest.raises(TilewrightError, match=r"'cpu_stream' of moe_gemm is not for sm_90"):
+        OP.template_names(["cpu_stream"], gpu)
+
+
 def test_reference_matches_a_loop_over_tokens() -> None:
     signature = MoeGemmSignature(stage="down", experts=3, n=4, k=5, top_k=2, bias=True)
     problem = OP.problem(signature, 6, RoutingSpec.parse("balanced"))
@@ -69,7 +93,7 @@ def test_reference_matches_a_loop_over_tokens() -> None:
             e = int(np.searchsorted(inputs["expert_offsets"], row, side="right")) - 1
             product = weights["weight"][e].astype(float) @ inputs["x"][row] + weights["bias"][e]
             expected[t] += inputs["topk_weights"][t, j] * product
-    np.testing.assert_allclose(OP.reference(signature, weights, inputs), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(OP.reference(signature, weights, inputs)["out"], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_problem_survives_its_json() -> None:

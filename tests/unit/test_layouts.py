@@ -87,6 +87,9 @@ def test_configs_share_few_layouts_that_can_be_packed(op, arch) -> None:
         found = {}
         for config in space[:: max(1, len(space) // 100)]:
             layout = op.template(config).layout(signature, config, arch)
+            if layout is None:  # the op packs nothing
+                assert op.layout_key(signature, config, arch) == ""
+                continue
             assert op.layout_key(signature, config, arch) == layout.key
             assert found.setdefault(layout.key, layout) == layout
         assert len(found) <= 3

@@ -8,7 +8,7 @@ from tilewright.codegen.layouts import WeightLayout
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.routing import sort_tokens
 from tilewright.errors import TilewrightError
-from tilewright.runtime.fallback import fallback_for
+from tilewright.runtime.ops.moe_gemm import fallback_for
 from tilewright.runtime.weights import DeclaredWeights, PackedWeights, checked_bias, checked_weight
 
 

@@ -79,6 +79,12 @@ def test_description_shows_the_size_and_what_each_constraint_removed():
     assert "fits  removed         3  the tile must fit" in text
 
 
+def test_a_summary_adds_up_what_constraints_of_one_name_removed():
+    space = Space.enumerate([TILE, UNROLL], [fits(32)])
+    assert Space.union({"a": space, "b": space}).summary() == "12 valid configs of 18; removed by fits 6"
+    assert Space.enumerate([TILE]).summary() == "3 valid configs of 3"
+
+
 def test_an_empty_space_names_the_constraint_that_removed_most():
     none = Constraint("none", lambda _: False, "nothing is allowed", ("unroll",))
     with pytest.raises(TilewrightError, match=r"'none' removed 6 of 9 .*nothing is allowed"):
@@ -159,6 +165,14 @@ class TestUnion:
     def test_sizes_and_removals_add_up_over_the_templates(self):
         assert len(self.union) == self.union.full_size == 10
         assert self.union.removed == {"streaming/even": 0}
+
+    def test_a_part_of_some_templates_keeps_the_parameters_and_their_configs(self):
+        part = self.union.of_templates(["streaming"])
+        assert part.parameters == self.union.parameters
+        assert list(part) == [config for config in self.union if config["template"] == "streaming"]
+        assert part.full_size == len(part)
+        assert "template" not in part.describe()
+        assert list(self.union.of_templates(["streaming", "blocked"])) == list(self.union)
 
     def test_every_config_splits_into_one_of_its_template_and_back(self):
         own = {"blocked": self.blocked, "streaming": self.streaming}

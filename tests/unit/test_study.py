@@ -1,14 +1,9 @@
-"""The Optuna study around a search: mirrored trials, rebuilding, exporting."""
+"""The Optuna study around a search: mirrored trials, rebuilding."""
 
-import resource
-
-import optuna
-import pytest
 from optuna.trial import TrialState
 
 from tilewright.codegen.space import Config, Parameter, Space
-from tilewright.errors import TilewrightError
-from tilewright.tuner.search import ToldTrial, TuningStudy, export_studies, make_search
+from tilewright.tuner.search import ToldTrial, TuningStudy, make_search
 
 SPACE = Space.enumerate([Parameter("tile", (8, 16, 32), ""), Parameter("order", ("ij", "ji", None), "")])
 
@@ -60,63 +55,6 @@ def test_a_rebuilt_study_goes_on_where_the_first_one_was():
     assert [t.user_attrs["outcome"] for t in study.study.trials] == ["ok", "crashed", "ok"]
     assert study.study.best_value == 4.0
     assert {study.ask() for _ in range(6)} == set(SPACE) - {t.config for t in trials}
-
-
-def test_an_export_opens_in_optuna_with_everything_in_it(tmp_path):
-    path = tmp_path / "runs.db"
-    studies = [tried_study("first")[0], tried_study("second")[0]]
-    export_studies(studies, path)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
-    assert sorted(optuna.get_all_study_names(storage)) == ["first", "second"]
-    loaded = optuna.load_study(study_name="second", storage=storage)
-    original = studies[1].study
-    assert loaded.user_attrs == original.user_attrs
-    assert [(t.state, t.value, t.params, t.user_attrs) for t in loaded.trials] == [
-        (t.state, t.value, t.params, t.user_attrs) for t in original.trials
-    ]
-    storage.engine.dispose()
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_an_export_never_touches_an_existing_file(tmp_path):
-    path = tmp_path / "tuning.db"
-    path.write_bytes(b"precious")
-    with pytest.raises(TilewrightError, match=r"tuning\.db: it exists already"):
-        new_study().export(path)
-    assert path.read_bytes() == b"precious"
-
-
-@pytest.fixture
-def file_limit():
-    """Let this process write no file beyond a number of bytes, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.parametrize("share", [0.1, 0.99])
-def test_an_export_that_runs_out_of_room_leaves_nothing_behind(tmp_path, file_limit, share):
-    study, _ = tried_study()
-    complete = tmp_path / "complete.db"
-    study.export(complete)
-    file_limit(int(share * complete.stat().st_size))
-    with pytest.raises(TilewrightError, match=r"Cannot export to .*runs\.db: .*(full|I/O error)"):
-        study.export(tmp_path / "runs.db")
-    assert list(tmp_path.iterdir()) == [complete]
-
-
-@pytest.mark.parametrize(
-    ("names", "file", "message"),
-    [
-        ([], "runs.db", "give at least one"),
-        (["a", "a"], "runs.db", "each with its own name"),
-        (["a"], "missing/runs.db", "No such file or directory"),
-    ],
-)
-def test_an_export_that_cannot_be_is_refused_in_one_sentence(tmp_path, names, file, message):
-    with pytest.raises(TilewrightError, match=message):
-        export_studies([new_study(name) for name in names], tmp_path / file)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_optuna_says_nothing(capfd):

@@ -1,10 +1,10 @@
-"""What the reading commands share: options, selection by key, and plain-text tables."""
+"""What the reading commands share: options, selection by key, and the one document."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from tilewright.errors import TilewrightError
@@ -36,15 +36,3 @@ def only_one(what: str, prefix: str, items: Iterable[tuple[str, T]]) -> T:
     if not found:
         raise TilewrightError(f"no {what} has a key that starts with {prefix!r}; `tune show` lists them")
     raise TilewrightError(f"{len(found)} keys of a {what} start with {prefix!r}; give more of it: {', '.join(found)}")
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Aligned columns, the first to the left, the others to the right."""
-    lines = [list(head), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]

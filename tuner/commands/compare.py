@@ -8,15 +8,28 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tilewright.codegen.archs import native_arch
+from tilewright.codegen.archs import find_arch
+from tilewright.codegen.cpu_info import read_cpu_info
 from tilewright.codegen.ops import find_op
+from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.errors import TilewrightError
-from tilewright.tuner.commands.common import add_options, only_one, print_json, table
-from tilewright.tuner.progress import format_us
+from tilewright.tuner.commands.common import add_options, only_one, print_json
+from tilewright.tuner.loop import FINAL_RACE
 from tilewright.tuner.roofline import measure_roofline
+from tilewright.tuner.standings import measured_document, right_trials, standings
+from tilewright.tuner.text import (
+    format_interval,
+    format_shape,
+    format_threads,
+    format_us,
+    labelled,
+    table,
+    terminal_width,
+)
 from tilewright.tuning_db.records import KernelRecord, ProblemSummary, TrialRecord
 from tilewright.tuning_db.store import Store
 
@@ -38,16 +51,18 @@ def run(arguments: argparse.Namespace) -> int:
         TilewrightError: when the keys name nothing, or too much.
 
     """
+    if arguments.top < 1:
+        raise TilewrightError(f"--top {arguments.top} is impossible; give at least 1")
+    if len(arguments.keys) > 2:
+        raise TilewrightError(f"{len(arguments.keys)} keys are too many; give one problem's, or two kernels'")
+    if arguments.disassembly and len(arguments.keys) != 2:
+        raise TilewrightError("--disassembly compares two kernels; give the keys of both (`tune compare` lists them)")
     with Store.open_read_only(arguments.db) as store:
         if len(arguments.keys) == 2:
-            chosen = [only_one("kernel", key, ((k.key, k) for k in store.kernels())) for key in arguments.keys]
-            _compare_kernels(store, chosen[0], chosen[1], arguments)
+            a, b = (only_one("kernel", key, ((k.key, k) for k in store.kernels())) for key in arguments.keys)
+            _compare_kernels(store, a, b, arguments)
             return 0
-        problems = store.summary()
-        if arguments.keys:
-            problems = [only_one("problem", arguments.keys[0], ((p.problem_key, p) for p in problems))]
-        if not problems:
-            raise TilewrightError("nothing is stored yet; run: tune --arch native --op moe_gemm")
+        problems = _chosen(store, arguments.keys)
         documents = [_variants(store, problem, arguments.top) for problem in problems]
     if arguments.json:
         print_json(documents)
@@ -56,78 +71,128 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _chosen(store: Store, keys: Sequence[str]) -> list[ProblemSummary]:
+    """Problems to show; a key may stand for one problem on several devices or with several thread counts."""
+    problems = store.summary()
+    if not problems:
+        raise TilewrightError("nothing is stored yet; run: tune --arch native --op moe_gemm")
+    if not keys:
+        return problems
+    key = only_one("problem", keys[0], ((p.problem_key, p.problem_key) for p in problems))
+    return [problem for problem in problems if problem.problem_key == key]
+
+
 def _variants(store: Store, summary: ProblemSummary, top: int) -> dict[str, Any]:
     op = find_op(summary.op)
     problem = op.problem_from_dict(summary.problem)
-    work = op.workload(problem, op.inputs(problem, 0))
-    bound_us = measure_roofline(summary.threads).time_us(work.flops, work.min_bytes)
-    default_config = dict(op.default_config(problem.signature, native_arch()))
-    ranked: dict[str, TrialRecord] = {}
-    known = store.best_trials(
-        limit=10 * top + 50,
-        problem_key=summary.problem_key,
-        device_key=summary.device_key,
-        threads=summary.threads,
-    )
-    for trial in known:
-        ranked.setdefault(trial.kernel_key or "", trial)
-    default = next((t for t in ranked.values() if t.config == default_config), None)
-    chosen = list(ranked.values())[:top]
+    bound_us, roofline = _bound(op, problem, summary)
+    arch = next(find_arch(d.arch) for d in store.devices() if d.key == summary.device_key)
+    default_config = dict(op.default_config(problem.signature, arch))
+    ranked = standings(right_trials(store, summary))
+    default = next((trial for trial in ranked if trial.config == default_config), None)
+    chosen = ranked[:top]
     if default is not None and default not in chosen:
         chosen.append(default)
     return {
         "problem": summary.problem_key,
-        "what": f"{problem.signature.describe()} tokens={problem.dynamic_size} threads={summary.threads}",
+        "signature": problem.signature.to_dict(),
+        "tokens": problem.dynamic_size,
+        "threads": summary.threads,
+        "device": summary.device_key,
         "roofline_us": bound_us,
-        "variants": [_variant(t, chosen[0], default, bound_us) for t in chosen],
+        "roofline": roofline,
+        "variants": [_variant(trial, ranked[0], default, bound_us) for trial in chosen],
     }
 
 
-def _variant(trial: TrialRecord, best: TrialRecord, default: TrialRecord | None, bound_us: float) -> dict[str, Any]:
+def _bound(op: OpDeclaration[Any, Any], problem: Problem, summary: ProblemSummary) -> tuple[float | None, str]:
+    """Least time of a problem in us, and in words where it comes from; None where it is not known here."""
+    if summary.device_key != read_cpu_info().key:
+        return None, "the roofline is not known here: the times are of another device"
+    try:
+        roofline = measure_roofline(summary.threads)
+        work = op.workload(problem, op.inputs(problem, 0))
+    except TilewrightError as error:  # no compiler, or recorded routing that is gone
+        return None, f"the roofline is not known here: {error}"
+    ceilings = f"{roofline.peak_gflops:.0f} GFLOP/s, {roofline.bandwidth_gbps:.0f} GB/s"
+    return roofline.time_us(work.flops, work.min_bytes), f"roofline as measured just now: {ceilings}"
+
+
+def _variant(
+    trial: TrialRecord, best: TrialRecord, default: TrialRecord | None, bound_us: float | None
+) -> dict[str, Any]:
     median = trial.median_us or 0.0
     return {
         "kernel": trial.kernel_key,
-        "median_us": median,
-        "low_us": trial.low_us,
-        "high_us": trial.high_us,
-        "samples": len(trial.samples_us),
+        **measured_document(trial),
         "against_best": median / (best.median_us or median),
         "against_default": median / default.median_us if default and default.median_us else None,
         "within_noise_of_best": (trial.low_us or 0.0) <= (best.high_us or 0.0),
         "is_default": trial is default,
-        "roofline_share": bound_us / median,
-        "error": trial.error,
+        "race": trial.search,
+        "roofline_share": None if bound_us is None else bound_us / median,
         "timing": trial.timing,
         "checked": "device",
         "config": trial.config,
     }
 
 
+_HEAD = ("kernel", "median", "95 %", "n", "time/best", "time/default", "roofline", "error", "race")
+_NOTE = """\
+timing: measured, checked: device. time/best 1.10 is 10 % slower than the best; ~: the intervals overlap.
+race: finalists met in one last race (final); the others were timed at other moments, and compare only roughly."""
+
+
 def _lines(document: dict[str, Any]) -> list[str]:
     variants = document["variants"]
-    varying = [
-        name
-        for name in (variants[0]["config"] if variants else {})
-        if len({str(v["config"].get(name)) for v in variants}) > 1
+    title = [
+        f"{document['problem'][:8]}  {format_shape(document['signature'])} tokens={document['tokens']}",
+        f"{format_threads(document['threads'])} on {document['device']}",
     ]
-    head = ("kernel", "median", "95 % us", "n", "x best", "x default", "roofline", "error", *varying)
+    if not variants:
+        return [*title, "no variant was right; `tune show` counts what failed"]
     rows = [
         (
             v["kernel"][:8] + (" default" if v["is_default"] else ""),
             format_us(v["median_us"]),
-            f"{v['low_us']:.4g}-{v['high_us']:.4g}",
+            format_interval(v["median_us"], v["low_us"], v["high_us"]),
             str(v["samples"]),
             f"{v['against_best']:.2f}" + (" ~" if v["within_noise_of_best"] else "  "),
             "-" if v["against_default"] is None else f"{v['against_default']:.2f}",
-            f"{v['roofline_share']:.0%}",
-            f"{v['error']:.0e}",
-            *(str(v["config"].get(name, "-")).removeprefix("moe_gemm/") for name in varying),
+            "-" if v["roofline_share"] is None else f"{v['roofline_share']:.0%}",
+            "-" if v["error"] is None else f"{v['error']:.0e}",
+            "final" if v["race"] == FINAL_RACE else v["race"],
         )
         for v in variants
     ]
-    title = f"{document['problem'][:8]}  {document['what'].split(' x_dtype')[0]}"
-    note = "timing: measured, checked: device; ~ within the noise of the best (intervals overlap)"
-    return [title, *table(head, rows), note]
+    width = terminal_width()
+    return [
+        *title,
+        *table(_HEAD, rows, width=width),
+        "",
+        *_knob_lines(variants, width),
+        "",
+        document["roofline"],
+        _NOTE,
+    ]
+
+
+def _knob_lines(variants: Sequence[dict[str, Any]], width: int | None) -> list[str]:
+    """One row per variant of what sets it apart; the knobs that all share in a line below."""
+    names = [name for name in variants[0]["config"] if all(name in v["config"] for v in variants)]
+    values = {name: [v["config"][name] for v in variants] for name in names}
+    varying = [name for name in names if len(set(map(str, values[name]))) > 1]
+    rows = [
+        (v["kernel"][:8], *("-" if v["config"][name] is None else str(v["config"][name]) for name in varying))
+        for v in variants
+    ]
+    same = " ".join(
+        f"{name}={values[name][0]}" for name in names if name not in varying and values[name][0] is not None
+    )
+    return [
+        *(table(("kernel", *varying), rows, width=width) if varying else []),
+        *(labelled("all", same, width=width) if same else []),
+    ]
 
 
 def _compare_kernels(store: Store, a: KernelRecord, b: KernelRecord, arguments: argparse.Namespace) -> None:
@@ -151,16 +216,18 @@ def _disassemble(store: Store, kernel: KernelRecord) -> str:
     tool = shutil.which("objdump") or shutil.which("llvm-objdump")
     if tool is None:
         raise TilewrightError("no objdump was found; install binutils (Debian: apt install binutils)")
-    data = store.artifact(kernel.artifacts[0])
-    if data is None:
+    artifact = store.artifact(kernel.artifacts[0])
+    if artifact is None:
         raise TilewrightError(f"the bytes of kernel {kernel.key} are not in the database; tune the problem again")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.so"
-        path.write_bytes(data)
+        path.write_bytes(artifact.data)
         done = subprocess.run(
             [tool, "-d", "--no-show-raw-insn", str(path)], capture_output=True, text=True, check=False
         )
     if done.returncode != 0:
         raise TilewrightError(f"{tool} cannot read kernel {kernel.key}: {done.stderr.strip()}")
-    text = re.sub(r"^\s*[0-9a-f]+:\s*", "", done.stdout, flags=re.MULTILINE)
+    # The first lines name the temporary file.
+    code = done.stdout.partition("Disassembly of section")[2]
+    text = re.sub(r"^\s*[0-9a-f]+:\s*", "", code, flags=re.MULTILINE)
     return re.sub(r"\b[0-9a-f]{3,}\b(?= <)|<[^>]*>|# [0-9a-f]+", "", text)

@@ -8,7 +8,7 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,11 +20,24 @@ from tilewright.runtime.native_module import native_module
 from tilewright.runtime.openmp import fork_address
 from tilewright.tuner.commands.common import add_options, print_json
 from tilewright.tuner.evaluation.statistics import paired_ratio
+from tilewright.tuner.text import labelled, terminal_width
+from tilewright.tuning_db.integrity import UntrustedFile, check_private
 from tilewright.tuning_db.locations import default_url, sqlite_path
 from tilewright.tuning_db.store import Store
 
-Finding = tuple[str, str]
-"""``ok``, ``warn`` or ``fail``, and a sentence."""
+
+class Finding(NamedTuple):
+    """What one check found."""
+
+    status: Literal["ok", "warn", "fail"]
+    message: str
+    """One sentence: what is, and where it is not well what to do."""
+    measured: dict[str, float] | None = None
+
+    def document(self) -> dict[str, Any]:
+        """As JSON."""
+        fields: dict[str, Any] = {"status": self.status, "message": self.message}
+        return fields if self.measured is None else {**fields, "measured": self.measured}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -50,26 +63,32 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             findings[name] = check()
         except TilewrightError as error:
-            findings[name] = ("fail", str(error))
+            findings[name] = Finding("fail", str(error))
     if arguments.json:
-        print_json({name: {"status": status, "message": text} for name, (status, text) in findings.items()})
+        print_json({name: finding.document() for name, finding in findings.items()})
     else:
-        for name, (status, text) in findings.items():
-            print(f"{status:4}  {name:9}  {text}")
-    return 1 if any(status == "fail" for status, _ in findings.values()) else 0
+        for name, finding in findings.items():
+            print(
+                "\n".join(labelled(f"{finding.status:4}  {name}", finding.message, width=terminal_width(), indent=17))
+            )
+    return 1 if any(finding.status == "fail" for finding in findings.values()) else 0
 
 
 def _cpu() -> Finding:
     cpu, arch = read_cpu_info(), native_arch()
-    return "ok", f"{cpu.name}, {usable_cores()} cores, {cpu.memory_bytes >> 30} GiB; arch {arch.name}; device {cpu.key}"
+    return Finding(
+        "ok",
+        f"{cpu.name}, {usable_cores()} cores, {cpu.memory_bytes / 2**30:.0f} GiB; arch {arch.name} "
+        f"({', '.join(arch.features)}); device {cpu.key}",
+    )
 
 
 def _compiler() -> Finding:
     compiler = find_compiler()
     build = CppBuilder(native_arch(), compiler).build('extern "C" int tilewright_doctor() { return 0; }\n')
     if build.path is None:
-        return "fail", f"{compiler.command} does not build kernels: {build.message}"
-    return "ok", f"{compiler.command}: {compiler.version}"
+        return Finding("fail", f"{compiler.command} does not build kernels: {build.message}")
+    return Finding("ok", f"{compiler.command}: {compiler.version}")
 
 
 def _cache() -> Finding:
@@ -79,39 +98,46 @@ def _cache() -> Finding:
 def _database(url: str | None) -> Finding:
     path = sqlite_path(url or default_url())
     if path is not None and not path.exists():
-        return "warn", f"{path} does not exist yet; it is made by the first run of tune"
+        return Finding("warn", f"{path} does not exist yet; it is made by the first run of tune")
     with Store.open_read_only(url) as store:
         problems = store.check()
         counts = store.counts()
     if problems:
-        return "fail", f"{len(problems)} things are wrong, the first: {problems[0]}"
-    if path is not None and (finding := _private(path))[0] != "ok":
-        return finding
+        return Finding("fail", f"{len(problems)} things are wrong, the first: {problems[0]}")
+    if path is not None:
+        try:
+            check_private(path)
+        except UntrustedFile as error:
+            return Finding("fail", str(error))
+        if not os.access(path, os.W_OK):
+            return Finding("warn", f"{path} cannot be written; kernels can be served from it, but not tuned")
     known = f"{counts.trials} trials, {counts.kernels} kernels, {counts.plans} plans"
-    return "ok", f"{path or url}: {known}, {counts.artifact_bytes / 1e6:.1f} MB of kernels, all checksums match"
+    return Finding(
+        "ok", f"{path or url}: {known}, {counts.artifact_bytes / 1e6:.1f} MB of kernels, all checksums match"
+    )
 
 
 def _private(path: Path) -> Finding:
     mode = path.stat().st_mode if path.exists() else 0
     if mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return "fail", f"{path} can be written by others, so the runtime refuses it; run: chmod go-w {path}"
+        return Finding("fail", f"{path} can be written by others, so the runtime refuses it; run: chmod go-w {path}")
     if path.exists() and not os.access(path, os.W_OK):
-        return "warn", f"{path} cannot be written; kernels can be served from it, but not tuned"
-    return "ok", str(path)
+        return Finding("warn", f"{path} cannot be written; kernels can be served from it, but not tuned")
+    return Finding("ok", str(path))
 
 
 def _extension() -> Finding:
     if native_module() is None:
-        return "warn", "the compiled extension is missing, so calls cost more; reinstall with a C compiler"
-    return "ok", "the compiled extension is there"
+        return Finding("warn", "the compiled extension is missing, so calls cost more; reinstall with a C compiler")
+    return Finding("ok", "the compiled extension is there")
 
 
 def _openmp() -> Finding:
     import torch  # noqa: F401  (its OpenMP is what kernels run on)
 
     if not fork_address():
-        return "warn", "no GOMP_parallel was found, so kernels run on one thread"
-    return "ok", "kernels share torch's OpenMP threads"
+        return Finding("warn", "no GOMP_parallel was found, so kernels run on one thread")
+    return Finding("ok", "kernels share torch's OpenMP threads")
 
 
 def _noise() -> Finding:
@@ -124,6 +150,12 @@ def _noise() -> Finding:
             x @ x
             samples.append(time.perf_counter_ns() - begin)
     ratio = paired_ratio(*times)
-    spread = float(np.percentile(times[0], 90) / np.median(times[0]) - 1)
-    text = f"A/A ratio {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}], slowest tenth {spread:.0%} slower"
-    return ("ok" if ratio.noise < 0.05 and spread < 0.5 else "warn"), text
+    slow = float(np.percentile(times[0], 90) / np.median(times[0]))
+    text = (
+        f"two equal products took times in the ratio {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]; "
+        f"one in ten took {slow:.2f}x the median"
+    )
+    measured = {"ratio": ratio.median, "low": ratio.low, "high": ratio.high, "samples": ratio.pairs, "slow_tenth": slow}
+    if ratio.noise < 0.05 and slow < 1.5:
+        return Finding("ok", text, measured)
+    return Finding("warn", f"{text}: the machine is busy, so tuning takes longer and tells less", measured)

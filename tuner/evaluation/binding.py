@@ -47,17 +47,9 @@ def sizes_of(tensors: Sequence[TensorSpec], shapes: Mapping[str, tuple[int, ...]
     return sizes
 
 
-def output_of(tensors: Sequence[TensorSpec]) -> TensorSpec:
-    """The tensor that a call writes.
-
-    Raises:
-        TilewrightError: when there are several, or none.
-
-    """
-    outputs = [tensor for tensor in tensors if tensor.role == "output"]
-    if len(outputs) != 1:
-        raise TilewrightError(f"an op with {len(outputs)} outputs cannot be checked yet; declare exactly one")
-    return outputs[0]
+def outputs_of(tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The tensors that a call writes."""
+    return tuple(tensor for tensor in tensors if tensor.role == "output")
 
 
 def shape_of(tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -98,7 +90,7 @@ def bind(
     """
     recipe = kernel.recipe
     all_sizes = {**sizes, "threads": threads}
-    output = tensors[output_of(recipe.tensors).name]
+    outputs = tuple(tensors[spec.name] for spec in outputs_of(recipe.tensors))
 
     def value(argument: Argument) -> int | Block:
         match argument.kind:
@@ -111,7 +103,7 @@ def bind(
 
     launches = tuple((launch.entry, tuple(map(value, launch.arguments))) for launch in recipe.launches)
     zero = (workspace,) if recipe.workspace_zeroed else ()
-    poison = (output, workspace) if poison_workspace and not zero else (output,)
+    poison = (*outputs, workspace) if poison_workspace and not zero else outputs
     return Program(
         path=kernel.path,
         abi_version=recipe.abi_version,
@@ -120,5 +112,5 @@ def bind(
         fork=fork,
         poison=poison,
         zero=zero,
-        writable=frozenset({output.region.id, workspace.region.id}),
+        writable=frozenset(block.region.id for block in (*outputs, workspace)),
     )

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tilewright.codegen.ops.base import Arrays
+
 _CHUNK = 1 << 20
 
 
@@ -20,11 +22,20 @@ class Comparison:
     """Where it is worst and what was expected; None when it is right."""
 
 
-def compare(out: NDArray[Any], reference: NDArray[np.float64], tolerance: float) -> Comparison:
-    """Compare a kernel's output with the reference.
+def compare_all(outputs: Arrays, reference: Arrays, tolerance: float) -> Comparison:
+    """Compare every output of a kernel with the reference's of the same name; the first that is wrong is named."""
+    comparisons = [compare(out, reference[name], tolerance, name) for name, out in outputs.items()]
+    wrong = [comparison for comparison in comparisons if comparison.complaint]
+    return wrong[0] if wrong else Comparison(max(comparison.error for comparison in comparisons), None)
+
+
+def compare(out: NDArray[Any], reference: NDArray[Any], tolerance: float, name: str = "out") -> Comparison:
+    """Compare one output with its reference: floats within ``tolerance``, integers exactly.
 
     A reference that is zero everywhere is compared absolutely; an empty output is right.
     """
+    if out.dtype.kind in "iu":
+        return _compare_exactly(out, reference, name)
     flat, expected = out.reshape(-1), reference.reshape(-1)
     scale = _largest(expected) or 1.0
     worst, position = 0.0, 0
@@ -43,8 +54,18 @@ def compare(out: NDArray[Any], reference: NDArray[np.float64], tolerance: float)
     got = "was never written" if _is_poison(flat[position]) else f"is {flat[position]:.7g}"
     return Comparison(
         error,
-        f"out{index} {got}, expected {expected[position]:.7g} (relative error {error:.2g}, allowed {tolerance:.2g})",
+        f"{name}{index} {got}, expected {expected[position]:.7g} (relative error {error:.2g}, allowed {tolerance:.2g})",
     )
+
+
+def _compare_exactly(out: NDArray[Any], reference: NDArray[Any], name: str) -> Comparison:
+    """The error of a wrong integer is infinite: indices are not nearly right."""
+    wrong = np.argwhere(out != reference)
+    if not len(wrong):
+        return Comparison(0.0, None)
+    index = tuple(int(i) for i in wrong[0])
+    got = "was never written" if _is_poison(out[index]) else f"is {out[index]}"
+    return Comparison(np.inf, f"{name}{list(index)} {got}, expected {reference[index]}")
 
 
 @dataclass(frozen=True)
@@ -57,13 +78,17 @@ class PrecisionError:
     """``max |out - reference| / max |reference|``."""
 
 
-def compare_precisions(out: NDArray[np.float64], reference: NDArray[np.float64]) -> PrecisionError:
-    """``out``, computed exactly from rounded weights, against the reference with the weights as declared."""
-    if out.size == 0 or out is reference:
-        return PrecisionError(0.0, 0.0)
-    norm, scale = float(np.linalg.norm(reference)) or 1.0, _largest(reference.reshape(-1)) or 1.0
-    difference = out - reference
-    return PrecisionError(float(np.linalg.norm(difference)) / norm, _largest(difference.reshape(-1)) / scale)
+def compare_precisions(outputs: Arrays, reference: Arrays) -> PrecisionError:
+    """``outputs``, computed exactly from rounded weights, against the reference's; the worst of several outputs."""
+    relative = largest = 0.0
+    for name, out in outputs.items():
+        exact = reference[name]
+        if out.size and out is not exact:
+            difference = out - exact
+            norm, scale = float(np.linalg.norm(exact)) or 1.0, _largest(exact.reshape(-1)) or 1.0
+            relative = max(relative, float(np.linalg.norm(difference)) / norm)
+            largest = max(largest, _largest(difference.reshape(-1)) / scale)
+    return PrecisionError(relative, largest)
 
 
 def _largest(values: NDArray[np.float64]) -> float:

@@ -11,11 +11,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
 from tilewright.codegen.cpu_info import read_cpu_info
-from tilewright.codegen.ops.base import OpDeclaration, Problem
+from tilewright.codegen.ops.base import Arrays, OpDeclaration, Problem
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.precisions import LOSSLESS, WORD_BITS, find_precision
 from tilewright.errors import TilewrightError
@@ -262,7 +259,7 @@ class CpuEvaluator:
         shared = tuple(share_inputs(self._op, problem, inputs) for inputs in (first, *others))
         return ProblemData(problem, shared, {})
 
-    def _reference(self, data: ProblemData, precision: str) -> NDArray[np.float64]:
+    def _reference(self, data: ProblemData, precision: str) -> Arrays:
         """What must come out with weights in ``precision``."""
         if precision not in data.references:
             with self._clock("preparing_s"):

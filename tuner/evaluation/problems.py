@@ -8,25 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tilewright.codegen.ops.base import Arrays, OpDeclaration, Problem
 from tilewright.codegen.recipe import TensorSpec
 from tilewright.tuner.evaluation.arena import Block, SharedRegion, share
-from tilewright.tuner.evaluation.binding import DTYPES, output_of, shape_of, sizes_of
+from tilewright.tuner.evaluation.binding import DTYPES, outputs_of, shape_of, sizes_of
 
 _REFERENCE_ITEMSIZE = 8
 
 
 @dataclass(frozen=True, eq=False)
 class InputSet:
-    """One draw of a problem's inputs, with room for its output."""
+    """One draw of a problem's inputs, with room for its outputs."""
 
     tensors: Mapping[str, Block]
-    """Inputs and the output by name, without weights."""
-    output: Block
-    output_dtype: type[np.generic]
-    output_shape: tuple[int, ...]
+    """Inputs and outputs by name, without weights."""
+    outputs: tuple[TensorSpec, ...]
     sizes: Mapping[str, int]
 
     def inputs(self, tensors: Sequence[TensorSpec]) -> Arrays:
@@ -37,9 +34,16 @@ class InputSet:
             if spec.role == "input" and spec.name in self.tensors
         }
 
-    def result(self) -> NDArray[Any]:
-        """What a kernel wrote."""
-        return self.output.array(self.output_dtype, self.output_shape)
+    def output_blocks(self) -> dict[str, Block]:
+        """The memory of every output by name."""
+        return {spec.name: self.tensors[spec.name] for spec in self.outputs}
+
+    def results(self) -> Arrays:
+        """What a kernel wrote, by name."""
+        return {
+            spec.name: self.tensors[spec.name].array(DTYPES[spec.dtype], shape_of(spec, self.sizes))
+            for spec in self.outputs
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +52,8 @@ class ProblemData:
 
     problem: Problem
     sets: tuple[InputSet, ...]
-    references: dict[str, NDArray[np.float64]]
-    """What must come out, by precision of the weights; made when they are first needed."""
+    references: dict[str, Arrays]
+    """What must come out, every output by name, by precision of the weights; made when they are first needed."""
 
     @property
     def regions(self) -> tuple[SharedRegion, ...]:
@@ -60,15 +64,17 @@ class ProblemData:
     def nbytes(self) -> int:
         """Memory that the problem takes."""
         return sum(region.file_bytes for region in self.regions) + sum(
-            reference.nbytes for reference in self.references.values()
+            array.nbytes for arrays in self.references.values() for array in arrays.values()
         )
 
 
 def expected_bytes(op: OpDeclaration[Any, Any], problem: Problem, inputs: Arrays) -> int:
     """Memory that a problem takes for one set of inputs like these and its reference."""
-    _, output, shape = _layout(op, problem, inputs)
-    item_bytes = np.dtype(DTYPES[output.dtype]).itemsize + _REFERENCE_ITEMSIZE
-    return sum(array.nbytes for array in inputs.values()) + math.prod(shape) * item_bytes
+    sizes, outputs = _layout(op, problem, inputs)
+    needed = sum(array.nbytes for array in inputs.values())
+    for spec in outputs:
+        needed += math.prod(shape_of(spec, sizes)) * (np.dtype(DTYPES[spec.dtype]).itemsize + _REFERENCE_ITEMSIZE)
+    return needed
 
 
 def share_inputs(op: OpDeclaration[Any, Any], problem: Problem, inputs: Arrays) -> InputSet:
@@ -78,19 +84,18 @@ def share_inputs(op: OpDeclaration[Any, Any], problem: Problem, inputs: Arrays) 
         TilewrightError: when they contradict the op's declaration, or memory is short.
 
     """
-    sizes, output, shape = _layout(op, problem, inputs)
-    dtype = DTYPES[output.dtype]
-    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    block = Block(SharedRegion(nbytes), nbytes)
+    sizes, outputs = _layout(op, problem, inputs)
     tensors = {name: share(array) for name, array in inputs.items()}
-    return InputSet({**tensors, output.name: block}, block, dtype, shape, sizes)
+    for spec in outputs:
+        nbytes = math.prod(shape_of(spec, sizes)) * np.dtype(DTYPES[spec.dtype]).itemsize
+        tensors[spec.name] = Block(SharedRegion(nbytes), nbytes)
+    return InputSet(tensors, outputs, sizes)
 
 
 def _layout(
     op: OpDeclaration[Any, Any], problem: Problem, inputs: Arrays
-) -> tuple[dict[str, int], TensorSpec, tuple[int, ...]]:
-    """Sizes, the output and its shape."""
+) -> tuple[dict[str, int], tuple[TensorSpec, ...]]:
+    """Sizes and outputs."""
     tensors = op.tensors(problem.signature)
     sizes = sizes_of(tensors, {name: array.shape for name, array in inputs.items()})
-    output = output_of(tensors)
-    return sizes, output, shape_of(output, sizes)
+    return {**sizes, **problem.output_sizes}, outputs_of(tensors)

@@ -16,6 +16,8 @@ from tilewright.tuning_db.records import Outcome
 
 _TRUSTED_LIMIT_S = 120.0
 """For requests that run nothing of a kernel's."""
+_STARTS = 5
+"""Attempts to start a worker."""
 _THREAD_BYTES = 16 << 20
 """Of address space that a thread's stack takes out of the memory limit."""
 
@@ -79,7 +81,7 @@ class Session:
         self._mapped: set[int] = set()
         self._kernels: dict[Path, int] = {}
         self._programs: dict[Program, int] = {}
-        self._worker: WorkerProcess | None = WorkerProcess(self._openmp, self._memory_limit_bytes)
+        self._worker: WorkerProcess | None = self._start_worker()
 
     @property
     def worker_pid(self) -> int | None:
@@ -194,7 +196,7 @@ class Session:
 
     def _request(self, message: Message, limit_s: float, descriptors: Sequence[int] = ()) -> Message:
         if self._worker is None:
-            self._worker = WorkerProcess(self._openmp, self._memory_limit_bytes)
+            self._worker = self._start_worker()
         try:
             return self._worker.request(message, limit_s=limit_s, descriptors=descriptors)
         except WorkerLostError as error:
@@ -202,6 +204,16 @@ class Session:
             program = self._blamed(error.program)
             self._drop_worker()
             raise KernelFaultError(outcome, str(error), program) from error
+
+    def _start_worker(self) -> WorkerProcess:
+        """Start a worker, again when it is killed from outside (for its memory, say) before it is ready."""
+        for attempt in range(_STARTS):
+            try:
+                return WorkerProcess(self._openmp, self._memory_limit_bytes)
+            except WorkerLostError as error:
+                if isinstance(error, WorkerHungError) or attempt == _STARTS - 1:
+                    raise TilewrightError(f"the measuring process did not start: {error}") from error
+        raise AssertionError
 
     def _blamed(self, number: int) -> Program | None:
         return next((program for program, known in self._programs.items() if known == number), None)

@@ -46,7 +46,7 @@ class WorkerProcess:
         memory_limit_bytes: how much memory a kernel may get for itself.
 
     Raises:
-        TilewrightError: when it does not start.
+        WorkerLostError: when it does not start.
 
     """
 
@@ -71,9 +71,9 @@ class WorkerProcess:
         os.close(progress_fd)
         try:
             self._receive(_START_LIMIT_S)
-        except WorkerLostError as error:
+        except WorkerLostError:
             self.close()
-            raise TilewrightError(f"the measuring process did not start: {error}") from error
+            raise
 
     @property
     def pid(self) -> int:

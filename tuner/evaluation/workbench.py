@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tilewright.tuner.evaluation.arena import Block, SharedRegion
 from tilewright.tuner.evaluation.binding import bind
-from tilewright.tuner.evaluation.checking import compare
+from tilewright.tuner.evaluation.checking import compare_all
 from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation
 from tilewright.tuner.evaluation.problems import ProblemData
 from tilewright.tuner.evaluation.session import KernelFaultError, Program, Session
@@ -88,14 +88,15 @@ class Workbench:
     def _checked_run(self, kernel: BuiltKernel, data: ProblemData, mode: Mode) -> float:
         program = self.program(kernel, data, 0, mode, poison_workspace=True)
         inputs = data.sets[0]
-        written = {"output": inputs.output, "workspace": self._workspace_block(kernel, data, 0, mode)}
+        written = {**inputs.output_blocks(), "workspace": self._workspace_block(kernel, data, 0, mode)}
         for block in written.values():
             block.lay_canaries()
         self.session.run([program])
         for name, block in written.items():
             if damage := block.damage():
                 raise KernelFaultError(Outcome.WRONG, f"wrote outside its {name}: {damage}", program)
-        comparison = compare(inputs.result(), data.references[kernel.recipe.precision], self._tolerance)
+        reference = data.references[kernel.recipe.precision]
+        comparison = compare_all(inputs.results(), reference, self._tolerance)
         if comparison.complaint:
             raise KernelFaultError(Outcome.WRONG, comparison.complaint, program, error=comparison.error)
         return comparison.error

@@ -6,9 +6,10 @@ from typing import Final
 from tilewright.codegen.space import Space
 from tilewright.errors import TilewrightError
 from tilewright.tuner.search.base import EnumeratedSearch, Prior, Search, SearchExhausted
+from tilewright.tuner.search.export import export_studies
 from tilewright.tuner.search.gaussian_process import GaussianProcessSearch
 from tilewright.tuner.search.random_search import RandomSearch
-from tilewright.tuner.search.study import ToldTrial, TuningStudy, export_studies
+from tilewright.tuner.search.study import ToldTrial, TuningStudy
 from tilewright.tuner.search.tpe import TpeSearch
 
 SEARCHES: Final[dict[str, type[EnumeratedSearch]]] = {

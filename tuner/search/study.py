@@ -1,21 +1,15 @@
 """An Optuna study around a search, so that Optuna's tools (its dashboard above all) can look at a tuning run."""
 
-import os
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.exceptions import StorageInternalError
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.exc import SQLAlchemyError
 
 from tilewright.codegen.space import Config, Space
-from tilewright.errors import TilewrightError
 from tilewright.tuner.search.base import Search
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -79,10 +73,6 @@ class TuningStudy:
         for trial in trials:
             self.tell(trial.config, trial.time_us, outcome=trial.outcome)
 
-    def export(self, path: Path) -> None:
-        """Write this study to a new SQLite file; see export_studies."""
-        export_studies([self], path)
-
     def _finished(
         self, config: Config, time_us: float | None, state: TrialState, attributes: dict[str, Any]
     ) -> FrozenTrial:
@@ -96,50 +86,6 @@ class TuningStudy:
             distributions=self._distributions,
             user_attrs=attributes,
         )
-
-
-def export_studies(studies: Sequence[TuningStudy], path: Path) -> None:
-    """Write studies to a new SQLite file that optuna-dashboard opens; the file appears complete or not at all.
-
-    Optuna's SQL storage takes tens of ms a trial.
-    Raises TilewrightError when there is nothing to write, two studies share a name, or the file exists or cannot be
-    written.
-    """
-    names = [study.name for study in studies]
-    if not studies or len(set(names)) < len(names):
-        raise TilewrightError(f"Cannot export studies {names} to {path}: give at least one, each with its own name.")
-    if path.exists():
-        raise TilewrightError(f"Cannot export to {path}: it exists already; name a new file.")
-    try:
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        os.close(handle)
-        try:
-            _write(studies, Path(draft))
-            Path(draft).rename(path)
-        finally:
-            Path(draft).unlink(missing_ok=True)
-    except (OSError, SQLAlchemyError, StorageInternalError) as error:
-        reason = _root_cause(error)
-        raise TilewrightError(f"Cannot export to {path}: {reason}; name a file that can be written.") from error
-
-
-def _write(studies: Sequence[TuningStudy], path: Path) -> None:
-    storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
-    try:
-        for study in studies:
-            target = optuna.create_study(study_name=study.name, storage=storage)
-            for name, value in study.study.user_attrs.items():
-                target.set_user_attr(name, value)
-            target.add_trials(study.study.get_trials(deepcopy=False))
-    finally:
-        storage.engine.dispose()
-
-
-def _root_cause(error: BaseException) -> str:
-    """Say in the operating system's or SQLite's words what went wrong; Optuna and SQLAlchemy wrap those in theirs."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 class _HandsOver(BaseSampler):

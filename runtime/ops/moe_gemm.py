@@ -1,14 +1,14 @@
-"""Plain torch implementations of the op: what serves where no tuned kernel does. Correct, in place, never fast.
+"""moe_gemm as the runtime serves it: the weight packed once, and plain torch where no tuned kernel serves.
 
-Every function writes its whole output. It reads weights expert by expert, so that it works on the original weight as
-well as on a packed one.
+The torch functions write their whole output. They read weights expert by expert, so that they work on the original
+weight as well as on a packed one.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,8 +16,43 @@ from torch.nn import functional
 
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.errors import TilewrightError
-from tilewright.runtime.openmp import forked
-from tilewright.runtime.weights import ExpertWeights
+from tilewright.runtime.calls import pack_weight
+from tilewright.runtime.ops.base import BoundWeights, ServedOp
+from tilewright.runtime.plain_torch import plain_torch
+from tilewright.runtime.plans import Resolution
+from tilewright.runtime.weights import DeclaredWeights, ExpertWeights, PackedWeights
+
+
+class ServedMoeGemm(ServedOp[MoeGemmSignature]):
+    """Packs ``weight`` [experts, n, k] in the plan's layout."""
+
+    name: ClassVar[str] = "moe_gemm"
+
+    def bind(
+        self, signature: MoeGemmSignature, weights: Mapping[str, Tensor], resolution: Resolution, *, keep_weights: bool
+    ) -> BoundWeights:
+        """See :class:`ServedOp`. Without a kernel the weight stays as it is, and may be strided."""
+        weight, bias = weights["weight"], weights.get("bias")
+        served, readable = _lay_out(weight, resolution, keep_weights)
+        return BoundWeights(
+            {"weight": 0 if served is None else served.view(torch.float32), **({} if bias is None else {"bias": bias})},
+            fallback_for(signature, readable, bias),
+            copied_bytes=0 if served is None or served.data_ptr() == weight.data_ptr() else served.nbytes,
+            weight_bytes=weight.nbytes,
+        )
+
+
+def _lay_out(weight: Tensor, resolution: Resolution, keep_weight: bool) -> tuple[Tensor | None, ExpertWeights]:
+    """The weight as the plan's kernels take it (None: there is no kernel), and as the fallback reads it."""
+    if not resolution.kernels:
+        return None, DeclaredWeights(weight)
+    if resolution.layout is None:
+        contiguous = weight.contiguous()
+        return contiguous, DeclaredWeights(contiguous)
+    packed = pack_weight(weight, resolution.layout)
+    if keep_weight:
+        return packed, DeclaredWeights(weight)
+    return packed, PackedWeights(packed, resolution.layout, weight.shape[1], weight.shape[2])
 
 
 def fallback_for(signature: MoeGemmSignature, weights: ExpertWeights, bias: Tensor | None) -> Callable[..., None]:
@@ -26,7 +61,7 @@ def fallback_for(signature: MoeGemmSignature, weights: ExpertWeights, bias: Tens
         case "up":
 
             def up(x: Tensor, row_token: Tensor, expert_offsets: Tensor, out: Tensor) -> None:
-                with _plain_torch():
+                with plain_torch():
                     for expert, rows in _active(expert_offsets):
                         _linear(x[row_token[rows]], weights, bias, expert, signature.activation, out[rows])
 
@@ -34,7 +69,7 @@ def fallback_for(signature: MoeGemmSignature, weights: ExpertWeights, bias: Tens
         case "plain":
 
             def plain(x: Tensor, expert_offsets: Tensor, out: Tensor) -> None:
-                with _plain_torch():
+                with plain_torch():
                     for expert, rows in _active(expert_offsets):
                         _linear(x[rows], weights, bias, expert, signature.activation, out[rows])
 
@@ -42,27 +77,13 @@ def fallback_for(signature: MoeGemmSignature, weights: ExpertWeights, bias: Tens
         case "down":
 
             def down(x: Tensor, expert_offsets: Tensor, slot_row: Tensor, topk_weights: Tensor, out: Tensor) -> None:
-                with _plain_torch():
+                with plain_torch():
                     partial = out.new_empty((x.shape[0], signature.n))
                     for expert, rows in _active(expert_offsets):
                         _linear(x[rows], weights, bias, expert, signature.activation, partial[rows])
                     _combine(partial, slot_row, topk_weights, out)
 
             return down
-
-
-def spare_torch_threads() -> None:
-    """In a forked child, keep torch on the calling thread: its pool did not survive the fork."""
-    if forked() and torch.get_num_threads() > 1:
-        torch.set_num_threads(1)
-
-
-@contextmanager
-def _plain_torch() -> Iterator[None]:
-    """Torch that completes in a forked child, records nothing for autograd, and writes to outputs of either mode."""
-    spare_torch_threads()
-    with torch.inference_mode():
-        yield
 
 
 def _active(expert_offsets: Tensor) -> Iterator[tuple[int, slice]]:

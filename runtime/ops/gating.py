@@ -1,0 +1,125 @@
+"""gating as the runtime serves it: nothing to pack, and plain torch where no tuned kernel serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tilewright.codegen.ops.gating_signature import GatingSignature
+from tilewright.codegen.routing import TokenOrder, pad_blocks
+from tilewright.errors import TilewrightError
+from tilewright.runtime.ops.base import BoundWeights, ServedOp
+from tilewright.runtime.plain_torch import plain_torch
+from tilewright.runtime.plans import Resolution
+from tilewright.runtime.routing import sort_tokens_into
+
+
+class ServedGating(ServedOp[GatingSignature]):
+    """Refers to the bias as it is."""
+
+    name: ClassVar[str] = "gating"
+
+    def bind(
+        self, signature: GatingSignature, weights: Mapping[str, Tensor], resolution: Resolution, *, keep_weights: bool
+    ) -> BoundWeights:
+        """See :class:`ServedOp`. The bias is too small to be worth a copy."""
+        del resolution, keep_weights
+        bias = weights.get("bias")
+        return BoundWeights(
+            dict(weights), fallback_for(signature, bias), weight_bytes=0 if bias is None else bias.nbytes
+        )
+
+
+def fallback_for(signature: GatingSignature, bias: Tensor | None) -> Callable[..., None]:
+    """Torch implementation of ``signature``, called with the tensors of a call without the bias, in order."""
+
+    def gate(logits: Tensor, topk_ids: Tensor, topk_weights: Tensor, *orders: Tensor) -> None:
+        with plain_torch():
+            ids, weights = _choose(signature, bias, logits)
+            topk_ids.copy_(ids)
+            topk_weights.copy_(weights)
+            if orders:
+                _order(signature, ids.int(), *orders)
+
+    return gate
+
+
+def stable_topk(keys: Tensor, top_k: int) -> Tensor:
+    """Ids int64 [tokens, top_k] of the largest ``keys`` [tokens, experts], equal ones by rising id.
+
+    ``torch.topk`` is several times faster than a sort, but takes any of equal keys; so it serves where none are equal.
+    """
+    values, ids = keys.topk(min(top_k + 1, keys.shape[1]), dim=1)
+    if bool((values[:, 1:] == values[:, :-1]).any()):
+        ids = keys.sort(dim=1, descending=True, stable=True).indices
+    return ids[:, :top_k]
+
+
+def _choose(signature: GatingSignature, bias: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids int64 and weights fp32, both [tokens, top_k]."""
+    scores = torch.softmax(logits, dim=1) if signature.score == "softmax" else torch.sigmoid(logits)
+    keys = scores if signature.ranks_by_score else logits
+    if bias is not None:
+        keys = keys + bias
+    if signature.groups > 1:
+        keys = _in_best_groups(signature, keys)
+    ids = stable_topk(keys, signature.top_k)
+    weights = scores.gather(1, ids)
+    if signature.renormalize:
+        weights = weights / weights.sum(dim=1, keepdim=True)
+    return ids, weights * signature.scale
+
+
+def _in_best_groups(signature: GatingSignature, keys: Tensor) -> Tensor:
+    """``keys`` with -inf for experts outside the best groups."""
+    grouped = keys.view(-1, signature.groups, signature.group_size)
+    counted = 2 if signature.score == "sigmoid" else 1
+    best = stable_topk(grouped.topk(counted, dim=2).values.sum(dim=2), signature.top_groups)
+    ruled_out = torch.ones(grouped.shape[:2], dtype=torch.bool).scatter_(1, best, value=False)
+    return grouped.masked_fill(ruled_out[..., None], -torch.inf).view_as(keys)
+
+
+def _order(
+    signature: GatingSignature,
+    ids: Tensor,
+    expert_offsets: Tensor,
+    row_token: Tensor,
+    slot_row: Tensor,
+    sorted_slots: Tensor | None = None,
+    block_experts: Tensor | None = None,
+    padded_rows: Tensor | None = None,
+) -> None:
+    """Sort choices by expert; callers may pass outputs that are not contiguous."""
+    made = [torch.empty(like.shape, dtype=torch.int32) for like in (row_token, expert_offsets, slot_row)]
+    sort_tokens_into(ids, signature.experts, made[0].view(-1), *made[1:])
+    for output, value in zip((row_token, expert_offsets, slot_row), made, strict=True):
+        output.copy_(value)
+    if sorted_slots is None or block_experts is None or padded_rows is None:
+        return
+    order = TokenOrder(*(tensor.numpy() for tensor in made))
+    room = min(sorted_slots.numel() // signature.block_size, block_experts.numel()) * signature.block_size
+    blocks = pad_blocks(order, signature.block_size, room)
+    sorted_slots.fill_(ids.numel())
+    sorted_slots[:room].copy_(torch.from_numpy(blocks.sorted_slots))
+    block_experts.zero_()
+    block_experts[: room // signature.block_size].copy_(torch.from_numpy(blocks.block_experts))
+    padded_rows.fill_(blocks.padded_rows)
+
+
+def checked_bias(bias: Tensor, experts: int) -> Tensor:
+    """``bias`` as a contiguous CPU fp32 tensor [experts].
+
+    Raises:
+        TilewrightError: when it is anything else.
+
+    """
+    if not isinstance(bias, Tensor) or bias.device.type != "cpu" or bias.dtype is not torch.float32:
+        raise TilewrightError(f"gating: bias must be a torch.float32 CPU tensor [{experts}]")
+    if tuple(bias.shape) != (experts,):
+        raise TilewrightError(f"gating: bias has shape {list(bias.shape)}; expected [{experts}]")
+    if not bool(torch.isfinite(bias).all()):
+        raise TilewrightError("gating: bias holds NaN or an infinity; every expert needs a finite bias")
+    return bias.detach().contiguous()

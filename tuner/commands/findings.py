@@ -1,0 +1,237 @@
+"""What a tuning run found, for people and as a document."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tilewright.codegen.cpu_info import read_cpu_info
+from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.precisions import LOSSLESS
+from tilewright.tuner.campaign import Report, Request, SignatureReport
+from tilewright.tuner.deployed import Deployed
+from tilewright.tuner.finals import Probe
+from tilewright.tuner.plan import Final
+from tilewright.tuner.precision import FrontPoint
+from tilewright.tuner.roofline import Roofline
+from tilewright.tuner.standings import measured_document
+from tilewright.tuner.text import format_ratio, format_shape, format_threads, format_us, table, terminal_width
+
+_HEAD = ("tokens", "torch", "default", "tuned", "vs default", "vs torch", "roofline", "noise", "kernel")
+_NOTES = """\
+default: the config that one would write down without tuning, in one last race with the tuned one
+torch: a loop over experts in plain torch, raced with the plan as the runtime serves it
+roofline: share of what bandwidth or peak allow here; noise: the tuned kernel raced with itself"""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A finished run, with what was measured after it."""
+
+    report: Report
+    request: Request
+    deployed: dict[str, list[Deployed]]
+    """By signature key: the stored plan as the runtime serves it, against plain torch."""
+    roofline: Roofline
+    database: str
+
+    def text(self) -> str:
+        """Several lines: a table per signature, on what evidence, and what to do next."""
+        report, request, roofline = self.report, self.request, self.roofline
+        lines = [""]
+        for mine in report.signatures:
+            lines += [format_shape(mine.signature.to_dict()), *self._table(mine)]
+            if mine.layout is not None and mine.layout.cost > 1.005:
+                lines.append(f"one weight layout for all sizes ({mine.layout.key}) costs {mine.layout.cost - 1:.1%}")
+            lines += [*self._front(mine), *self._plan(mine)]
+            lines.append("")
+        lines += [
+            *_NOTES.splitlines(),
+            "",
+            f"measured on {read_cpu_info().name}, {format_threads(request.threads)}, {request.arch.name}; "
+            "every kernel checked against fp64",
+            f"{report.trials} trials in {report.wall_s:.0f} s, {report.efficiency:.0%} of them spent compiling "
+            f"({report.build_s:.0f} s), checking ({report.check_s:.0f} s), measuring ({report.measure_s:.0f} s)",
+            f"roofline here: {roofline.peak_gflops:.0f} GFLOP/s, {roofline.bandwidth_gbps:.0f} GB/s",
+            f"stored in {self.database}",
+            "",
+            "next:  tune show                 what is known, and how",
+            "       tune compare              variants side by side",
+            "       from tilewright.runtime import Experts   serves this by itself; see README",
+        ]
+        return "\n".join(lines)
+
+    def document(self) -> dict[str, Any]:
+        """The same as JSON; every measured entry with its sample count, interval and error."""
+        report, request = self.report, self.request
+        return {
+            "run": report.run_id,
+            "op": request.op.name,
+            "arch": request.arch.name,
+            "device": read_cpu_info().key,
+            "threads": request.threads,
+            "model": request.model,
+            "templates": list(request.templates),
+            "database": self.database,
+            "trials": report.trials,
+            "wall_s": report.wall_s,
+            "efficiency": report.efficiency,
+            "roofline": {
+                "peak_gflops": self.roofline.peak_gflops,
+                "bandwidth_gbps": self.roofline.bandwidth_gbps,
+            },
+            "signatures": [self._signature_document(mine) for mine in report.signatures],
+        }
+
+    def _table(self, mine: SignatureReport) -> list[str]:
+        rows = [self._row(final, self._served(final.problem)) for final in mine.finals]
+        failed = len(mine.results) - len(mine.finals)
+        return [
+            *(table(_HEAD, rows, width=terminal_width()) if rows else []),
+            *([f"{failed} of {len(mine.results)} sizes have no right kernel"] if failed else []),
+        ]
+
+    def _front(self, mine: SignatureReport) -> list[str]:
+        """Time against error of the precisions that were tried; nothing where there is no choice."""
+        exact = next((point for point in mine.front if point.precision == LOSSLESS), None)
+        if len(mine.front) < 2 or mine.plan is None or exact is None:
+            return []
+        rows = [
+            (
+                point.precision,
+                f"{point.error.relative:.2g}",
+                f"{point.error.largest:.2g}",
+                format_us(point.time_us),
+                f"{exact.time_us / point.time_us:.2f}x",
+                "this one" if point.precision == mine.plan.precision else "stored, too",
+            )
+            for point in mine.front
+        ]
+        head = ("precision", "error", "largest", "mean time", f"vs {LOSSLESS}", "plan")
+        return [
+            *table(head, rows, width=terminal_width()),
+            "error: ||out - exact|| / ||exact||, largest: max |out - exact| / max |exact|; at the worst size",
+        ]
+
+    def _plan(self, mine: SignatureReport) -> list[str]:
+        """What the plan came to, and how it did at the sizes drawn at random."""
+        if mine.plan is None:
+            return []
+        entries = mine.plan.entries
+        kernels = len({entry.kernel_key for entry in entries if entry.kernel_key})
+        by_torch = [str(entry.tuned_tokens) for entry in entries if entry.kernel_key is None]
+        line = f"plan: {kernels} kernels over {len(entries)} ranges of sizes"
+        line += f"; torch is faster around {', '.join(by_torch)} and serves there" if by_torch else ""
+        return [line, *([self._probed(mine)] if mine.probes else [])]
+
+    def _probed(self, mine: SignatureReport) -> str:
+        worse = [
+            f"{probe.problem.dynamic_size} ({format_ratio(*probe.interval)} the default)"
+            for probe in mine.probes
+            if probe.slower
+        ]
+        worse += [f"{row.tokens} ({row.speedup:.2f}x torch)" for row in self._slower_than_torch(mine)]
+        sizes = ", ".join(str(probe.problem.dynamic_size) for probe in mine.probes)
+        found = f"slower at {', '.join(worse)}" if worse else "at none slower than the default or torch"
+        return f"probed at {len(mine.probes)} sizes drawn at random ({sizes}): {found} beyond the noise"
+
+    def _slower_than_torch(self, mine: SignatureReport) -> list[Deployed]:
+        """Probes at which torch is faster than the kernel that the plan has there."""
+        if mine.plan is None:
+            return []
+        by_kernel = {
+            probe.problem.dynamic_size
+            for probe in mine.probes
+            if (entry := mine.plan.entry_for(probe.problem.dynamic_size)) and entry.kernel_key
+        }
+        rows = self.deployed.get(mine.signature.key, [])
+        return [row for row in rows if row.tokens in by_kernel and row.slower_than_torch]
+
+    def _row(self, final: Final, served: Deployed | None) -> Sequence[str]:
+        speedup = final.speedup
+        return (
+            str(final.problem.dynamic_size),
+            format_us(served.torch.median) if served else "-",
+            format_us(final.default_us.median_us or 0),
+            format_us(final.winner_us.median_us or 0),
+            format_ratio(speedup.median, speedup.low, speedup.high),
+            format_ratio(served.speedup, served.speedup_low, served.speedup_high) if served else "-",
+            f"{self._roofline_share(final):.0%}",
+            f"{final.noise.noise:.1%}",
+            self._name(final),
+        )
+
+    def _served(self, problem: Problem) -> Deployed | None:
+        rows = self.deployed.get(problem.signature.key, [])
+        return next((row for row in rows if row.tokens == problem.dynamic_size), None)
+
+    def _roofline_share(self, final: Final) -> float:
+        request = self.request
+        work = request.op.workload(final.problem, request.op.inputs(final.problem, request.seed))
+        return self.roofline.time_us(work.flops, work.min_bytes) / (final.winner_us.median_us or math.inf)
+
+    def _signature_document(self, mine: SignatureReport) -> dict[str, Any]:
+        return {
+            "signature": mine.signature.to_dict(),
+            "layout": mine.layout.key if mine.layout else None,
+            "layout_cost": mine.layout.cost if mine.layout else None,
+            "problems": [self._final_document(final) for final in mine.finals],
+            "precision": mine.plan.precision if mine.plan else None,
+            "error": mine.plan.error if mine.plan else None,
+            "front": [_point_document(point) for point in mine.front],
+            "plan": [asdict(entry) for entry in mine.plan.entries] if mine.plan else [],
+            "probes": [self._probe_document(probe) for probe in mine.probes],
+            "unsolved": len(mine.results) - len(mine.finals),
+        }
+
+    def _final_document(self, final: Final) -> dict[str, Any]:
+        served = self._served(final.problem)
+        return {
+            "tokens": final.problem.dynamic_size,
+            "kernel": final.winner.variant.key,
+            "config": dict(final.winner.variant.config),
+            "timing": "measured",
+            "checked": "device",
+            "tuned": measured_document(final.winner_us),
+            "default": measured_document(final.default_us),
+            "speedup": {"median": final.speedup.median, "low": final.speedup.low, "high": final.speedup.high},
+            "noise": final.noise.noise,
+            "roofline_share": self._roofline_share(final),
+            "deployed": None if served is None else served.document(),
+        }
+
+    def _probe_document(self, probe: Probe) -> dict[str, Any]:
+        served = self._served(probe.problem)
+        median, low, high = probe.interval
+        return {
+            "tokens": probe.problem.dynamic_size,
+            "kernel": probe.kernel_key,
+            "speedup": {"median": median, "low": low, "high": high},
+            "samples": probe.speedup.pairs,
+            "slower_than_default": probe.slower,
+            "deployed": None if served is None else served.document(),
+        }
+
+    def _name(self, final: Final) -> str:
+        """Enough to recognise a kernel by; ``the default`` where that won."""
+        return "the default" if final.winner == final.default else self.request.op.label(final.winner.variant.config)
+
+
+def _point_document(point: FrontPoint) -> dict[str, Any]:
+    return {
+        "precision": point.precision,
+        "error": point.error.relative,
+        "largest_error": point.error.largest,
+        "layout": point.plan.layout,
+        "geometric_mean_us": point.time_us,
+        "problems": [
+            {
+                "tokens": final.problem.dynamic_size,
+                "kernel": final.winner.variant.key,
+                **measured_document(final.winner_us),
+            }
+            for final in point.finals
+        ],
+    }

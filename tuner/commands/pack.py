@@ -1,0 +1,47 @@
+"""``tune pack``: one file with plans and their kernels, for deployment."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from tilewright.errors import TilewrightError
+from tilewright.tuner.commands.common import add_options, print_json
+from tilewright.tuning_db.pack import write_pack
+from tilewright.tuning_db.store import Store
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser("pack", help="one file with plans and their kernels, for deployment")
+    parser.add_argument("file", type=Path, metavar="FILE", help="pack to make; must not exist yet")
+    parser.add_argument("--model", metavar="NAME", help="only the plans that were made for this model")
+    parser.add_argument("--op", metavar="OP", help="only the plans of this op")
+    add_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the pack.
+
+    Raises:
+        TilewrightError: when there is no database or no such plan in it, or the pack exists or cannot be written.
+
+    """
+    with Store.open_read_only(arguments.db) as store:
+        plans = [
+            plan for plan in store.plans() if arguments.model in (None, plan.model) and arguments.op in (None, plan.op)
+        ]
+        if not plans:
+            known = sorted({f"{plan.op} of {plan.model or 'no model'}" for plan in store.plans()})
+            raise TilewrightError(f"{store.name} holds no such plan; it holds: {', '.join(known) or 'none'}")
+        pack = write_pack(store, plans, arguments.file)
+    if arguments.json:
+        print_json({"file": str(pack.path), "plans": pack.plans, "kernels": pack.kernels, "bytes": pack.bytes})
+    else:
+        print(
+            f"{pack.plans} plans with {pack.kernels} kernels, {pack.bytes / 1e6:.1f} MB, in {pack.path}; serve them by"
+        )
+        print(f"  TILEWRIGHT_DB={pack.path}")
+    return 0

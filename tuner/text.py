@@ -1,0 +1,112 @@
+"""How numbers, shapes and tables are written for people."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+_UNITS = ((1.0, "us"), (1e3, "ms"), (1e6, "s"))
+_GAP = "  "
+_NUMBER = re.compile(r"-|\d+(\.\d+)?(e-\d+)?([-%x ].*)?")
+"""A number with its unit or interval, or none; not a key, which may begin with a digit, too."""
+
+
+def format_us(time_us: float) -> str:
+    """Time with three digits and a unit that fits it."""
+    scale, unit = _unit(time_us)
+    return f"{_three_digits(time_us / scale)} {unit}"
+
+
+def format_interval(median_us: float, low_us: float | None, high_us: float | None) -> str:
+    """Interval of a time, in the unit that ``format_us`` gives its median."""
+    if low_us is None or high_us is None:
+        return "-"
+    scale, _ = _unit(median_us)
+    return f"{_three_digits(low_us / scale)}-{_three_digits(high_us / scale)}"
+
+
+def format_ratio(median: float, low: float, high: float) -> str:
+    """Ratio and its interval."""
+    return f"{_three_digits(median)}x {_three_digits(low)}-{_three_digits(high)}"
+
+
+def format_shape(signature: Mapping[str, Any]) -> str:
+    """One line for the JSON form of a signature: dtypes in one word when they are equal, nothing for what is off."""
+    dtypes = {name.removesuffix("_dtype"): value for name, value in signature.items() if name.endswith("_dtype")}
+    sizes = {name: value for name, value in signature.items() if name != "op" and not name.endswith("_dtype")}
+    words = [f"{name}={value}" for name, value in sizes.items() if value != "none" and value is not False]
+    same = len(set(dtypes.values())) == 1
+    kinds = [*dict.fromkeys(dtypes.values())] if same else [f"{name}={value}" for name, value in dtypes.items()]
+    return " ".join([str(signature["op"]), *words, *kinds])
+
+
+def format_threads(count: int) -> str:
+    """Count with its word."""
+    return f"{count} thread{'' if count == 1 else 's'}"
+
+
+def labelled(label: str, text: str, *, width: int | None, indent: int = 11) -> list[str]:
+    """A labelled line of words that begin in column ``indent``, broken to fit ``width``."""
+    if width is None or width <= 2 * indent:
+        return [f"{label:<{indent}}{text}"]
+    return textwrap.wrap(
+        f"{label:<{indent}}{text}",
+        width,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is, or ``$COLUMNS``; None where lines may be of any length."""
+    # A closed stdout is None.
+    if os.environ.get("COLUMNS", "").isdecimal() or (sys.stdout and sys.stdout.isatty()):
+        return shutil.get_terminal_size().columns
+    return None
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, width: int | None = None) -> list[str]:
+    """Aligned columns, numbers to the right.
+
+    What does not fit into ``width`` goes into further tables below, which repeat the first column.
+    """
+    lines = [list(head), *map(list, rows)]
+    columns = [_aligned([line[i] for line in lines]) for i in range(len(head))]
+    parts: list[list[list[str]]] = []
+    for column in columns[1:]:
+        if parts and (width is None or _width([*parts[-1], column]) <= width):
+            parts[-1].append(column)
+        else:
+            parts.append([columns[0], column])
+    written = [[_GAP.join(cells).rstrip() for cells in zip(*part, strict=True)] for part in parts or [columns[:1]]]
+    return [line for i, part in enumerate(written) for line in ([""] if i else []) + part]
+
+
+def _aligned(cells: Sequence[str]) -> list[str]:
+    longest = max(map(len, cells))
+    numbers = all(map(_NUMBER.fullmatch, cells[1:]))
+    return [cell.rjust(longest) if numbers else cell.ljust(longest) for cell in cells]
+
+
+def _width(columns: Sequence[Sequence[str]]) -> int:
+    return sum(len(column[0]) for column in columns) + len(_GAP) * (len(columns) - 1)
+
+
+def _unit(time_us: float) -> tuple[float, str]:
+    """The largest unit in which at least 1 would be shown."""
+    return next(((scale, unit) for scale, unit in reversed(_UNITS) if time_us >= 0.9995 * scale), _UNITS[0])
+
+
+def _three_digits(value: float) -> str:
+    if not math.isfinite(value) or value <= 0:
+        return f"{value:.3g}"
+    # Rounded first: 9.996 has its first digit before the tens only then.
+    exponent = math.floor(math.log10(float(f"{value:.3g}")))
+    return f"{value:.{max(0, 2 - exponent)}f}"

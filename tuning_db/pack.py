@@ -1,0 +1,72 @@
+"""A pack: one read-only file with the plans and the kernels that they name, for deployment. No trials, no history."""
+
+import os
+import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from tilewright.errors import TilewrightError
+from tilewright.tuning_db.records import PlanRecord
+from tilewright.tuning_db.store import Store
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What was written."""
+
+    path: Path
+    plans: int
+    kernels: int
+    bytes: int
+
+
+def write_pack(store: Store, plans: Sequence[PlanRecord], path: Path) -> Pack:
+    """Write ``plans`` of ``store`` with their devices, kernels and artifacts to the new file ``path``.
+
+    It appears complete or not at all, and is a database like any other: the runtime and `tune show` read it.
+
+    Raises:
+        TilewrightError: when the file exists or cannot be written, or a kernel of a plan is missing or damaged.
+
+    """
+    if path.exists():
+        raise TilewrightError(f"{path} exists already; name a new file")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with Store.open(partial) as pack:
+            kernels = _copy(store, pack, plans)
+        # A single file, that can be read where nothing can be written.
+        with closing(sqlite3.connect(partial, isolation_level=None)) as connection:
+            connection.execute("PRAGMA journal_mode = DELETE")
+            connection.execute("VACUUM")
+        # A link, for it fails where a file has come into being meanwhile.
+        os.link(partial, path)
+    except (OSError, sqlite3.Error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TilewrightError(f"the pack {path} cannot be written: {reason}") from error
+    finally:
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            partial.with_name(partial.name + suffix).unlink(missing_ok=True)
+    return Pack(path, len(plans), kernels, path.stat().st_size)
+
+
+def _copy(store: Store, pack: Store, plans: Sequence[PlanRecord]) -> int:
+    """Copy ``plans`` and all that they need; returns the number of kernels."""
+    devices = {plan.device_key for plan in plans}
+    for device in store.devices():
+        if device.key in devices:
+            pack.put_device(device)
+    keys = dict.fromkeys(entry.kernel_key for plan in plans for entry in plan.entries if entry.kernel_key)
+    for key in keys:
+        kernel = store.kernel(key)
+        if kernel is None:
+            raise TilewrightError(f"kernel {key[:16]}, which a plan names, is not in {store.name}; tune again")
+        artifacts = [artifact for checksum in kernel.artifacts if (artifact := store.artifact(checksum))]
+        if len(artifacts) < len(kernel.artifacts):
+            raise TilewrightError(f"an artifact of kernel {key[:16]} is not in {store.name}; tune again")
+        pack.add_kernel(kernel, artifacts)
+    for plan in plans:
+        pack.put_plan(plan)
+    return len(keys)
