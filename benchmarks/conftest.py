@@ -16,8 +16,12 @@ if _found and "numpy" in sys.modules:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what the races add up to, below pytest-benchmark's own tables."""
-    from summary import POINTS, render
+    from summary import POINTS, TABLES, render
 
+    if TABLES:
+        terminalreporter.section("precisions against our own fp32")
+        for line in (line for table in TABLES for line in table):
+            terminalreporter.write_line(line)
     if POINTS:
         terminalreporter.section("ours against the best peer at each point")
         for line in render():

@@ -21,6 +21,8 @@ class Point:
 
 
 POINTS: list[Point] = []
+TABLES: list[list[str]] = []
+"""Lines of text that races made themselves."""
 
 
 def render() -> list[str]:

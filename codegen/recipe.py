@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from tilewright.codegen.expressions import IntExpr
 from tilewright.codegen.layouts import WeightLayout
+from tilewright.codegen.precisions import LOSSLESS
 
 ABI_VERSION = 1
 """Of the C entry point that a ``host_so`` artifact exports (templates/shared/abi.jinja); the runtime refuses others."""
@@ -89,6 +90,11 @@ class Recipe:
     format_version: int = field(default=1)
 
     @property
+    def precision(self) -> str:
+        """Precision that the weights are passed in."""
+        return self.weight_layout.precision if self.weight_layout else LOSSLESS
+
+    @property
     def sizes(self) -> tuple[str, ...]:
         """Names of the dynamic sizes, in order of first appearance in ``tensors``."""
         names = dict.fromkeys(dim for tensor in self.tensors for dim in tensor.dims if isinstance(dim, str))
@@ -129,7 +135,7 @@ class Recipe:
             workspace_bytes=data["workspace_bytes"],
             workspace_zeroed=data["workspace_zeroed"],
             guards=tuple(Guard(**g) for g in data["guards"]),
-            weight_layout=None if layout is None else WeightLayout(**layout),
+            weight_layout=None if layout is None else WeightLayout.from_dict(layout),
             abi_version=data["abi_version"],
             format_version=data["format_version"],
         )

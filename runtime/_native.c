@@ -37,22 +37,35 @@ static PyObject *setup_torch(PyObject *Py_UNUSED(module), PyObject *args) {
 static PyObject *pack(PyObject *Py_UNUSED(module), PyObject *args) {
     tw_packing p;
     unsigned long long weight, packed;
-    long long expert_stride, row_stride, experts, n, k, columns, halves, run;
-    int threads;
-    if (!PyArg_ParseTuple(args, "KLLLLLLLLKi", &weight, &expert_stride, &row_stride, &experts, &n, &k, &columns,
-                          &halves, &run, &packed, &threads)) {
+    long long expert_stride, row_stride, experts, n, k, columns, halves, run, group, scales_per_row;
+    int element, threads;
+    bool packable;
+    if (!PyArg_ParseTuple(args, "KLLLLLLLLiLLKi", &weight, &expert_stride, &row_stride, &experts, &n, &k, &columns,
+                          &halves, &run, &element, &group, &scales_per_row, &packed, &threads)) {
         return NULL;
     }
-    if (columns < 1 || columns > TW_MAX_COLUMNS || halves < 1 || run < 1 || columns % run != 0) {
+    if (columns < 1 || columns > TW_MAX_COLUMNS || halves < 1 || run < 1 || columns % run != 0 || element < 0 ||
+        element >= TW_ELEMENTS || group < 1 || k % group != 0 || scales_per_row < 0 || scales_per_row > 32) {
         PyErr_SetString(PyExc_ValueError, "impossible weight layout");
         return NULL;
     }
-    p = (tw_packing){(const float *)(uintptr_t)weight, expert_stride, row_stride, experts, n, k, columns, halves, run,
-                     (float *)(uintptr_t)packed};
+    p = (tw_packing){(const float *)(uintptr_t)weight,
+                     expert_stride,
+                     row_stride,
+                     experts,
+                     n,
+                     k,
+                     columns,
+                     halves,
+                     run,
+                     (tw_element)element,
+                     group,
+                     scales_per_row,
+                     (void *)(uintptr_t)packed};
     Py_BEGIN_ALLOW_THREADS
-    tw_pack(&p, threads);
+    packable = tw_pack(&p, threads);
     Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    return PyBool_FromLong(packable);
 }
 
 static bool is_dense_kind(PyObject *object, DLTensor *tensor, int code, int bits) {
@@ -116,7 +129,8 @@ static PyMethodDef functions[] = {
     {"setup_torch", setup_torch, METH_VARARGS,
      "setup_torch(Tensor, Parameter, Tensor.__dlpack_c_exchange_api__, is_grad_enabled): before any call with tensors."},
     {"pack", pack, METH_VARARGS,
-     "pack(weight, expert_stride, row_stride, experts, n, k, columns, halves, run, packed, threads), by addresses."},
+     "pack(weight, expert_stride, row_stride, experts, n, k, columns, halves, run, element, group, scales_per_row, packed, "
+     "threads), by addresses -> False for weights that cannot be quantised."},
     {"sort_tokens", (PyCFunction)(void (*)(void))sort_tokens, METH_FASTCALL,
      "sort_tokens(topk_ids, experts, row_token, expert_offsets, slot_row) -> rows, or -1 for input it refuses."},
     {"softmax_topk", (PyCFunction)(void (*)(void))softmax_topk, METH_FASTCALL,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from tilewright.errors import TilewrightError
 from tilewright.runtime.binding import Binding, CallVariant, make_binding
 from tilewright.runtime.native_calls import native_call
 from tilewright.runtime.native_module import native_for_torch
-from tilewright.runtime.packing import pack_array, packed_shape
+from tilewright.runtime.packing import pack_array, packed_dtype, packed_shape
 from tilewright.runtime.pure import PureCall
 from tilewright.runtime.routing import softmax_topk, softmax_topk_into, sort_tokens, sort_tokens_into
 
@@ -94,16 +95,18 @@ def bind_call(
 def pack_weight(
     weight: Tensor, layout: WeightLayout, out: Tensor | None = None, *, threads: int | None = None
 ) -> Tensor:
-    """Pack ``weight`` in panels.
+    """Pack ``weight`` in panels, quantised where the layout's precision says so.
 
     Args:
         weight: fp32 [experts, n, k], of any strides; fast where the last dimension is contiguous.
         layout: panels to make.
-        out: contiguous fp32 [experts, panels, k, columns] to write; made, aligned to 64 bytes, when None.
+        out: contiguous [experts, panels, rows, columns] to write, fp32, or int32 words in a precision that quantises;
+            made, aligned to 64 bytes, when None.
         threads: threads to pack on; None: ``torch.get_num_threads()``.
 
     Raises:
-        TilewrightError: when the weight is another kind of tensor, or the layout does not fit it.
+        TilewrightError: when the weight is another kind of tensor, the layout does not fit it, or it is to be quantised
+            and holds NaN or infinity.
 
     """
     if weight.device.type != "cpu" or weight.dtype is not torch.float32 or weight.dim() != 3:
@@ -113,7 +116,8 @@ def pack_weight(
         )
     if out is None:
         experts, n, k = weight.shape
-        out = torch.empty(packed_shape(layout, (experts, n, k)), dtype=torch.float32)
+        dtype = torch.from_numpy(np.empty(0, packed_dtype(layout))).dtype
+        out = torch.empty(packed_shape(layout, (experts, n, k)), dtype=dtype)
     threads = torch.get_num_threads() if threads is None else threads
     pack_array(weight.detach().numpy(), layout, out.detach().numpy(), threads)
     return out

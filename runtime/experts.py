@@ -39,6 +39,7 @@ class Experts:
             are routed by the caller then, see :meth:`run`.
         threads: threads of a call; None: ``torch.get_num_threads()``.
         database: path or SQLite URL; None: ``$TILEWRIGHT_DB``, else the user's own.
+        max_error: see :func:`tilewright.runtime.prepare`; for each of the two stages.
         keep_weights: see ``keep_weight`` of :func:`tilewright.runtime.prepare`.
 
     Calls may come from any number of threads; each has its own buffers, which are kept and grow to the largest call.
@@ -61,6 +62,7 @@ class Experts:
         all_experts: int | None = None,
         threads: int | None = None,
         database: Database | None = None,
+        max_error: float = 0.0,
         keep_weights: bool = True,
     ) -> None:
         w_up = checked_weight(w_up, what="Experts: w_up", dims="experts, rows, hidden")
@@ -87,6 +89,7 @@ class Experts:
             bias=bias_up,
             threads=threads,
             database=database,
+            max_error=max_error,
             keep_weight=keep_weights,
         )
         self.down = prepare(
@@ -96,6 +99,7 @@ class Experts:
             bias=bias_down,
             threads=threads,
             database=database,
+            max_error=max_error,
             keep_weight=keep_weights,
         )
         self._call_up, self._call_down = self.up.call, self.down.call

@@ -60,8 +60,12 @@ class Explanation:
                 f"  plan of {made} for {plan.threads} threads{f' of {plan.model}' if plan.model else ''}; "
                 f"timing: {plan.timing}, checked: {plan.checked}; "
                 f"weight {'as declared' if resolution.layout is None else resolution.layout.key}, "
-                f"{self.memory.bytes / 1e6:.1f} MB beside the original"
+                f"{self.memory.bytes / 1e6:.1f} MB beside the original's {self.memory.weight_bytes / 1e6:.1f} MB"
             )
+            if plan.error:
+                lines.append(
+                    f"  precision {plan.precision}: results are off by {plan.error:.2g} (relative, when tuned)"
+                )
         size = resolution.signature.dynamic_size
         above = 0
         for part in self.ranges:

@@ -36,6 +36,7 @@ def prepare(
     bias: Any = None,
     threads: int | None = None,
     database: Database | None = None,
+    max_error: float = 0.0,
     keep_weight: bool = True,
 ) -> PreparedGemm:
     """Find the tuned kernels for ``weight`` on this machine and pack it for them.
@@ -48,6 +49,9 @@ def prepare(
         bias: fp32 [experts, rows of the weight], or None.
         threads: threads of a call; None: ``torch.get_num_threads()``.
         database: path or SQLite URL; None: ``$TILEWRIGHT_DB``, else the user's own.
+        max_error: largest relative error of the output that storing the weight in fewer bits may bring,
+            ``||out - exact|| / ||exact||`` as it was measured when a plan was made; of the plans within it, the fastest
+            serves. 0: only plans that leave the weight as it is.
         keep_weight: whether to refer to ``weight`` for sizes that torch serves. False reads them back from the packed
             copy, which is slower, and lets the owner free the original.
 
@@ -70,4 +74,6 @@ def prepare(
     weights = {"weight": weight}
     if bias is not None:
         weights["bias"] = checked_bias(bias, what=f"moe_gemm {stage}: bias", experts=experts, rows=rows)
-    return PreparedGemm.prepare(signature, weights, threads=threads, database=database, keep_weights=keep_weight)
+    return PreparedGemm.prepare(
+        signature, weights, threads=threads, database=database, max_error=max_error, keep_weights=keep_weight
+    )

@@ -5,6 +5,7 @@ Nothing here raises for what is missing, damaged or made elsewhere: torch serves
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from tilewright.codegen.archs import ARCHS, runs_on
 from tilewright.codegen.cpu_info import read_cpu_info
 from tilewright.codegen.layouts import WeightLayout
 from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.precisions import LOSSLESS
 from tilewright.codegen.recipe import ABI_VERSION, Argument, Recipe
 from tilewright.errors import TilewrightError
 from tilewright.runtime.loading import KernelRefused, LoadedArtifact, load_artifact
@@ -71,17 +73,18 @@ class Resolution:
         return self.kernels[0].recipe.weight_layout if self.kernels else None
 
 
-def resolve(signature: Signature, threads: int, database: Database | None) -> Resolution:
+def resolve(signature: Signature, threads: int, database: Database | None, max_error: float = 0.0) -> Resolution:
     """Find the plan for ``signature`` on this machine and load its kernels.
 
-    ``database`` None means ``$TILEWRIGHT_DB``, else the user's own. Of several plans for this device, the one made with
-    ``threads`` threads is taken, else the one that comes nearest.
+    ``database`` None means ``$TILEWRIGHT_DB``, else the user's own. Plans that bring a larger error than ``max_error``
+    are left out. Of several plans for this device, those made with ``threads`` threads are taken, else those that come
+    nearest, and of these the fastest.
     """
     device_key = read_cpu_info().key
     try:
         database = os.fspath(default_url() if database is None else database)
         reader = Reader.open(database)
-        plan = _choose_plan(reader.plans_for(signature.op, signature.key), device_key, threads)
+        plan = _choose_plan(reader.plans_for(signature.op, signature.key), device_key, threads, max_error)
     except TilewrightError as error:
         warn_once(f"{signature.describe()} is served by plain torch: {error}")
         return Resolution(signature, device_key, str(database), None, (SizeRange(None, None, None, str(error)),))
@@ -99,17 +102,36 @@ def is_planned(signature: Signature, database: Database | None) -> bool:
     return any(plan.device_key == read_cpu_info().key for plan in plans)
 
 
-def _choose_plan(plans: Sequence[PlanRecord], device_key: str, threads: int) -> PlanRecord:
-    """The plan for this device whose thread count is nearest to ``threads``."""
+def _choose_plan(plans: Sequence[PlanRecord], device_key: str, threads: int, max_error: float) -> PlanRecord:
+    """The plan within ``max_error`` for this device whose thread count is nearest to ``threads``."""
     here = [plan for plan in plans if plan.device_key == device_key]
+    allowed = [plan for plan in here if plan.error <= max_error]
+    if allowed:
+        nearest = min(allowed, key=lambda plan: (abs(plan.threads - threads), plan.threads)).threads
+        return _fastest([plan for plan in allowed if plan.threads == nearest])
     if here:
-        return min(here, key=lambda plan: (abs(plan.threads - threads), plan.threads))
+        least = min(here, key=lambda plan: plan.error)
+        raise TilewrightError(
+            f"its plan with the least error ({least.precision}) is off by {least.error:.2g}, and max_error is "
+            f"{max_error:g}; allow more, or tune with --precision {LOSSLESS}"
+        )
     if plans:
         elsewhere = ", ".join(sorted({plan.device_key for plan in plans}))
         raise TilewrightError(
             f"its plans were made on other devices ({elsewhere}), this one is {device_key}; tune here"
         )
     raise TilewrightError("the database holds no plan for it; run `tune` with its shapes")
+
+
+def _fastest(plans: Sequence[PlanRecord]) -> PlanRecord:
+    """The plan with the least geometric mean of times over the sizes that all of them were tuned at."""
+    times = [{e.tuned_tokens: e.median_us for e in plan.entries if e.tuned_tokens and e.median_us} for plan in plans]
+    common = set.intersection(*(set(each) for each in times))
+
+    def cost(pair: tuple[PlanRecord, dict[int, float]]) -> tuple[float, float]:
+        return sum(math.log(pair[1][size]) for size in common), pair[0].error
+
+    return min(zip(plans, times, strict=True), key=cost)[0]
 
 
 def _load_ranges(reader: Reader, plan: PlanRecord, signature: Signature) -> tuple[SizeRange, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping
 from typing import Any, Self
@@ -51,6 +52,7 @@ class PreparedCall:
         *,
         threads: int | None = None,
         database: Database | None = None,
+        max_error: float = 0.0,
         keep_weights: bool = True,
     ) -> Self:
         """Find the tuned kernels for ``signature`` on this machine and lay ``weights`` out for them.
@@ -60,6 +62,9 @@ class PreparedCall:
             weights: the tensors of role ``weight`` by name, as the op declares them; absent optional ones left out.
             threads: threads of a call; None: ``torch.get_num_threads()``.
             database: path or SQLite URL; None: ``$TILEWRIGHT_DB``, else the user's own.
+            max_error: largest relative error of the output that storing weights in fewer bits may bring,
+                ``||out - exact|| / ||exact||`` as it was measured when a plan was made; of the plans within it, the
+                fastest serves. 0: only plans that leave weights as they are.
             keep_weights: whether to refer to ``weights`` for sizes that torch serves. False reads them back from what
                 the kernels take, where the op can, and lets the owner free the originals.
 
@@ -73,7 +78,7 @@ class PreparedCall:
         op = served_op(signature.op)
         spare_torch_threads()
         threads = _checked_threads(threads)
-        resolution = resolve(signature, threads, database)
+        resolution = resolve(signature, threads, database, _checked_max_error(max_error))
         bound = op.bind(signature, weights, resolution, keep_weights=keep_weights)
         call = bind_call(
             signature.tensors(),
@@ -129,6 +134,12 @@ def _variant(part: SizeRange) -> CallVariant:
         guards=recipe.guards,
         owner=part.kernel.artifacts,
     )
+
+
+def _checked_max_error(max_error: float) -> float:
+    if not isinstance(max_error, int | float) or not 0 <= max_error < math.inf:
+        raise TilewrightError(f"max_error={max_error!r} is impossible; give a number of at least 0, such as 0.01")
+    return float(max_error)
 
 
 def _checked_threads(threads: int | None) -> int:

@@ -11,6 +11,7 @@ from torch.utils.dlpack import from_dlpack
 
 from tilewright.codegen.layouts import WeightLayout
 from tilewright.errors import TilewrightError
+from tilewright.runtime.dequantising import dequantise
 
 
 class ExpertWeights(Protocol):
@@ -34,22 +35,25 @@ class DeclaredWeights:
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """Weights in a kernel's layout, [experts, panels, k, columns], for n = ``rows`` rows (both halves counted)."""
+    """Weights in a kernel's layout, [experts, panels, rows of words, columns]."""
 
     packed: Tensor
     layout: WeightLayout
     rows: int
+    """n of the declared weight, both halves counted."""
+    k: int
 
     def expert(self, index: int) -> Tensor:
-        """Weight of one expert as declared, [n, k]: a copy, made without unpacking the others."""
+        """Weight of one expert as declared, [n, k], as kernels read it: a copy, made without unpacking the others."""
         layout = self.layout
         panel = self.packed[index]
-        k = panel.shape[1]
+        depth = panel.shape[1]
         run = layout.run or layout.columns
         # Columns, over all panels, are runs that alternate between the halves; a half's lie in the order of its runs.
-        in_turn = panel.transpose(1, 2).reshape(-1, layout.halves, run, k)
-        halves = in_turn.transpose(0, 1).reshape(layout.halves, -1, k)
-        return halves[:, : self.rows // layout.halves].reshape(self.rows, k)
+        in_turn = panel.transpose(1, 2).reshape(-1, layout.halves, run, depth)
+        halves = in_turn.transpose(0, 1).reshape(layout.halves, -1, depth)
+        declared = halves[:, : self.rows // layout.halves].reshape(self.rows, depth)
+        return dequantise(declared, layout.stored, self.k) if layout.stored.quantised else declared
 
 
 def checked_weight(weight: Any, *, what: str, dims: str) -> Tensor:

@@ -6,7 +6,9 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from covering import covering_rows
+from numpy.typing import NDArray
 
 from tilewright.codegen.archs import Arch
 from tilewright.codegen.ops import OPS, find_op
@@ -16,8 +18,11 @@ from tilewright.codegen.ops.gating_signature import GatingSignature as Gating
 from tilewright.codegen.ops.moe_gemm import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature as MoeGemm
 from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.precisions import LOSSLESS, Precision, find_precision
 from tilewright.codegen.routing import RoutingSpec
-from tilewright.codegen.space import Config
+from tilewright.codegen.space import Config, Space
+from tilewright.runtime.dequantising import dequantise
+from tilewright.runtime.quantising import quantise
 
 SIGNATURES: Mapping[str, Sequence[Signature]] = {
     "moe_gemm": (
@@ -31,6 +36,8 @@ SIGNATURES: Mapping[str, Sequence[Signature]] = {
         MoeGemm(stage="down", experts=2, n=16, k=257, top_k=4),
         MoeGemm(stage="plain", experts=6, n=401, k=129),
         MoeGemm(stage="plain", experts=2, n=1, k=1030, bias=True),
+        MoeGemm(stage="up", experts=3, n=41, k=384, top_k=2, activation="swiglu", bias=True),
+        MoeGemm(stage="down", experts=2, n=37, k=640, top_k=2),
     ),
     "gating": (
         Gating(experts=8, top_k=2, order="rows"),
@@ -48,9 +55,9 @@ SIGNATURES: Mapping[str, Sequence[Signature]] = {
     ),
 }
 """For moe_gemm: sizes that no tile divides and sizes that all divide, n below one panel, k of one step and one step
-into a block of k, enough panels for the widest task, one expert, many, and more choices than experts on this rank. For
-gating: every way to score, to choose and to order; experts that fill vectors and that do not, one of them, all of them
-chosen."""
+into a block of k, k that scales can share, enough panels for the widest task, one expert, many, and more choices than
+experts on this rank. For gating: every way to score, to choose and to order; experts that fill vectors and that do not,
+one of them, all of them chosen."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,10 @@ class Case:
     def template(self) -> Template[Any]:
         return find_op(self.op).template(self.config)
 
+    @property
+    def precision(self) -> str:
+        return self.config.get("precision") or LOSSLESS
+
     def __str__(self) -> str:
         fields = [
             f"{name}={value}"
@@ -73,6 +84,14 @@ class Case:
             if value is not None and name not in ("op", "template") and not name.endswith("_dtype")
         ]
         return f"{self.config['template']} {self.arch.name} {' '.join(fields)}"
+
+
+def space_of(op_name: str, template: Template[Any], signature: Signature, arch: Arch) -> Space:
+    """Configs of one template, in every precision that these weights can be stored in."""
+    if not template.precisions:
+        return template.space(signature, arch)
+    refusals = find_op(op_name).precisions(signature)
+    return template.space(signature, arch, tuple(name for name in template.precisions if refusals[name] is None))
 
 
 def cases(arch: Arch) -> list[Case]:
@@ -97,8 +116,25 @@ def few_cases(arch: Arch, count: int) -> list[Case]:
             signatures = [each for each in SIGNATURES[op.name] if template.applies(each, arch)]
             for number in range(count):
                 signature = signatures[(2 * number + 1) * len(signatures) // (2 * count)]
-                own = template.space(signature, arch)
+                own = space_of(op.name, template, signature, arch)
                 config = op.space(signature, arch).lift(template.name, own[int(random.integers(len(own)))])
+                chosen.append(Case(op.name, signature, config, arch))
+    return chosen
+
+
+def precision_cases(arch: Arch) -> list[Case]:
+    """One case of every template and kind of quantised element, of a signature that all of them suit."""
+    random = np.random.default_rng(0)
+    chosen = []
+    for op in OPS.values():
+        for template in op.templates:
+            kinds = {find_precision(name).dtype: name for name in template.precisions if name != LOSSLESS}
+            for name in kinds.values():
+                signature = next(s for s in reversed(SIGNATURES[op.name]) if op.precisions(s)[name] is None)
+                own = template.space(signature, arch, (name,))
+                config = op.space(signature, arch, precisions=(name,)).lift(
+                    template.name, own[int(random.integers(len(own)))]
+                )
                 chosen.append(Case(op.name, signature, config, arch))
     return chosen
 
@@ -110,7 +146,7 @@ def _covering_cases(op_name: str, template: Template[Any], arch: Arch) -> list[C
     for number, signature in enumerate(SIGNATURES[op_name]):
         if not template.applies(signature, arch):
             continue
-        space = template.space(signature, arch)
+        space = space_of(op_name, template, signature, arch)
         columns = [np.full(len(space), number)]
         for index, parameter in enumerate(space.parameters):
             seen = values.setdefault(parameter.name, {})
@@ -121,7 +157,7 @@ def _covering_cases(op_name: str, template: Template[Any], arch: Arch) -> list[C
     made = []
     for row in covering_rows(table[:, :-1], seed=0):
         signature = SIGNATURES[op_name][table[row, 0]]
-        config = template.space(signature, arch)[int(table[row, -1])]
+        config = space_of(op_name, template, signature, arch)[int(table[row, -1])]
         made.append(Case(op_name, signature, op.space(signature, arch).lift(template.name, config), arch))
     return made
 
@@ -164,15 +200,24 @@ def weights(op_name: str, signature: Signature) -> Arrays:
     return find_op(op_name).weights(signature, seed=0)
 
 
+def rounded(weight: NDArray[np.float32], precision: Precision) -> NDArray[np.float32]:
+    """``weight`` [experts, n, k] with the values that it has once it is stored in ``precision``."""
+    words = (torch.from_numpy(quantise(each, precision).view(np.int32)) for each in weight)
+    return np.stack([dequantise(each, precision, weight.shape[2]).numpy() for each in words])
+
+
 @lru_cache
-def examples(op_name: str, signature: Signature) -> tuple[Example, ...]:
-    """Data of all problems of a signature, and of one with values far beyond what activations flatten."""
+def examples(op_name: str, signature: Signature, precision: str = LOSSLESS) -> tuple[Example, ...]:
+    """Data of all problems of a signature, and of one with values far beyond what activations flatten.
+
+    What must come out is computed with the weights as they are in ``precision``.
+    """
     op = find_op(op_name)
+    stored = weights(op_name, signature)
+    if precision != LOSSLESS:
+        stored = {**stored, "weight": rounded(stored["weight"], find_precision(precision))}
     drawn = [(problem, op.inputs(problem, seed)) for seed, problem in enumerate(problems(op_name, signature))]
     problem, inputs = drawn[1]
     if "x" in inputs:
         drawn.append((problem, {**inputs, "x": inputs["x"] * np.float32(200)}))
-    return tuple(
-        Example(problem, inputs, op.reference(signature, weights(op_name, signature), inputs))
-        for problem, inputs in drawn
-    )
+    return tuple(Example(problem, inputs, op.reference(signature, stored, inputs)) for problem, inputs in drawn)

@@ -13,6 +13,7 @@ from tilewright.codegen.expressions import IntExpr
 from tilewright.codegen.layouts import WeightLayout
 from tilewright.codegen.ops.base import Arrays
 from tilewright.codegen.recipe import ABI_VERSION, Recipe
+from tilewright.runtime.packing import pack_array, packed_shape
 
 POISON = 0xFF  # NaN as a float, -1 as an index
 GUARD_BYTES = 4096
@@ -90,8 +91,14 @@ def pack(weight: NDArray[Any], layout: WeightLayout) -> NDArray[np.float32]:
 def tensors_for(recipe: Recipe, weights: Arrays, inputs: Arrays) -> Arrays:
     """What a kernel is given: inputs, and weights in its layout."""
     tensors = {**weights, **inputs}
-    if recipe.weight_layout is not None:
-        tensors["weight"] = pack(tensors["weight"], recipe.weight_layout)
+    layout = recipe.weight_layout
+    if layout is not None and layout.stored.quantised:
+        weight = tensors["weight"]
+        words = np.empty(packed_shape(layout, weight.shape), np.int32)
+        pack_array(weight, layout, words, threads=1)
+        tensors["weight"] = words.view(np.float32)
+    elif layout is not None:
+        tensors["weight"] = pack(tensors["weight"], layout)
     return tensors
 
 

@@ -21,11 +21,14 @@ from tilewright.codegen.building.cpp import CppBuilder
 from tilewright.codegen.cpu_info import read_cpu_info
 from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.precisions import LOSSLESS
 from tilewright.codegen.space import Config, Space
+from tilewright.tuner.evaluation.checking import PrecisionError
 from tilewright.tuner.evaluation.evaluator import CpuEvaluator
 from tilewright.tuner.finals import Finals, Probe, Verdict
 from tilewright.tuner.loop import Budget, Origin, ProblemResult, ProblemTuner
 from tilewright.tuner.plan import Final, Layout, choose_layout, distil, kept, probe_sizes
+from tilewright.tuner.precision import FrontPoint, admit, front, layout_by_precision, storable
 from tilewright.tuner.progress import Progress
 from tilewright.tuner.search import Prior
 from tilewright.tuner.text import format_shape
@@ -66,6 +69,10 @@ class Request:
     """Sizes drawn at random at which a finished plan is raced against the default."""
     templates: tuple[str, ...] = ()
     """The only ones to search, beside the default config; empty: all."""
+    precisions: tuple[str, ...] = (LOSSLESS,)
+    """Of the weights; the lossless one is always tried, too."""
+    max_error: float = 0.0
+    """Largest relative error of the op's output that a precision may bring."""
 
 
 @dataclass
@@ -77,6 +84,8 @@ class SignatureReport:
     verdict: Verdict | None = None
     plan: PlanRecord | None = None
     probes: list[Probe] = field(default_factory=list)
+    front: list[FrontPoint] = field(default_factory=list)
+    """Time against error, by rising error: a plan is stored for each."""
 
     @property
     def finals(self) -> tuple[Final, ...]:
@@ -121,6 +130,8 @@ class Campaign:
         self._progress = progress
         self._device_key = read_cpu_info().key
         self._builder = CppBuilder(request.arch)
+        self._errors: dict[tuple[str, str], PrecisionError] = {}
+        """What precisions cost, by signature key and precision: of those within the budget."""
 
     def run(self) -> Report:
         """Tune everything; interrupted, all finished trials are in the store already.
@@ -171,10 +182,14 @@ class Campaign:
         mine = SignatureReport(signature)
         workshop = Workshop(request.op, signature, request.arch, self._builder)
         origin = Origin(run_id, self._device_key, request.threads, request.seed, request.search)
-        space = request.op.space(signature, request.arch, request.templates)
         self._progress.say(format_shape(signature.to_dict()))
-        self._progress.say(space.summary())
-        with CpuEvaluator(request.op, signature, threads=request.threads, seed=request.seed) as evaluator:
+        precisions = storable(request.precisions, request.op.precisions(signature), self._progress.say)
+        with CpuEvaluator(
+            request.op, signature, threads=request.threads, precisions=precisions, seed=request.seed
+        ) as evaluator:
+            admitted = self._admit(evaluator, problems, precisions)
+            space = request.op.space(signature, request.arch, request.templates, admitted)
+            self._progress.say(space.summary())
             make_tuner = partial(
                 ProblemTuner,
                 workshop=workshop,
@@ -208,6 +223,14 @@ class Campaign:
         report.prepare_s += spent.preparing_s
         return mine
 
+    def _admit(self, evaluator: CpuEvaluator, problems: Sequence[Problem], precisions: Sequence[str]) -> list[str]:
+        """Precisions within the budget of errors."""
+        errors = {LOSSLESS: PrecisionError(0.0, 0.0)}
+        if len(precisions) > 1:
+            errors = admit(evaluator, problems, precisions, self._request.max_error, self._progress.say)
+        self._errors |= {(problems[0].signature.key, name): error for name, error in errors.items()}
+        return list(errors)
+
     def _search(self, tuners: Sequence[ProblemTuner], space: Space, trials: int, until: float) -> None:
         """Search every problem in turn, up to ``trials`` each; they share the time evenly."""
         for done, tuner in enumerate(tuners):
@@ -231,7 +254,8 @@ class Campaign:
         op, signature, arch = self._request.op, mine.signature, self._request.arch
         # The default's layout is the one in which no size can be slower than the default.
         default_key = op.layout_key(signature, op.default_config(signature, arch), arch)
-        mine.verdict = finals.run(tuners, list(dict.fromkeys([layout_key, default_key])))
+        of_precisions = layout_by_precision(mine.results)
+        mine.verdict = finals.run(tuners, list(dict.fromkeys([layout_key, default_key, *of_precisions.values()])))
         decided = {final.problem.key: final for final in mine.finals}
         for tuner in tuners:
             final = decided.get(tuner.result.problem.key)
@@ -246,6 +270,17 @@ class Campaign:
         known = {final.problem.dynamic_size for final in (*mine.finals, *mine.verdict.between)}
         sizes = probe_sizes(max(known), known, self._request.probes, self._request.seed)
         mine.probes = finals.probe(mine.verdict, mine.plan, sizes)
+        others = [key for name, key in of_precisions.items() if name != mine.plan.precision]
+        verdicts = [verdict for key in others if (verdict := finals.within(key)) and verdict.finals]
+        mine.front = front([self._point(mine.verdict, mine.plan), *(self._point(v, self._plan(v)) for v in verdicts)])
+        for point in mine.front:
+            if point.precision != mine.plan.precision:
+                self._keep(workshop, [final.winner.variant.config for final in point.finals])
+                self._store.put_plan(point.plan)
+
+    def _point(self, verdict: Verdict, plan: PlanRecord) -> FrontPoint:
+        error = self._errors[plan.signature_key, plan.precision]
+        return FrontPoint(plan.precision, error, verdict.finals, plan)
 
     def store_plan(self, verdict: Verdict, torch_us: Mapping[int, float] | None = None) -> PlanRecord:
         """Store the plan that follows from ``verdict``, in place of an earlier one.
@@ -255,7 +290,15 @@ class Campaign:
             torch_us: sizes at which plain torch is faster, with its time; torch serves them.
 
         """
-        plan = distil(
+        plan = self._plan(verdict, torch_us)
+        self._store.put_plan(plan)
+        return plan
+
+    def _plan(self, verdict: Verdict, torch_us: Mapping[int, float] | None = None) -> PlanRecord:
+        """The plan that follows from ``verdict``; see :meth:`store_plan`."""
+        final = verdict.finals[0]
+        precision = final.winner.kernel.recipe.precision
+        return distil(
             verdict.finals,
             verdict.between,
             verdict.layout,
@@ -264,9 +307,9 @@ class Campaign:
             threads=self._request.threads,
             model=self._request.model,
             torch_us=torch_us,
+            precision=precision,
+            error=self._errors[final.problem.signature.key, precision].relative,
         )
-        self._store.put_plan(plan)
-        return plan
 
     def _keep(self, workshop: Workshop, configs: Sequence[Config]) -> None:
         """Store kernels, source and bytes, so that they can be served and compared."""

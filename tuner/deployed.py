@@ -67,7 +67,7 @@ class Deployed:
 
 
 def race_against_torch(
-    problems: Sequence[Problem], *, database: str, threads: int, seed: int, budget_s: float
+    problems: Sequence[Problem], *, database: str, threads: int, seed: int, budget_s: float, max_error: float = 0.0
 ) -> list[Deployed]:
     """Race the runtime with ``database`` against plain torch on problems of one signature; [] when it could not run."""
     request = {
@@ -77,6 +77,7 @@ def race_against_torch(
         "threads": threads,
         "seed": seed,
         "budget_s": budget_s,
+        "max_error": max_error,
     }
     try:
         done = subprocess.run(
@@ -110,7 +111,13 @@ def _answer(request: dict[str, Any]) -> list[Deployed]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the torch side has no database on purpose
         plain = PreparedCall.prepare(signature, weights, threads=request["threads"], database="/dev/null/no-database")
-    tuned = PreparedCall.prepare(signature, weights, threads=request["threads"], database=request["database"])
+    tuned = PreparedCall.prepare(
+        signature,
+        weights,
+        threads=request["threads"],
+        database=request["database"],
+        max_error=request["max_error"],
+    )
     return [
         _race(op, problem, tuned, plain, request["seed"], request["budget_s"] / len(problems)) for problem in problems
     ]

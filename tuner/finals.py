@@ -16,6 +16,7 @@ from tilewright.tuner.plan import (
     Layout,
     Raced,
     decide,
+    priced,
     race_configs,
     race_finalists,
     settle_layout,
@@ -84,6 +85,7 @@ class Finals:
         self._evaluator = evaluator
         self._progress = progress
         self._until = until
+        self._raced: list[Raced] = []
 
     def run(self, tuners: Sequence[ProblemTuner], layout_keys: Sequence[str]) -> Verdict | None:
         """Race the best of every layout in question, settle the layout, decide; None when nothing was right."""
@@ -93,12 +95,19 @@ class Finals:
             seconds = _TUNED_SHARE * (self._until - time.monotonic()) / (len(solved) - done)
             raced.append(race_finalists(tuner, layout_keys, min(max(seconds, _LEAST_S), _MOST_S)))
             self._progress.raced(tuner.result.problem.title, raced[-1])
-        right = [each for each in raced if each]
+        self._raced = right = [each for each in raced if each]
         if not right:
             return None
         layout = settle_layout(right)
         finals = tuple(self._decided(right, layout))
         return Verdict(layout, finals, tuple(self._decided(self._raced_between(finals), layout)))
+
+    def within(self, layout_key: str) -> Verdict | None:
+        """What the races of :meth:`run` say of another layout; None where it has no right kernel for some size."""
+        if not all(each.fastest(layout_key) for each in self._raced):
+            return None
+        layout = priced(layout_key, self._raced)
+        return Verdict(layout, tuple(self._decided(self._raced, layout)), ())
 
     def probe(self, verdict: Verdict, plan: PlanRecord, sizes: Sequence[int]) -> list[Probe]:
         """Race what ``plan`` serves at ``sizes`` against the default."""

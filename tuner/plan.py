@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.precisions import LOSSLESS
 from tilewright.codegen.space import Config
 from tilewright.tuner.evaluation.evaluator import CpuEvaluator
 from tilewright.tuner.evaluation.outcome import Evaluation
@@ -92,8 +93,8 @@ class Final:
     """The winner against itself."""
 
 
-def choose_layout(results: Sequence[ProblemResult]) -> str | None:
-    """Key of the layout to search on in; None when no problem has a right kernel.
+def choose_layout(results: Sequence[ProblemResult], precision: str | None = None) -> str | None:
+    """Key of the layout to search on in, of one precision if named; None when it has no layout for all problems.
 
     Of the layouts in which every problem has a candidate, those come first in which none is slower than the default,
     then the one in which the sizes together lose least.
@@ -113,7 +114,16 @@ def choose_layout(results: Sequence[ProblemResult]) -> str | None:
             [time_us / result.ranked()[0].time_us for result, time_us in zip(solved, best, strict=True)]
         )
 
-    common = set.intersection(*({layout_key_of(c.kernel) for c in result.candidates.values()} for result in solved))
+    common = set.intersection(
+        *(
+            {
+                layout_key_of(c.kernel)
+                for c in result.candidates.values()
+                if precision in (None, c.kernel.recipe.precision)
+            }
+            for result in solved
+        )
+    )
     return min(sorted(common), key=loss, default=None)
 
 
@@ -192,6 +202,8 @@ def distil(
     threads: int,
     model: str,
     torch_us: Mapping[int, float] | None = None,
+    precision: str = LOSSLESS,
+    error: float = 0.0,
 ) -> PlanRecord:
     """Plan of one signature: each winner serves the sizes around the one that it won at.
 
@@ -235,6 +247,8 @@ def distil(
         checked="device",
         entries=tuple(entries),
         model=model,
+        precision=precision,
+        error=error,
     )
 
 

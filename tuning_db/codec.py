@@ -12,6 +12,7 @@ from typing import Any
 
 from tilewright.tuning_db.integrity import seal
 from tilewright.tuning_db.records import (
+    LOSSLESS,
     DeviceRecord,
     KernelRecord,
     Outcome,
@@ -171,6 +172,8 @@ def encode_plan(plan: PlanRecord) -> Columns:
         "signature": plan.signature,
         "device_key": plan.device_key,
         "threads": int(plan.threads),
+        "precision": plan.precision,
+        "error": float(plan.error),
         "model": plan.model,
         "layout": plan.layout,
         "timing": plan.timing,
@@ -200,6 +203,8 @@ def decode_plan(row: Row, entries: Iterable[Row]) -> PlanRecord:
             signature=row["signature"],
             device_key=row["device_key"],
             threads=row["threads"],
+            precision=row["precision"],
+            error=float(row["error"]),
             model=row["model"],
             layout=row["layout"],
             timing=row["timing"],
@@ -277,8 +282,13 @@ def _kernel_seal(kernel: KernelRecord) -> str:
 
 
 def _plan_seal(plan: PlanRecord) -> str:
+    # What came with schema version 2 is left out where it says nothing, so that older seals stay valid.
+    lossy = (
+        {} if (plan.precision, plan.error) == (LOSSLESS, 0.0) else {"precision": plan.precision, "error": plan.error}
+    )
     return seal(
-        {
+        lossy
+        | {
             "op": plan.op,
             "signature_key": plan.signature_key,
             "signature": plan.signature,

@@ -139,10 +139,10 @@ class Trial(Base):
 
 
 class Plan(Base):
-    """The one current plan for an op, signature, device and thread count."""
+    """The one current plan for an op, signature, device, thread count and precision of the weights."""
 
     __tablename__ = "plans"
-    __table_args__ = (UniqueConstraint("op", "signature_key", "device_key", "threads"),)
+    __table_args__ = (UniqueConstraint("op", "signature_key", "device_key", "threads", "precision"),)
 
     id: Mapped[int] = mapped_column(_RowId, primary_key=True)
     op: Mapped[str]
@@ -150,6 +150,8 @@ class Plan(Base):
     signature: Mapped[dict[str, Any]]
     device_key: Mapped[str] = mapped_column(ForeignKey("devices.key"))
     threads: Mapped[int]
+    precision: Mapped[str]
+    error: Mapped[float]
     model: Mapped[str]
     layout: Mapped[str]
     timing: Mapped[str]

@@ -25,7 +25,7 @@ from tilewright.tuning_db.codec import (
 from tilewright.tuning_db.faults import damaged, explain
 from tilewright.tuning_db.integrity import DamagedArtifact, DamagedDatabase, UntrustedFile, check_private, verified
 from tilewright.tuning_db.locations import default_url, require_file, sqlite_path
-from tilewright.tuning_db.records import KernelRecord, PlanRecord
+from tilewright.tuning_db.records import LOSSLESS, KernelRecord, PlanRecord
 from tilewright.tuning_db.schema import read_only_uri, require_current, schema_version
 
 __all__ = ["DamagedArtifact", "DamagedDatabase", "Reader", "UntrustedFile"]
@@ -61,16 +61,19 @@ class Reader:
         with reader._connected():
             return reader
 
-    def plan(self, op: str, signature_key: str, device_key: str, threads: int) -> PlanRecord | None:
-        """Return the plan for exactly this op, signature, device and thread count, or None."""
+    def plan(
+        self, op: str, signature_key: str, device_key: str, threads: int, precision: str = LOSSLESS
+    ) -> PlanRecord | None:
+        """Return the plan for exactly this op, signature, device, thread count and precision, or None."""
         for plan in self._plans(
-            "op = ? AND signature_key = ? AND device_key = ? AND threads = ?", (op, signature_key, device_key, threads)
+            "op = ? AND signature_key = ? AND device_key = ? AND threads = ? AND precision = ?",
+            (op, signature_key, device_key, threads, precision),
         ):
             return plan
         return None
 
     def plans_for(self, op: str, signature_key: str) -> tuple[PlanRecord, ...]:
-        """Return the plans for a signature on every device and thread count."""
+        """Return the plans for a signature on every device, thread count and precision."""
         return self._plans("op = ? AND signature_key = ?", (op, signature_key))
 
     def kernel(self, key: str) -> KernelRecord:
@@ -97,7 +100,7 @@ class Reader:
     def _plans(self, condition: str, values: tuple[Any, ...]) -> tuple[PlanRecord, ...]:
         with self._connected() as connection, decoding("a plan"):
             plans = connection.execute(
-                f"SELECT * FROM plans WHERE {condition} ORDER BY device_key, threads",  # conditions are written above
+                f"SELECT * FROM plans WHERE {condition} ORDER BY device_key, threads, error",  # written above
                 values,
             ).fetchall()
             entries = "SELECT * FROM plan_entries WHERE plan_id = ? ORDER BY position"

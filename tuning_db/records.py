@@ -139,12 +139,18 @@ class PlanEntry:
     tuned_tokens: int | None = None
 
 
+LOSSLESS = "fp32"
+"""Precision of a plan whose weights are as the op declares them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRecord:
-    """For one op, signature, device and thread count: which kernel serves which dynamic size.
+    """For one op, signature, device, thread count and precision: which kernel serves which dynamic size.
 
-    ``timing`` and ``checked`` are the weakest evidence among the entries. ``layout`` names the one weight layout that
-    all entries share; ``model`` is the preset that the plan was made for, or empty.
+    ``precision`` is what the weights are stored in, and ``error`` what that does to the op's output, at the most over
+    the tuned sizes: ``||out - reference|| / ||reference||``, 0 for weights as the op declares them. ``timing`` and
+    ``checked`` are the weakest evidence among the entries. ``layout`` names the one weight layout that all entries
+    share; ``model`` is the preset that the plan was made for, or empty.
     """
 
     op: str
@@ -157,11 +163,15 @@ class PlanRecord:
     checked: Checked
     entries: tuple[PlanEntry, ...]
     model: str = ""
+    precision: str = LOSSLESS
+    error: float = 0.0
     created_at: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
         _require("timing", self.timing, TIMINGS)
         _require("checked", self.checked, CHECKED_LEVELS)
+        if not 0 <= self.error < math.inf:
+            raise ValueError(f"a plan's error is a finite number of at least 0, not {self.error}")
         bounds = [math.inf if entry.max_tokens is None else entry.max_tokens for entry in self.entries]
         if not bounds or any(left >= right for left, right in itertools.pairwise(bounds)):
             raise ValueError(f"a plan's entries have rising sizes and at least one entry, not {bounds}")

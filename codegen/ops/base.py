@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -13,6 +13,7 @@ from tilewright.codegen.archs import Arch
 from tilewright.codegen.layouts import WeightLayout
 from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops.signature import Signature, stable_key
+from tilewright.codegen.precisions import LOSSLESS, PRECISIONS
 from tilewright.codegen.recipe import Recipe, TensorSpec
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.codegen.space import Config, Space
@@ -79,7 +80,8 @@ class Template(Generic[S]):
     """``cpp``, ``cuda`` or ``triton``: decides the builder."""
     families: tuple[str, ...]
     """Families of archs that it is for."""
-    space: Callable[[S, Arch], Space]
+    space: Callable[..., Space]
+    """``space(signature, arch)``; with :attr:`precisions` also ``space(signature, arch, some of them)``."""
     layout: Callable[[S, Config, Arch], WeightLayout | None]
     """Weight layout that a config's kernel reads; None for an op without packed weights."""
     recipe: Callable[[S, Config, Arch], Recipe]
@@ -89,6 +91,8 @@ class Template(Generic[S]):
     """Whether the algorithm can compute a signature at all; where not, there is no space."""
     label: tuple[str, ...] = ()
     """Knobs whose values tell its kernels apart in a table, beside the template's name."""
+    precisions: tuple[str, ...] = ()
+    """That it can read weights in (codegen/precisions.py); empty: only as the op declares them."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,11 @@ class Workload:
 
     flops: float
     min_bytes: float
+
+
+def packable(tensors: Sequence[TensorSpec]) -> TensorSpec | None:
+    """The weight that a :class:`WeightLayout` packs: [experts, n, k]. A bias has the role of a weight, too."""
+    return next((tensor for tensor in tensors if tensor.role == "weight" and len(tensor.dims) == 3), None)
 
 
 class OpDeclaration(ABC, Generic[S, P]):
@@ -179,17 +188,37 @@ class OpDeclaration(ABC, Generic[S, P]):
     def default_config(self, signature: S, arch: Arch) -> Config:
         """The config that a careful engineer would write down without tuning; always a candidate."""
 
+    def precisions(self, signature: S) -> dict[str, str | None]:
+        """Precisions that some template can read weights in; each with why this signature's cannot be stored so."""
+        names = dict.fromkeys(name for template in self.templates for name in template.precisions)
+        weight = packable(self.tensors(signature))
+        return {name: PRECISIONS[name].refusal(int(weight.dims[2])) for name in names} if weight else {}
+
     def templates_for(self, signature: S, arch: Arch) -> tuple[Template[Any], ...]:
         """Templates for ``arch`` that can compute ``signature``."""
         return tuple(t for t in self.templates if arch.family in t.families and t.applies(signature, arch))
 
-    def space(self, signature: S, arch: Arch, templates: Collection[str] = ()) -> Space:
+    def space(
+        self, signature: S, arch: Arch, templates: Collection[str] = (), precisions: Sequence[str] = (LOSSLESS,)
+    ) -> Space:
         """Every valid config of every template for ``arch``, the template's name being a parameter.
 
         ``templates`` restricts it to those, by their full names. Knobs stay those of all templates, so that a config
-        is the same config in the whole space and in a part of it.
+        is the same config in the whole space and in a part of it. ``precisions`` are what weights may be stored in; a
+        knob of the templates that know several.
+
+        Raises:
+            TilewrightError: when no template stores the signature's weights in one of ``precisions``.
+
         """
-        union = Space.union({t.name: t.space(signature, arch) for t in self.templates_for(signature, arch)})
+        spaces = {}
+        for template in self.templates_for(signature, arch):
+            known = tuple(name for name in precisions if name in (template.precisions or (LOSSLESS,)))
+            if known:
+                spaces[template.name] = (
+                    template.space(signature, arch, known) if template.precisions else template.space(signature, arch)
+                )
+        union = Space.union(spaces)
         return union.of_templates(templates) if templates else union
 
     def template_names(self, asked: Iterable[str], arch: Arch) -> tuple[str, ...]:

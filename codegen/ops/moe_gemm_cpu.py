@@ -10,8 +10,10 @@ from tilewright.codegen.archs import Arch
 from tilewright.codegen.layouts import WeightLayout
 from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.recipe import Argument, Launch, Recipe
+from tilewright.codegen.precisions import LOSSLESS, PRECISIONS, Precision, find_precision
+from tilewright.codegen.recipe import Argument, Launch, Recipe, TensorSpec
 from tilewright.codegen.space import Config, Constraint, Parameter, Space, Value
+from tilewright.errors import TilewrightError
 
 ENTRY = "tilewright_moe_gemm"
 BLOCKED = "moe_gemm/cpu_blocked"
@@ -30,7 +32,9 @@ _VECTORS = Parameter("vectors", (1, 2), "vectors in a row of a weight panel: the
 _CHUNK = Parameter("chunk_groups", (1, 2, 4, 8), "groups of streams in a task: cache block in n, grain of the schedule")
 _SCHEDULE = Parameter("schedule", ("dynamic", "static"), "threads claim tasks one by one, or get equal shares")
 _PREFETCH = Parameter("prefetch", (0, 16, 64), "software prefetch distance in rows of a weight panel; 0: none")
-_UNROLL = Parameter("unroll", (1, 4), "steps of k unrolled in the inner loop")
+_UNROLL = Parameter("unroll", (1, 4), "steps of k (rows of words, where weights are quantised) unrolled")
+_MOST_UNROLLED = 8
+"""Steps of k in an unrolled loop body over quantised weights; more only take longer to compile."""
 
 
 def _combine(signature: MoeGemmSignature) -> Parameter:
@@ -45,6 +49,24 @@ def _gate_up(signature: MoeGemmSignature) -> Parameter:
     """How gate and up columns alternate: within a panel of two vectors, or as neighbouring panels of one."""
     values = ("interleaved", "apart") if signature.halves == 2 else ("none",)
     return Parameter("gate_up", values, "gate and up columns share a stream of weights, or have one each")
+
+
+def _precision(signature: MoeGemmSignature, precisions: tuple[str, ...]) -> Parameter:
+    """Precisions of the weights.
+
+    Raises:
+        TilewrightError: for one whose groups do not divide k.
+
+    """
+    for name in precisions:
+        if refusal := find_precision(name).refusal(signature.k):
+            raise TilewrightError(f"{signature.describe()}: {refusal}")
+    return Parameter("precision", precisions, "how weights are stored: a part of the weight layout")
+
+
+def _stored(config: Mapping[str, Any]) -> Precision:
+    """Precision of a config's weights; templates without that knob read them as declared."""
+    return find_precision(config.get("precision") or LOSSLESS)
 
 
 def _whole_pairs(signature: MoeGemmSignature) -> Constraint:
@@ -66,10 +88,11 @@ def _chunks_exist(signature: MoeGemmSignature, arch: Arch) -> Constraint:
 
 
 @lru_cache(maxsize=64)
-def _blocked_space(signature: MoeGemmSignature, arch: Arch) -> Space:
+def _blocked_space(signature: MoeGemmSignature, arch: Arch, precisions: tuple[str, ...] = (LOSSLESS,)) -> Space:
     """Register tile x cache blocks x order x packing."""
     k_blocks = tuple(block for block in (256, 512, 1024) if block < signature.k)
     parameters = (
+        _precision(signature, precisions),
         _VECTORS,
         Parameter("block_rows", (2, 3, 4, 6, 8, 12), "rows of a register tile"),
         Parameter("streams", (1, 2, 3), "neighbouring weight panels of a register tile"),
@@ -105,14 +128,23 @@ def _blocked_space(signature: MoeGemmSignature, arch: Arch) -> Space:
         Constraint("registers", enough_registers, "accumulators and operands fit the registers", tile),
         Constraint("latency", busy_units, "enough accumulators to hide the latency of a multiply-add", tile),
         _chunks_exist(signature, arch),
+        Constraint(
+            "unpacked_once",
+            lambda c: (
+                not _stored(c).quantised or (c["order"] == "panel_outer" and c["prefetch"] == 0 and not c["fetch_next"])
+            ),
+            "quantised panels are unpacked into the cache before many rows read them there",
+            ("precision", "order", "prefetch", "fetch_next"),
+        ),
     )
     return Space.enumerate(parameters, constraints)
 
 
 @lru_cache(maxsize=64)
-def _stream_space(signature: MoeGemmSignature, arch: Arch) -> Space:
+def _stream_space(signature: MoeGemmSignature, arch: Arch, precisions: tuple[str, ...] = (LOSSLESS,)) -> Space:
     """Streams x rows that share a pass over the weights."""
     parameters = (
+        _precision(signature, precisions),
         _VECTORS,
         Parameter("block_rows", (1, 2, 3, 4, 6), "rows that share one pass over the weights"),
         Parameter(
@@ -141,6 +173,12 @@ def _stream_space(signature: MoeGemmSignature, arch: Arch) -> Space:
             ("vectors", "block_rows", "streams"),
         ),
         _chunks_exist(signature, arch),
+        Constraint(
+            "short_body",
+            lambda c: not _stored(c).quantised or c["unroll"] * _stored(c).steps <= _MOST_UNROLLED,
+            "a word of few bits unrolls the loop by itself",
+            ("precision", "unroll"),
+        ),
     )
     return Space.enumerate(parameters, constraints)
 
@@ -149,7 +187,7 @@ def _layout(signature: MoeGemmSignature, config: Config, arch: Arch) -> WeightLa
     lanes = arch.lanes(4)
     columns = lanes if config["gate_up"] == "apart" else config["vectors"] * lanes
     run = lanes if signature.halves == 2 else 0
-    return WeightLayout(columns=columns, halves=signature.halves, run=run, dtype=signature.w_dtype)
+    return WeightLayout(columns=columns, halves=signature.halves, run=run, precision=_stored(config).name)
 
 
 def _groups(signature: MoeGemmSignature, vectors: int, arch: Arch) -> int:
@@ -168,6 +206,12 @@ def _block_m(config: Config) -> int:
     return int(config.get("block_m") or _STREAM_BLOCK_M)
 
 
+def _unpacked_steps(config: Config) -> int:
+    """Steps of k of a quantised panel that the blocked template unpacks at a time, rounded up to whole words."""
+    steps = _stored(config).steps
+    return int(-(-config["k_block"] // steps) * steps)
+
+
 def _workspace(signature: MoeGemmSignature, config: Config, arch: Arch) -> list[tuple[str, str, str]]:
     """Parts of the workspace: name, C type, and bytes as an expression valid both in C++ and in a recipe."""
     panel = config["vectors"] * arch.lanes(4)
@@ -176,8 +220,16 @@ def _workspace(signature: MoeGemmSignature, config: Config, arch: Arch) -> list[
         parts.append(("row_slot", "int32_t *", "4 * rows"))
         if config["combine"] == "partials":
             parts.append(("partial", "float *", f"4 * rows * {signature.n}"))
+    stored = _stored(config)
+    if config["template"] == STREAM and stored.scales and stored.scales.dtype == "bf16_pair":
+        groups = stored.groups(signature.k)
+        parts.append(("x_sums", "float *", f"4 * threads * {config['block_rows'] * groups}"))
+        parts.append(("x_divided", "float *", f"4 * threads * {config['block_rows'] * signature.k}"))
     if config.get("pack_x"):
         parts.append(("packed", "float *", f"4 * rows * {signature.k}"))
+    if config.get("k_block") and _stored(config).quantised:
+        per_thread = config["streams"] * _unpacked_steps(config) * panel
+        parts.append(("unpacked", "float *", f"4 * threads * {per_thread}"))
     if config.get("k_block") and config["k_block"] < signature.k:
         per_thread = config["block_m"] * config["streams"] * config["chunk_groups"] * panel
         parts.append(("accumulators", "float *", f"4 * threads * {per_thread}"))
@@ -185,6 +237,13 @@ def _workspace(signature: MoeGemmSignature, config: Config, arch: Arch) -> list[
 
 
 _C_TYPES = {"fp32": "const float *", "int32": "const int32_t *"}
+
+
+def _c_type(tensor: TensorSpec, config: Config) -> str:
+    if tensor.role == "output":
+        return "float *"
+    quantised = tensor.name == "weight" and _stored(config).quantised
+    return "const int32_t *" if quantised else _C_TYPES[tensor.dtype]
 
 
 def _recipe(signature: MoeGemmSignature, config: Config, arch: Arch) -> Recipe:
@@ -208,7 +267,7 @@ def _recipe(signature: MoeGemmSignature, config: Config, arch: Arch) -> Recipe:
 
 def _context(signature: MoeGemmSignature, config: Config, arch: Arch) -> dict[str, Any]:
     """Names that the templates use beside the signature and the config."""
-    arguments = [(t.name, "float *" if t.role == "output" else _C_TYPES[t.dtype]) for t in signature.tensors()] + [
+    arguments = [(t.name, _c_type(t, config)) for t in signature.tensors()] + [
         (name, "int64_t") for name in (["rows"] if signature.stage == "plain" else ["tokens", "rows"])
     ]
     k_block = config.get("k_block") or signature.k
@@ -224,6 +283,9 @@ def _context(signature: MoeGemmSignature, config: Config, arch: Arch) -> dict[st
         "ragged": signature.n % (config["vectors"] * arch.lanes(4) // signature.halves) != 0,
         "block_m": _block_m(config),
         "streams_for_rows": _streams_for_rows(config, arch),
+        "stored": _stored(config),
+        "row_words": _layout(signature, config, arch).columns,
+        "unpacked_steps": _unpacked_steps(config) if config.get("k_block") else 0,
         "k_block": k_block,
         "k_blocks": -(-signature.k // k_block),
     }
@@ -233,6 +295,7 @@ def default_config(signature: MoeGemmSignature, arch: Arch) -> Config:
     """Six rows by two vectors (twelve accumulators), packed x, k in blocks that keep a panel in the first cache."""
     panels = _groups(signature, 2, arch)
     own: dict[str, Value] = {
+        "precision": LOSSLESS,
         "vectors": 2,
         "block_rows": 6,
         "streams": 1,
@@ -252,9 +315,13 @@ def default_config(signature: MoeGemmSignature, arch: Arch) -> Config:
     return Space.union(spaces).lift(BLOCKED, own)
 
 
-_LABEL = ("block_rows", "streams", "vectors")
+_LABEL = ("precision", "block_rows", "streams", "vectors")
 
 TEMPLATES = (
-    Template(BLOCKED, "cpp", ("cpu",), _blocked_space, _layout, _recipe, _context, label=_LABEL),
-    Template(STREAM, "cpp", ("cpu",), _stream_space, _layout, _recipe, _context, label=_LABEL),
+    Template(
+        BLOCKED, "cpp", ("cpu",), _blocked_space, _layout, _recipe, _context, label=_LABEL, precisions=tuple(PRECISIONS)
+    ),
+    Template(
+        STREAM, "cpp", ("cpu",), _stream_space, _layout, _recipe, _context, label=_LABEL, precisions=tuple(PRECISIONS)
+    ),
 )

@@ -23,8 +23,9 @@
 
 typedef struct {
     const tw_packing *packing;
-    int64_t panels;
+    int64_t panels, panel_rows;
     _Atomic int64_t next;
+    _Atomic bool refused;
 } pack_job;
 
 /* out[s * stride + r] = rows[r][k + s] for 4 rows and 4 steps. */
@@ -118,21 +119,59 @@ static void pack_panel(const tw_packing *p, int64_t expert, int64_t panel, float
     }
 }
 
+static int64_t rows_of_words(const tw_packing *p) {
+    int64_t steps = tw_steps_per_word(p->element), groups = p->k / p->group;
+    int64_t scale_rows = p->scales_per_row ? (groups + p->scales_per_row - 1) / p->scales_per_row : 0;
+    return groups * ((p->group + steps - 1) / steps) + scale_rows;
+}
+
+/* Group by group over all columns, so that the rows that are written stay in the first-level cache. */
+static bool quantise_panel(const tw_packing *p, int64_t expert, int64_t panel, uint32_t *out) {
+    const float *rows[TW_MAX_COLUMNS];
+    rows_of_panel(p, expert, panel, rows);
+    int64_t steps = tw_steps_per_word(p->element);
+    int64_t group_words = (p->group + steps - 1) / steps * p->columns;
+    uint32_t *scales = NULL;
+    for (int64_t g = 0; g * p->group < p->k; g++, out += group_words) {
+        int64_t place = p->scales_per_row ? g % p->scales_per_row : 0;
+        if (p->scales_per_row && place == 0) {
+            scales = out;
+            memset(scales, 0, (size_t)p->columns * sizeof *scales);
+            out += p->columns;
+        }
+        for (int64_t c = 0; c < p->columns; c++) {
+            uint32_t scale = 0;
+            if (rows[c] == NULL) {
+                for (int64_t at = c; at < group_words; at += p->columns) {
+                    out[at] = 0;
+                }
+            } else if (!tw_quantise(p->element, rows[c] + g * p->group, p->group, out + c, p->columns, &scale)) {
+                return false;
+            }
+            if (scales != NULL) {
+                scales[c] |= scale << (32 / p->scales_per_row * place);
+            }
+        }
+    }
+    return true;
+}
+
 static void pack_panels(void *data) {
     pack_job *job = data;
     const tw_packing *p = job->packing;
     int64_t count = p->experts * job->panels;
-    for (;;) {
-        int64_t i = atomic_fetch_add(&job->next, 1);
-        if (i >= count) {
-            return;
+    for (int64_t i; !job->refused && (i = atomic_fetch_add(&job->next, 1)) < count;) {
+        uint32_t *out = (uint32_t *)p->packed + i * job->panel_rows * p->columns;
+        if (p->element == TW_FP32) {
+            pack_panel(p, i / job->panels, i % job->panels, (float *)out);
+        } else if (!quantise_panel(p, i / job->panels, i % job->panels, out)) {
+            job->refused = true;
         }
-        pack_panel(p, i / job->panels, i % job->panels, p->packed + i * p->k * p->columns);
     }
 }
 
 /* Ask for large pages before memory is touched: fewer page faults now, fewer TLB misses in every kernel later. */
-static void prefer_huge_pages(float *memory, int64_t count) {
+static void prefer_huge_pages(void *memory, int64_t count) {
 #if defined(MADV_HUGEPAGE)
     uintptr_t begin = ((uintptr_t)memory + HUGE_PAGE_BYTES - 1) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
     uintptr_t end = ((uintptr_t)memory + (uintptr_t)count * sizeof(float)) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
@@ -144,15 +183,17 @@ static void prefer_huge_pages(float *memory, int64_t count) {
 #endif
 }
 
-void tw_pack(const tw_packing *packing, int threads) {
+bool tw_pack(const tw_packing *packing, int threads) {
     int64_t half_rows = packing->n / packing->halves;
     int64_t runs = (half_rows + packing->run - 1) / packing->run * packing->halves;
-    pack_job job = {packing, (runs * packing->run + packing->columns - 1) / packing->columns, 0};
-    prefer_huge_pages(packing->packed, packing->experts * job.panels * packing->k * packing->columns);
+    int64_t panels = (runs * packing->run + packing->columns - 1) / packing->columns;
+    pack_job job = {packing, panels, rows_of_words(packing), 0, false};
+    prefer_huge_pages(packing->packed, packing->experts * panels * job.panel_rows * packing->columns);
     tw_fork_fn fork = tw_fork();
     if (fork != NULL && threads > 1) {
         fork(pack_panels, &job, (unsigned)threads, 0);
     } else {
         pack_panels(&job);
     }
+    return !job.refused;
 }

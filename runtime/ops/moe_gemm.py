@@ -35,7 +35,7 @@ class ServedMoeGemm(ServedOp[MoeGemmSignature]):
         weight, bias = weights["weight"], weights.get("bias")
         served, readable = _lay_out(weight, resolution, keep_weights)
         return BoundWeights(
-            {"weight": 0 if served is None else served, **({} if bias is None else {"bias": bias})},
+            {"weight": 0 if served is None else served.view(torch.float32), **({} if bias is None else {"bias": bias})},
             fallback_for(signature, readable, bias),
             copied_bytes=0 if served is None or served.data_ptr() == weight.data_ptr() else served.nbytes,
             weight_bytes=weight.nbytes,
@@ -52,7 +52,7 @@ def _lay_out(weight: Tensor, resolution: Resolution, keep_weight: bool) -> tuple
     packed = pack_weight(weight, resolution.layout)
     if keep_weight:
         return packed, DeclaredWeights(weight)
-    return packed, PackedWeights(packed, resolution.layout, weight.shape[1])
+    return packed, PackedWeights(packed, resolution.layout, weight.shape[1], weight.shape[2])
 
 
 def fallback_for(signature: MoeGemmSignature, weights: ExpertWeights, bias: Tensor | None) -> Callable[..., None]:

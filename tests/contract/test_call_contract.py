@@ -433,7 +433,7 @@ class PackingTests(CallContract):
             (torch.ones(1, 7, 4), WeightLayout(8, 2, 4), "7 rows do not split into 2 halves"),
             (torch.ones(1, 8, 4), WeightLayout(8, 2, 3), "columns must be one run, or whole runs of every half"),
             (torch.ones(1, 8, 4), WeightLayout(2048), "1024 at most"),
-            (torch.ones(1, 8, 4), WeightLayout(8, dtype="bf16"), "only fp32"),
+            (torch.ones(1, 8, 4), WeightLayout(8, precision="int4g32"), "k=4 is no multiple of the 32 steps"),
         ],
     )
     def test_what_cannot_be_packed_is_named(self, weight, layout, said):

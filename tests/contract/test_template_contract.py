@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from awkward import SIGNATURES, Case, cases, examples, few_cases, weights
+from awkward import SIGNATURES, Case, cases, examples, few_cases, precision_cases, weights
 from guarded_calls import Call, forking, run_kernel, tensors_for
 from standalone_kernels import Toolchain
 
@@ -73,7 +73,7 @@ def test_variant_matches_the_reference(case: Case, builds: dict[Case, Future[Bui
     assert build.path is not None, build.message
     op = find_op(case.op)
     recipe = case.template.recipe(case.signature, case.config, case.arch)
-    for example in examples(case.op, case.signature):
+    for example in examples(case.op, case.signature, case.precision):
         tensors = tensors_for(recipe, weights(case.op, case.signature), example.inputs)
         results = set()
         for call in calls():
@@ -88,13 +88,13 @@ def test_variant_matches_the_reference(case: Case, builds: dict[Case, Future[Bui
 def test_other_levels_of_this_machine_compile(arch: Arch, tmp_path) -> None:
     """Compiled is all that is known of them, unless this CPU runs them, too."""
     builder = builder_for(arch, tmp_path)
-    chosen = few_cases(arch, 4)
+    chosen = [*few_cases(arch, 4), *precision_cases(arch)]
     for case, build in zip(chosen, builder.build_all([source_of(case) for case in chosen]), strict=True):
         assert build.path is not None, f"{case}: {build.message}"
         if not runs_on(arch, read_cpu_info()):
             continue
         recipe = case.template.recipe(case.signature, case.config, arch)
-        for example in examples(case.op, case.signature):
+        for example in examples(case.op, case.signature, case.precision):
             tensors = tensors_for(recipe, weights(case.op, case.signature), example.inputs)
             out = run_kernel(build.path, recipe, tensors, example.expected, calls()[0])
             assert compare_all(out, example.expected, find_op(case.op).tolerance(case.signature)).complaint is None, (
@@ -106,14 +106,16 @@ def check_standalone(case: Case, toolchain: Toolchain, folder: Path) -> None:
     op = find_op(case.op)
     recipe = case.template.recipe(case.signature, case.config, case.arch)
     program = toolchain.build(source_of(case), recipe.launches[0].entry, folder / "program")
-    for example in examples(case.op, case.signature):
+    for example in examples(case.op, case.signature, case.precision):
         tensors = tensors_for(recipe, weights(case.op, case.signature), example.inputs)
         out = toolchain.run(program, recipe, tensors, example.expected, threads=2)
         complaint = compare_all(out, example.expected, op.tolerance(case.signature)).complaint
         assert complaint is None, f"{example.problem.to_dict()}: {complaint}"
 
 
-@pytest.mark.parametrize("case", few_cases(ARCHS["aarch64_neon"], 4), ids=str)
+@pytest.mark.parametrize(
+    "case", [*few_cases(ARCHS["aarch64_neon"], 4), *precision_cases(ARCHS["aarch64_neon"])], ids=str
+)
 def test_variant_for_arm_matches_the_reference_in_an_emulator(case: Case, tmp_path) -> None:
     compiler = shutil.which("aarch64-linux-gnu-g++")
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")

@@ -198,7 +198,7 @@ def store_plan(
                 signature=signature.to_dict(),
                 device_key=device_key,
                 threads=threads,
-                layout=WeightLayout(**layouts[0]).key if layouts and layouts[0] else "",
+                layout=WeightLayout.from_dict(layouts[0]).key if layouts and layouts[0] else "",
                 timing="measured",
                 checked="device",
                 entries=tuple(PlanEntry(bound, built and built.record.key, 12.5, 25.0, 8) for bound, built in entries),

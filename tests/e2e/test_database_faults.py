@@ -25,6 +25,7 @@ from tilewright.tuning_db.integrity import DamagedDatabase
 from tilewright.tuning_db.locations import user_data_path
 from tilewright.tuning_db.reader import Reader
 from tilewright.tuning_db.records import Outcome
+from tilewright.tuning_db.schema import SCHEMA_VERSION
 from tilewright.tuning_db.store import Store
 
 PLAN_KEY = ("moe_gemm", "signature-1", "cpu-1", 2)
@@ -369,7 +370,7 @@ def test_another_programs_database_is_left_alone(path: Path) -> None:
 
 def test_a_newer_schema_is_left_alone(path: Path, filled: Filled) -> None:
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     before = path.read_bytes()
     with pytest.raises(TilewrightError, match="newer tilewright"):
         add_one_trial(path, filled.run.id)

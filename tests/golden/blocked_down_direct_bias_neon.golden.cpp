@@ -2,7 +2,7 @@
 // moe_gemm stage=down experts=128 n=2050 k=768 top_k=8 activation=none bias=True x_dtype=fp32 w_dtype=fp32
 // out_dtype=fp32
 // block_m=48 block_rows=4 chunk_groups=8 combine=direct fetch_next=True gate_up=none k_block=768 order=panel_outer
-// pack_x=False prefetch=0 schedule=static streams=2 unroll=1 vectors=2
+// pack_x=False precision=fp32 prefetch=0 schedule=static streams=2 unroll=1 vectors=2
 // Blocked grouped GEMM: register tiles of 4 rows by 4 vectors.
 
 #include <stdint.h>

@@ -15,6 +15,7 @@ from tilewright.codegen.ops import OPS, find_op
 from tilewright.codegen.ops.gating_signature import GatingSignature as Gating
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature as MoeGemm
 from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.precisions import LOSSLESS
 from tilewright.codegen.rendering import render
 from tilewright.codegen.space import Value
 
@@ -49,8 +50,9 @@ class Golden:
         op, arch = find_op(self.signature.op), ARCHS[self.arch]
         config = op.default_config(self.signature, arch)
         if self.template:
-            space = op.space(self.signature, arch)
-            config = space.lift(self.template, dict(self.knobs))
+            own = dict(self.knobs)
+            space = op.space(self.signature, arch, precisions=(str(own.get("precision", LOSSLESS)),))
+            config = space.lift(self.template, own)
             assert config in space
         source = render(op.template(config), self.signature, config, arch)
         return source.replace(f"tilewright {__version__} ", "tilewright VERSION ", 1)
@@ -69,6 +71,7 @@ GOLDEN = [
         "aarch64_neon",
         "moe_gemm/cpu_blocked",
         knobs(
+            precision="fp32",
             vectors=2,
             block_rows=4,
             streams=2,
@@ -91,6 +94,7 @@ GOLDEN = [
         "x86_64_avx2",
         "moe_gemm/cpu_stream",
         knobs(
+            precision="fp32",
             vectors=1,
             block_rows=3,
             streams=6,
@@ -129,6 +133,7 @@ GOLDEN = [
         "aarch64_neon",
         "moe_gemm/cpu_stream",
         knobs(
+            precision="fp32",
             vectors=2,
             block_rows=2,
             streams=4,
@@ -138,6 +143,47 @@ GOLDEN = [
             schedule="static",
             gate_up="apart",
             combine="none",
+        ),
+    ),
+    Golden(
+        "stream_up_int4_avx2",
+        UP,
+        "x86_64_avx2",
+        "moe_gemm/cpu_stream",
+        knobs(
+            precision="int4g32",
+            vectors=2,
+            block_rows=2,
+            streams=3,
+            chunk_groups=4,
+            unroll=1,
+            prefetch=16,
+            schedule="dynamic",
+            gate_up="apart",
+            combine="none",
+        ),
+    ),
+    Golden(
+        "blocked_down_mxfp4_avx512",
+        RAGGED_DOWN,
+        "x86_64_avx512",
+        "moe_gemm/cpu_blocked",
+        knobs(
+            precision="mxfp4",
+            vectors=2,
+            block_rows=6,
+            streams=2,
+            k_block=256,
+            block_m=96,
+            chunk_groups=2,
+            order="panel_outer",
+            pack_x=True,
+            unroll=4,
+            prefetch=0,
+            fetch_next=False,
+            schedule="dynamic",
+            gate_up="none",
+            combine="partials",
         ),
     ),
 ]

@@ -39,7 +39,7 @@ layouts = st.sampled_from([PLAIN, INTERLEAVED, APART, WeightLayout(32, 2, 8), We
 )
 def test_panels_by_hand(layout: WeightLayout, n: int, panels: int) -> None:
     assert layout.panels(n) == panels
-    assert layout.packed_elements(3, n, 5) == 3 * panels * 5 * layout.columns
+    assert layout.packed_words(3, n, 5) == 3 * panels * 5 * layout.columns
 
 
 def test_gate_and_up_columns_by_hand() -> None:
@@ -57,7 +57,7 @@ def test_the_runtime_packs_as_the_layout_says(layout: WeightLayout, experts: int
     out = np.full(packed_shape(layout, weight.shape), np.nan, np.float32)
     pack_array(weight, layout, out, threads=1)
     np.testing.assert_array_equal(out, pack(weight, layout))
-    assert out.size == layout.packed_elements(*weight.shape)
+    assert out.size == layout.packed_words(*weight.shape)
 
 
 @given(layouts, st.integers(1, 2), st.integers(1, 100), st.integers(1, 5))
@@ -72,7 +72,7 @@ def test_packing_keeps_every_weight_and_pads_with_zeros(
 
 
 def test_equal_keys_mean_equal_layouts() -> None:
-    variants = [PLAIN, INTERLEAVED, APART, replace(PLAIN, columns=8), replace(PLAIN, dtype="bf16")]
+    variants = [PLAIN, INTERLEAVED, APART, replace(PLAIN, columns=8), replace(PLAIN, precision="bf16")]
     assert len({layout.key for layout in variants}) == len(variants)
     assert PLAIN.key == "panel16_fp32"
     assert APART.key == "panel8x2r8_fp32"

@@ -126,7 +126,7 @@ def pack_by_definition(weight, layout):
 @pytest.mark.parametrize("n", [16, 22])
 def test_packed_weights_read_back_as_declared(layout, n):
     weight = torch.randn(3, n, 5)
-    packed = PackedWeights(pack_by_definition(weight, layout), layout, n)
+    packed = PackedWeights(pack_by_definition(weight, layout), layout, n, weight.shape[2])
     for expert in range(3):
         assert torch.equal(packed.expert(expert), weight[expert])
 

@@ -15,6 +15,7 @@ from tuning_db_samples import Filled, fill, kernel, plan
 from tilewright.errors import TilewrightError
 from tilewright.tuning_db.integrity import check_private
 from tilewright.tuning_db.reader import DamagedArtifact, DamagedDatabase, Reader, UntrustedFile
+from tilewright.tuning_db.schema import SCHEMA_VERSION
 from tilewright.tuning_db.store import Store
 
 PLAN_KEY = ("moe_gemm", "signature-1", "cpu-1", 2)
@@ -194,7 +195,7 @@ def test_files_it_cannot_read_are_explained(path: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("filled")
 def test_other_schemas_are_refused(path: Path, tmp_path: Path) -> None:
     reader = Reader.open(path)
-    change(path, "PRAGMA user_version = 2")
+    change(path, f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     with pytest.raises(TilewrightError, match=r"newer tilewright .*upgrade tilewright"):
         reader.plan(*PLAN_KEY)
     foreign = tmp_path / "foreign.db"

@@ -26,7 +26,11 @@ class Store(WeightStore):
         self.released: list[int] = []
         arrays = MoeGemm().weights(SIGNATURE, seed=0)
         super().__init__(
-            SIGNATURE.tensors(), arrays, copies=2, capacity_bytes=4 * WEIGHT_BYTES, release=self.remember_released
+            SIGNATURE.tensors(),
+            arrays,
+            copies=lambda _: 2,
+            capacity_bytes=4 * WEIGHT_BYTES,
+            release=self.remember_released,
         )
 
     def remember_released(self, regions: Iterable[SharedRegion]) -> None:
@@ -100,6 +104,6 @@ def test_dropping_the_declared_layout_keeps_the_declared_weights(store: Store) -
     )
 
 
-def test_an_unknown_precision_is_refused(store: Store) -> None:
-    with pytest.raises(TilewrightError, match="packed as fp4 cannot be measured"):
-        store.require([WeightLayout(8, dtype="fp4")])
+def test_a_precision_that_does_not_divide_k_is_refused(store: Store) -> None:
+    with pytest.raises(TilewrightError, match="k=8 is no multiple of the 32 steps"):
+        store.require([WeightLayout(8, precision="int4g32")])

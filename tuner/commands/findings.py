@@ -9,10 +9,12 @@ from typing import Any
 
 from tilewright.codegen.cpu_info import read_cpu_info
 from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.precisions import LOSSLESS
 from tilewright.tuner.campaign import Report, Request, SignatureReport
 from tilewright.tuner.deployed import Deployed
 from tilewright.tuner.finals import Probe
 from tilewright.tuner.plan import Final
+from tilewright.tuner.precision import FrontPoint
 from tilewright.tuner.roofline import Roofline
 from tilewright.tuner.standings import measured_document
 from tilewright.tuner.text import format_ratio, format_shape, format_threads, format_us, table, terminal_width
@@ -43,7 +45,7 @@ class Findings:
             lines += [format_shape(mine.signature.to_dict()), *self._table(mine)]
             if mine.layout is not None and mine.layout.cost > 1.005:
                 lines.append(f"one weight layout for all sizes ({mine.layout.key}) costs {mine.layout.cost - 1:.1%}")
-            lines += self._plan(mine)
+            lines += [*self._front(mine), *self._plan(mine)]
             lines.append("")
         lines += [
             *_NOTES.splitlines(),
@@ -89,6 +91,28 @@ class Findings:
         return [
             *(table(_HEAD, rows, width=terminal_width()) if rows else []),
             *([f"{failed} of {len(mine.results)} sizes have no right kernel"] if failed else []),
+        ]
+
+    def _front(self, mine: SignatureReport) -> list[str]:
+        """Time against error of the precisions that were tried; nothing where there is no choice."""
+        exact = next((point for point in mine.front if point.precision == LOSSLESS), None)
+        if len(mine.front) < 2 or mine.plan is None or exact is None:
+            return []
+        rows = [
+            (
+                point.precision,
+                f"{point.error.relative:.2g}",
+                f"{point.error.largest:.2g}",
+                format_us(point.time_us),
+                f"{exact.time_us / point.time_us:.2f}x",
+                "this one" if point.precision == mine.plan.precision else "stored, too",
+            )
+            for point in mine.front
+        ]
+        head = ("precision", "error", "largest", "mean time", f"vs {LOSSLESS}", "plan")
+        return [
+            *table(head, rows, width=terminal_width()),
+            "error: ||out - exact|| / ||exact||, largest: max |out - exact| / max |exact|; at the worst size",
         ]
 
     def _plan(self, mine: SignatureReport) -> list[str]:
@@ -154,6 +178,9 @@ class Findings:
             "layout": mine.layout.key if mine.layout else None,
             "layout_cost": mine.layout.cost if mine.layout else None,
             "problems": [self._final_document(final) for final in mine.finals],
+            "precision": mine.plan.precision if mine.plan else None,
+            "error": mine.plan.error if mine.plan else None,
+            "front": [_point_document(point) for point in mine.front],
             "plan": [asdict(entry) for entry in mine.plan.entries] if mine.plan else [],
             "probes": [self._probe_document(probe) for probe in mine.probes],
             "unsolved": len(mine.results) - len(mine.finals),
@@ -190,3 +217,21 @@ class Findings:
     def _name(self, final: Final) -> str:
         """Enough to recognise a kernel by; ``the default`` where that won."""
         return "the default" if final.winner == final.default else self.request.op.label(final.winner.variant.config)
+
+
+def _point_document(point: FrontPoint) -> dict[str, Any]:
+    return {
+        "precision": point.precision,
+        "error": point.error.relative,
+        "largest_error": point.error.largest,
+        "layout": point.plan.layout,
+        "geometric_mean_us": point.time_us,
+        "problems": [
+            {
+                "tokens": final.problem.dynamic_size,
+                "kernel": final.winner.variant.key,
+                **measured_document(final.winner_us),
+            }
+            for final in point.finals
+        ],
+    }

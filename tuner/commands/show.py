@@ -58,7 +58,8 @@ class _Known:
     device_key: str
     threads: int
     problems: list[_KnownProblem] = field(default_factory=list)
-    plan: PlanRecord | None = None
+    plans: list[PlanRecord] = field(default_factory=list)
+    """By rising error of their precision."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _everything(store: Store) -> list[_Known]:
         group = known.setdefault(
             (plan.signature_key, plan.device_key, plan.threads), _Known(plan.signature, plan.device_key, plan.threads)
         )
-        group.plan = plan
+        group.plans.append(plan)
     for group in known.values():
         group.problems.sort(key=lambda problem: problem.dynamic_size)
     return list(known.values())
@@ -109,7 +110,7 @@ def _document(store: Store) -> dict[str, Any]:
         "database": store.name,
         "devices": [asdict(device) for device in store.devices()],
         "problems": [_problem_document(problem) for group in known for problem in group.problems],
-        "plans": [_plan_document(group.plan, group.problems) for group in known if group.plan],
+        "plans": [_plan_document(plan, group.problems) for group in known for plan in group.plans],
     }
 
 
@@ -162,8 +163,8 @@ def _lines(store: Store) -> list[str]:
         lines += ["", format_shape(group.signature), f"{format_threads(group.threads)} on {group.device_key}"]
         if group.problems:
             lines += table(_HEAD, map(_row, group.problems), width=terminal_width())
-        if group.plan:
-            lines += _plan_lines(group.plan, store)
+        for plan in group.plans:
+            lines += _plan_lines(plan, store)
     return lines
 
 
@@ -192,7 +193,8 @@ def _plan_lines(plan: PlanRecord, store: Store) -> list[str]:
     made = time.strftime("%Y-%m-%d", time.gmtime(plan.created_at))
     lines = [
         f"plan of {made}{f' for {plan.model}' if plan.model else ''}, weight layout {plan.layout or 'as given'}; "
-        f"timing: {plan.timing}, checked: {plan.checked}"
+        f"timing: {plan.timing}, checked: {plan.checked}",
+        *([f"precision {plan.precision}, off by {plan.error:.2g}"] if plan.error else []),
     ]
     for entry in plan.entries:
         size = "any more" if entry.max_tokens is None else f"<= {entry.max_tokens}"

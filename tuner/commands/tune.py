@@ -12,12 +12,14 @@ from tilewright.codegen.cpu_info import read_cpu_info, usable_cores
 from tilewright.codegen.models import load_model
 from tilewright.codegen.ops import OPS, find_op
 from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.precisions import LOSSLESS, PRECISIONS, parse_precisions
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign import Campaign, Request, SignatureReport
 from tilewright.tuner.commands.common import print_json
 from tilewright.tuner.commands.findings import Findings
 from tilewright.tuner.deployed import Deployed, race_against_torch
+from tilewright.tuner.precision import DEFAULT_MAX_ERROR
 from tilewright.tuner.progress import ENDLESS_TRIALS, Progress
 from tilewright.tuner.roofline import measure_roofline
 from tilewright.tuner.search import DEFAULT_SEARCH, SEARCHES
@@ -61,6 +63,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--seed", type=int, default=0, metavar="N")
     how.add_argument("--resume", action="store_true", help="count and use earlier trials of the same problems")
+    how.add_argument(
+        "--precision",
+        default=LOSSLESS,
+        metavar="P,P,...",
+        help=f"what weights may be stored in: {', '.join(PRECISIONS)} (default {LOSSLESS})",
+    )
+    how.add_argument(
+        "--max-error",
+        type=float,
+        default=DEFAULT_MAX_ERROR,
+        metavar="E",
+        help=f"largest relative error of the output, ||out - exact|| / ||exact|| (default {DEFAULT_MAX_ERROR})",
+    )
     where = parser.add_argument_group("where to")
     where.add_argument("--db", metavar="PATH|URL", help="database (default $TILEWRIGHT_DB, or the user's data folder)")
     where.add_argument("--json", action="store_true", help="one JSON document on stdout, progress on stderr")
@@ -149,7 +164,15 @@ def _request(arguments: argparse.Namespace) -> Request:
         model=model_name,
         probes=_probes(arguments.probes),
         templates=op.template_names(_names(arguments.template), arch) if arguments.template is not None else (),
+        precisions=parse_precisions(arguments.precision),
+        max_error=_max_error(arguments.max_error),
     )
+
+
+def _max_error(asked: float) -> float:
+    if not 0 <= asked < math.inf:
+        raise TilewrightError(f"--max-error {asked} is impossible; give a number of at least 0, such as 0.01")
+    return asked
 
 
 def _budget(arguments: argparse.Namespace) -> tuple[int, float]:
@@ -230,6 +253,7 @@ def _race_deployed(
         [*planned, *(probe.problem for probe in mine.probes)],
         database=str(store.path),
         threads=request.threads,
+        max_error=mine.plan.error if mine.plan else 0.0,
         seed=request.seed,
         budget_s=min(12.0, 0.1 * request.time_s),
     )

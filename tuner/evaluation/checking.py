@@ -68,6 +68,29 @@ def _compare_exactly(out: NDArray[Any], reference: NDArray[Any], name: str) -> C
     return Comparison(np.inf, f"{name}{list(index)} {got}, expected {reference[index]}")
 
 
+@dataclass(frozen=True)
+class PrecisionError:
+    """What a precision of the weights does to an op's output: of the precision, not of any kernel."""
+
+    relative: float
+    """``||out - reference|| / ||reference||`` (Frobenius): what ``--max-error`` bounds."""
+    largest: float
+    """``max |out - reference| / max |reference|``."""
+
+
+def compare_precisions(outputs: Arrays, reference: Arrays) -> PrecisionError:
+    """``outputs``, computed exactly from rounded weights, against the reference's; the worst of several outputs."""
+    relative = largest = 0.0
+    for name, out in outputs.items():
+        exact = reference[name]
+        if out.size and out is not exact:
+            difference = out - exact
+            norm, scale = float(np.linalg.norm(exact)) or 1.0, _largest(exact.reshape(-1)) or 1.0
+            relative = max(relative, float(np.linalg.norm(difference)) / norm)
+            largest = max(largest, _largest(difference.reshape(-1)) / scale)
+    return PrecisionError(relative, largest)
+
+
 def _largest(values: NDArray[np.float64]) -> float:
     return max((float(np.abs(values[i : i + _CHUNK]).max()) for i in range(0, values.size, _CHUNK)), default=0.0)
 

@@ -7,15 +7,18 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from tilewright.codegen.cpu_info import read_cpu_info
-from tilewright.codegen.ops.base import OpDeclaration, Problem
+from tilewright.codegen.ops.base import Arrays, OpDeclaration, Problem
 from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.precisions import LOSSLESS, WORD_BITS, find_precision
 from tilewright.errors import TilewrightError
 from tilewright.tuner.evaluation.arena import huge_pages
 from tilewright.tuner.evaluation.binding import broken_guard
+from tilewright.tuner.evaluation.checking import PrecisionError, compare_precisions
 from tilewright.tuner.evaluation.contest import Contest
 from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation, TimeSpent
 from tilewright.tuner.evaluation.problems import ProblemData, expected_bytes, share_inputs
@@ -45,6 +48,7 @@ class CpuEvaluator:
         op: the op.
         signature: of all kernels and problems.
         threads: that kernels are measured with; they are checked with one, too.
+        precisions: of the weights of all kernels; the fewer the bits, the more data a race rotates.
         seed: of all data and of the order of races.
         time_limit_s: for one call of a kernel.
         memory_limit_bytes: that a kernel may allocate for itself.
@@ -60,6 +64,7 @@ class CpuEvaluator:
         signature: Signature,
         *,
         threads: int,
+        precisions: Sequence[str] = (LOSSLESS,),
         seed: int = 0,
         time_limit_s: float = 10.0,
         memory_limit_bytes: int = 1 << 30,
@@ -80,6 +85,7 @@ class CpuEvaluator:
         weight_bytes = declared_bytes(tensors)
         self._refuse_if_too_large("weights and their packed copy", 2 * weight_bytes)
         self._copies = weight_copies(weight_bytes, self._cache_bytes)
+        self._stored_share = min(find_precision(name).bits for name in precisions) / WORD_BITS
         with contextlib.ExitStack() as undo:
             self._session = Session(threads=threads, time_limit_s=time_limit_s, memory_limit_bytes=memory_limit_bytes)
             undo.callback(self._session.close)
@@ -88,7 +94,7 @@ class CpuEvaluator:
                 weights = WeightStore(
                     tensors,
                     op.weights(signature, seed),
-                    copies=self._copies,
+                    copies=partial(weight_copies, cache_bytes=self._cache_bytes),
                     # Of what the worker copies to get huge pages, there are two.
                     capacity_bytes=int(room / (2 if huge_pages(advised=True) else 1)),
                     release=self._session.release,
@@ -171,6 +177,16 @@ class CpuEvaluator:
                 )
         return paired_ratio(twins[0].samples_us, twins[1].samples_us)
 
+    def precision_error(self, problem: Problem, precision: str) -> PrecisionError:
+        """What storing the weights in ``precision`` does to the op's output on this problem.
+
+        Raises:
+            TilewrightError: when the problem does not fit the memory.
+
+        """
+        data = self._data(problem)
+        return compare_precisions(self._reference(data, precision), self._reference(data, LOSSLESS))
+
     def _race(
         self,
         kernels: Sequence[BuiltKernel],
@@ -193,6 +209,8 @@ class CpuEvaluator:
         if refusal := _refusal(kernel, data):
             return Evaluation(kernel.key, Outcome.REJECTED, f"a guard refuses the problem: {refusal}")
         evaluation = Evaluation(kernel.key, Outcome.OK)
+        for each in (*self._awkward, data):
+            self._reference(each, kernel.recipe.precision)
         for checked, modes in (*((awkward, self._checks) for awkward in self._awkward), (data, (self._deployed,))):
             if _refusal(kernel, checked):
                 continue  # The runtime falls back there.
@@ -235,14 +253,20 @@ class CpuEvaluator:
         first = self._op.inputs(problem, self._seed)
         needed = declared_bytes(self._op.tensors(self._signature)) + expected_bytes(self._op, problem, first)
         self._refuse_if_too_large(f"{problem.dynamic_size} tokens", needed)
-        touched = self._op.workload(problem, first).min_bytes
+        touched = self._stored_share * self._op.workload(problem, first).min_bytes
         sets = input_sets(touched, self._copies, self._cache_bytes) if rotate else 1
         others = (self._op.inputs(problem, self._seed + index) for index in range(1, sets))
-        return ProblemData(
-            problem,
-            tuple(share_inputs(self._op, problem, inputs) for inputs in (first, *others)),
-            self._op.reference(self._signature, self._workbench.weights.arrays, first),
-        )
+        shared = tuple(share_inputs(self._op, problem, inputs) for inputs in (first, *others))
+        return ProblemData(problem, shared, {})
+
+    def _reference(self, data: ProblemData, precision: str) -> Arrays:
+        """What must come out with weights in ``precision``."""
+        if precision not in data.references:
+            with self._clock("preparing_s"):
+                weights = self._workbench.weights.rounded(precision)
+                inputs = data.sets[0].inputs(self._op.tensors(self._signature))
+                data.references[precision] = self._op.reference(self._signature, weights, inputs)
+        return data.references[precision]
 
     def _refuse_if_too_large(self, what: str, needed_bytes: int) -> None:
         if needed_bytes > _MEMORY_SHARE * self._memory_bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,14 @@ class InputSet:
     outputs: tuple[TensorSpec, ...]
     sizes: Mapping[str, int]
 
+    def inputs(self, tensors: Sequence[TensorSpec]) -> Arrays:
+        """The draw as arrays that share its memory."""
+        return {
+            spec.name: self.tensors[spec.name].array(DTYPES[spec.dtype], shape_of(spec, self.sizes))
+            for spec in tensors
+            if spec.role == "input" and spec.name in self.tensors
+        }
+
     def output_blocks(self) -> dict[str, Block]:
         """The memory of every output by name."""
         return {spec.name: self.tensors[spec.name] for spec in self.outputs}
@@ -40,12 +48,12 @@ class InputSet:
 
 @dataclass(frozen=True, eq=False)
 class ProblemData:
-    """A problem ready to be run. The sets differ in their values and routing; the reference is the first one's."""
+    """A problem ready to be run. The sets differ in their values and routing; the references are the first one's."""
 
     problem: Problem
     sets: tuple[InputSet, ...]
-    reference: Arrays
-    """Every output by name."""
+    references: dict[str, Arrays]
+    """What must come out, every output by name, by precision of the weights; made when they are first needed."""
 
     @property
     def regions(self) -> tuple[SharedRegion, ...]:
@@ -56,7 +64,7 @@ class ProblemData:
     def nbytes(self) -> int:
         """Memory that the problem takes."""
         return sum(region.file_bytes for region in self.regions) + sum(
-            array.nbytes for array in self.reference.values()
+            array.nbytes for arrays in self.references.values() for array in arrays.values()
         )
 
 

@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.ops.base import Arrays
+from tilewright.codegen.ops.base import Arrays, packable
+from tilewright.codegen.precisions import LOSSLESS
 from tilewright.codegen.recipe import TensorSpec
-from tilewright.errors import TilewrightError
+from tilewright.runtime.packing import packed_dtype, packed_shape
 from tilewright.tuner.evaluation.arena import Block, SharedRegion, share
 from tilewright.tuner.evaluation.binding import DTYPES
 
 Release = Callable[[Iterable[SharedRegion]], None]
+Copies = Callable[[int], int]
 
-_PACKED_DTYPES = {"fp32": np.float32}
+_WORD_BYTES = 4
+_ROUNDING_COLUMNS = 16
+"""Of panels that are made only to be read back."""
+_ROUNDED_SHARE = 0.25
+"""Of the capacity, that rounded copies for references may take beside it."""
 
 
-def packable(tensors: Sequence[TensorSpec]) -> TensorSpec | None:
-    """The weight that a :class:`WeightLayout` packs: [experts, n, k]. A bias has the role of a weight, too."""
-    return next((tensor for tensor in tensors if tensor.role == "weight" and len(tensor.dims) == 3), None)
-
-
-def pack(weight: NDArray[np.float32], layout: WeightLayout, out: NDArray[np.float32]) -> None:
+def pack(weight: NDArray[np.float32], layout: WeightLayout, out: NDArray[Any]) -> None:
     """Pack ``weight`` [experts, n, k] into ``out`` as the runtime does it.
 
     Raises:
-        TilewrightError: when the layout does not suit the weight.
+        TilewrightError: when the layout does not suit the weight, or it cannot be quantised.
 
     """
     import torch
@@ -39,20 +41,41 @@ def pack(weight: NDArray[np.float32], layout: WeightLayout, out: NDArray[np.floa
     pack_weight(torch.from_numpy(weight), layout, out=torch.from_numpy(out))
 
 
+def round_weight(weight: NDArray[np.float32], precision: str) -> NDArray[np.float32]:
+    """``weight`` [experts, n, k] as kernels read it from ``precision``: quantised by the runtime, and back.
+
+    Raises:
+        TilewrightError: when it cannot be quantised.
+
+    """
+    import torch
+
+    from tilewright.runtime.calls import pack_weight
+    from tilewright.runtime.weights import PackedWeights
+
+    experts, n, k = weight.shape
+    layout = WeightLayout(_ROUNDING_COLUMNS, precision=precision)
+    rounded = np.empty_like(weight)
+    for expert in range(experts):
+        packed = pack_weight(torch.from_numpy(weight[expert : expert + 1]), layout)
+        rounded[expert] = PackedWeights(packed, layout, n, k).expert(0).numpy()
+    return rounded
+
+
 class WeightStore:
     """The weights in shared memory, several copies of each layout; the least recently used layouts make room.
 
     Args:
         tensors: of the op's calls.
         arrays: what the op made for the role ``weight``; copied.
-        copies: of the packable weight, so that a rotation of them exceeds the cache.
+        copies: of the packable weight, by its bytes in a layout, so that a rotation of them exceeds the cache.
         capacity_bytes: for all layouts together; what a single request needs is always granted.
         release: called with regions that are no longer used.
 
     """
 
     def __init__(
-        self, tensors: Sequence[TensorSpec], arrays: Arrays, *, copies: int, capacity_bytes: int, release: Release
+        self, tensors: Sequence[TensorSpec], arrays: Arrays, *, copies: Copies, capacity_bytes: int, release: Release
     ) -> None:
         self._packable = packable(tensors)
         self._copies = copies
@@ -63,6 +86,7 @@ class WeightStore:
             name: block.array(arrays[name].dtype, arrays[name].shape) for name, block in self._blocks.items()
         }
         self._layouts: dict[WeightLayout | None, list[Block]] = {}
+        self._rounded: dict[str, NDArray[np.float32]] = {}
 
     def groups(self, layouts: Sequence[WeightLayout | None]) -> list[list[int]]:
         """Split indices into ``layouts`` into groups whose distinct layouts fit the capacity together, in order."""
@@ -96,11 +120,29 @@ class WeightStore:
         copies = self._layouts[layout]
         return {**self._blocks, self._packable.name: copies[copy % len(copies)]}
 
+    def rounded(self, precision: str) -> Arrays:
+        """The weights as the op declares them, with the values that they have once they are stored in ``precision``.
+
+        A copy, of which the latest few are kept.
+        """
+        if precision == LOSSLESS or self._packable is None:
+            return self.arrays
+        name = self._packable.name
+        weight = self.arrays[name]
+        rounded = self._rounded.pop(precision, None)
+        if rounded is None:
+            rounded = round_weight(weight, precision)
+        while self._rounded and (len(self._rounded) + 1) * weight.nbytes > _ROUNDED_SHARE * self._capacity_bytes:
+            self._rounded.pop(next(iter(self._rounded)))
+        self._rounded[precision] = rounded
+        return {**self.arrays, name: rounded}
+
     def close(self) -> None:
         """Free everything."""
         for blocks in self._layouts.values():
             self._drop(blocks)
         self._layouts.clear()
+        self._rounded.clear()
         self.arrays.clear()
         self._release(block.region for block in self._blocks.values())
 
@@ -109,9 +151,10 @@ class WeightStore:
             return 0
         weight = self.arrays[self._packable.name]
         if layout is None:
-            return (self._copies - 1) * weight.nbytes
+            return (self._copies(weight.nbytes) - 1) * weight.nbytes
         experts, n, k = weight.shape
-        return self._copies * layout.packed_elements(experts, n, k) * _itemsize(layout)
+        nbytes = layout.packed_words(experts, n, k) * _WORD_BYTES
+        return self._copies(nbytes) * nbytes
 
     def _make(self, layout: WeightLayout | None) -> list[Block]:
         if self._packable is None:
@@ -119,23 +162,17 @@ class WeightStore:
         name = self._packable.name
         weight = self.arrays[name]
         if layout is None:
-            return [self._blocks[name], *(share(weight) for _ in range(self._copies - 1))]
+            return [self._blocks[name], *(share(weight) for _ in range(self._copies(weight.nbytes) - 1))]
         experts, n, k = weight.shape
-        nbytes = layout.packed_elements(experts, n, k) * _itemsize(layout)
+        nbytes = layout.packed_words(experts, n, k) * _WORD_BYTES
         first = Block(SharedRegion(nbytes, advised=True), nbytes)
-        packed = first.array(_PACKED_DTYPES[layout.dtype], (experts, layout.panels(n), k, layout.columns))
+        packed = first.array(packed_dtype(layout), packed_shape(layout, (experts, n, k)))
         pack(weight, layout, packed)
-        return [first, *(share(packed, advised=True) for _ in range(self._copies - 1))]
+        return [first, *(share(packed, advised=True) for _ in range(self._copies(nbytes) - 1))]
 
     def _drop(self, blocks: Iterable[Block]) -> None:
         declared = set(self._blocks.values())
         self._release(block.region for block in blocks if block not in declared)
-
-
-def _itemsize(layout: WeightLayout) -> int:
-    if layout.dtype not in _PACKED_DTYPES:
-        raise TilewrightError(f"weights packed as {layout.dtype} cannot be measured yet; use fp32")
-    return np.dtype(_PACKED_DTYPES[layout.dtype]).itemsize
 
 
 def declared_bytes(tensors: Sequence[TensorSpec]) -> int:

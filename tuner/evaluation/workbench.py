@@ -95,7 +95,8 @@ class Workbench:
         for name, block in written.items():
             if damage := block.damage():
                 raise KernelFaultError(Outcome.WRONG, f"wrote outside its {name}: {damage}", program)
-        comparison = compare_all(inputs.results(), data.reference, self._tolerance)
+        reference = data.references[kernel.recipe.precision]
+        comparison = compare_all(inputs.results(), reference, self._tolerance)
         if comparison.complaint:
             raise KernelFaultError(Outcome.WRONG, comparison.complaint, program, error=comparison.error)
         return comparison.error

@@ -1,0 +1,146 @@
+"""Precisions that weights are stored in: elements of few bits, and the scales that they share.
+
+Sums and activations stay fp32 throughout, so a precision says what is read from memory. Elements lie in words of 32
+bits, the same column's consecutive steps of k in one word, the first in the lowest bits: a kernel takes them apart
+with shifts, on any instruction set.
+
+* ``bf16``: the upper half of an fp32, rounded to nearest even.
+* ``int8``: ``scale * q``, q in [-127, 127], the scale being max |w| / 127.
+* ``int4``: ``scale * q + offset``, q in [-8, 7]: of four ranges between the least and the largest weight, the one with
+  the least squared error. A scale alone cannot use all sixteen values and is off by 8.1 % where this is off by 7.5 %
+  (normal weights, groups of 32).
+* ``fp8_e4m3``: four bits of exponent, three of mantissa, no infinity (OCP 8-bit floating point, 2023), times a scale.
+* ``fp4_e2m1``: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, times a power of two (``e8m0``) for 32 of them: mxfp4 of
+  the OCP microscaling formats (2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tilewright.errors import TilewrightError
+
+WORD_BITS = 32
+LOSSLESS = "fp32"
+"""The precision of the weights as the op declares them."""
+
+_ELEMENT_BITS = {"fp32": 32, "bf16": 16, "int8": 8, "fp8_e4m3": 8, "int4": 4, "fp4_e2m1": 4}
+_GROUPS_PER_WORD = {"fp32": 1, "bf16_pair": 1, "e8m0": 4}
+"""Groups whose scales share a word: an fp32 scale, a bf16 scale (low half) and offset, four exponents."""
+
+
+@dataclass(frozen=True)
+class ScaleSpec:
+    """Scales of quantised weights, along k."""
+
+    dtype: str
+    """``fp32``, ``bf16_pair`` (scale and offset) or ``e8m0``."""
+    granularity: Literal["channel", "group"]
+    group: int = 0
+    """Steps of k that share a scale; 0: all of them."""
+
+    @property
+    def per_word(self) -> int:
+        """Groups whose scales share a word."""
+        return _GROUPS_PER_WORD[self.dtype]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How weights are stored: the type of their elements, and their scales."""
+
+    name: str
+    dtype: str
+    scales: ScaleSpec | None = None
+
+    @property
+    def bits(self) -> int:
+        """Bits of an element, scales not counted."""
+        return _ELEMENT_BITS[self.dtype]
+
+    @property
+    def steps(self) -> int:
+        """Steps of k in a word."""
+        return WORD_BITS // self.bits
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights are rounded, and lie in words."""
+        return self.name != LOSSLESS
+
+    def group(self, k: int) -> int:
+        """Steps of k that share a scale, of ``k`` in all."""
+        return (self.scales.group if self.scales else 0) or k
+
+    def groups(self, k: int) -> int:
+        """Groups in ``k`` steps."""
+        return k // self.group(k)
+
+    def group_rows(self, k: int) -> int:
+        """Rows of words that the elements of a group take."""
+        return -(-self.group(k) // self.steps)
+
+    def scale_rows(self, k: int) -> int:
+        """Rows of words that all scales take."""
+        return -(-self.groups(k) // self.scales.per_word) if self.scales else 0
+
+    def rows(self, k: int) -> int:
+        """Rows of words in a panel of ``k`` steps, scales included."""
+        return self.groups(k) * self.group_rows(k) + self.scale_rows(k)
+
+    def refusal(self, k: int) -> str | None:
+        """Why weights with ``k`` steps cannot be stored so, in one sentence; None when they can."""
+        if k % self.group(k):
+            return f"k={k} is no multiple of the {self.group(k)} steps that share a scale in precision {self.name}"
+        return None
+
+
+def _groups(dtype: str, scale_dtype: str) -> list[Precision]:
+    return [Precision(f"{dtype}g{g}", dtype, ScaleSpec(scale_dtype, "group", g)) for g in (128, 64, 32)]
+
+
+PRECISIONS: dict[str, Precision] = {
+    precision.name: precision
+    for precision in (
+        Precision(LOSSLESS, "fp32"),
+        Precision("bf16", "bf16"),
+        Precision("int8", "int8", ScaleSpec("fp32", "channel")),
+        *_groups("int8", "fp32"),
+        Precision("fp8_e4m3", "fp8_e4m3", ScaleSpec("fp32", "channel")),
+        *_groups("int4", "bf16_pair"),
+        Precision("mxfp4", "fp4_e2m1", ScaleSpec("e8m0", "group", 32)),
+    )
+}
+"""By name, the most exact first."""
+
+
+def find_precision(name: str) -> Precision:
+    """Precision by name.
+
+    Raises:
+        TilewrightError: for an unknown name.
+
+    """
+    if name not in PRECISIONS:
+        raise TilewrightError(f"unknown precision {name!r}; known precisions: {', '.join(PRECISIONS)}")
+    return PRECISIONS[name]
+
+
+def parse_precisions(text: str) -> tuple[str, ...]:
+    """Names of precisions from ``fp32,int8,...``, each once.
+
+    Raises:
+        TilewrightError: for an unknown name, or none.
+
+    """
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise TilewrightError(f"--precision {text!r} names no precision; known precisions: {', '.join(PRECISIONS)}")
+    return tuple(dict.fromkeys(find_precision(name).name for name in names))
+
+
+def storable(names: Sequence[str], k: int) -> tuple[str, ...]:
+    """Those of ``names`` in which weights with ``k`` steps can be stored."""
+    return tuple(name for name in names if find_precision(name).refusal(k) is None)

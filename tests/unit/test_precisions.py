@@ -1,0 +1,87 @@
+"""Precisions as data: how many rows of words a panel takes, what divides k, and names from the command line."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tilewright.codegen.layouts import WeightLayout
+from tilewright.codegen.precisions import LOSSLESS, PRECISIONS, find_precision, parse_precisions
+from tilewright.errors import TilewrightError
+
+precisions = st.sampled_from(list(PRECISIONS.values()))
+
+
+@pytest.mark.parametrize(
+    ("name", "k", "rows"),
+    [
+        ("fp32", 5, 5),
+        ("bf16", 5, 3),
+        ("int8", 5, 2 + 1),
+        ("int8", 1, 1 + 1),
+        ("fp8_e4m3", 8, 2 + 1),
+        ("int8g32", 64, 2 * (8 + 1)),
+        ("int4g32", 64, 2 * (4 + 1)),
+        ("int4g128", 256, 2 * (16 + 1)),
+        ("mxfp4", 128, 1 + 4 * 4),  # four exponents share a word
+        ("mxfp4", 160, 1 + 4 * 4 + 1 + 4),
+    ],
+)
+def test_rows_by_hand(name: str, k: int, rows: int) -> None:
+    assert find_precision(name).rows(k) == rows
+
+
+@given(precisions, st.integers(1, 1000))
+def test_groups_cover_k_or_the_precision_refuses_it(precision, k: int) -> None:
+    refusal = precision.refusal(k)
+    if refusal is None:
+        assert precision.groups(k) * precision.group(k) == k
+        assert 0 <= precision.group_rows(k) * precision.steps - precision.group(k) < precision.steps
+    else:
+        assert f"k={k} is no multiple of the {precision.group(k)} steps" in refusal
+        assert precision.name in refusal
+
+
+def test_bits_per_weight_of_a_long_panel() -> None:
+    bits = {name: 32 * p.rows(4096) / 4096 for name, p in PRECISIONS.items()}
+    assert bits == {
+        "fp32": 32,
+        "bf16": 16,
+        "int8": 8 + 32 / 4096,
+        "int8g128": 8.25,
+        "int8g64": 8.5,
+        "int8g32": 9,
+        "fp8_e4m3": 8 + 32 / 4096,
+        "int4g128": 4.25,
+        "int4g64": 4.5,
+        "int4g32": 5,
+        "mxfp4": 4.25,
+    }
+
+
+def test_layout_keys_name_the_precision() -> None:
+    assert WeightLayout(8, precision="int4g32").key == "panel8_int4g32"
+    assert len({WeightLayout(8, precision=name).key for name in PRECISIONS}) == len(PRECISIONS)
+
+
+def test_layouts_of_older_recipes_are_fp32() -> None:
+    old = {"columns": 16, "halves": 2, "run": 8, "dtype": "fp32", "scales": None}
+    assert WeightLayout.from_dict(old) == WeightLayout(16, 2, 8, LOSSLESS)
+
+
+def test_names_are_parsed_once_each() -> None:
+    assert parse_precisions("int8, fp32,int8") == ("int8", "fp32")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("int3", "unknown precision 'int3'; known precisions: fp32, bf16"), (",", "names no precision")]
+)
+def test_what_is_no_precision_is_named(text: str, said: str) -> None:
+    with pytest.raises(TilewrightError, match=said):
+        parse_precisions(text)
+
+
+def test_an_unknown_precision_makes_no_layout() -> None:
+    with pytest.raises(TilewrightError, match="unknown precision 'fp3'"):
+        WeightLayout(8, precision="fp3")
