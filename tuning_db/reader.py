@@ -107,7 +107,8 @@ class Reader:
     def _plans(self, condition: str, values: tuple[Any, ...]) -> tuple[PlanRecord, ...]:
         with self._connected() as connection, decoding("a plan"):
             plans = connection.execute(
-                f"SELECT * FROM plans WHERE {condition} ORDER BY device_key, threads, error, batch_invariant",  # written above
+                # The conditions are those written above.
+                f"SELECT * FROM plans WHERE {condition} ORDER BY device_key, threads, error, batch_invariant",
                 values,
             ).fetchall()
             entries = "SELECT * FROM plan_entries WHERE plan_id = ? ORDER BY position"
