@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
-from tilewright.codegen.archs import Arch
+from tilewright.codegen.archs import Arch, CpuArch
 from tilewright.codegen.cpu_info import usable_cores
 from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops import moe_gemm_cpu
@@ -206,7 +206,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
 
         It is compared with the largest output; clamps hold that down, but not the error of a sum.
         """
-        clamped = 2.0 if signature.activation == "swiglu_clamped" else 1.0
+        clamped = 3.0 if signature.activation == "swiglu_clamped" else 1.0
         return 2e-6 * clamped * max(1.0, math.sqrt(signature.k) / 16)
 
     def workload(self, problem: MoeGemmProblem, inputs: Arrays) -> Workload:
@@ -232,6 +232,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
 
     def default_config(self, signature: MoeGemmSignature, arch: Arch) -> Config:
         """A packed, cache-blocked GEMM with the register tile that textbooks give for the arch."""
+        assert isinstance(arch, CpuArch)
         return moe_gemm_cpu.default_config(signature, arch)
 
 
