@@ -11,7 +11,7 @@ class LaunchWork:
 
     entry: str
     programs: int
-    """Blocks of the grid."""
+    """Blocks of the grid that have something to do."""
     steps: float
     """Iterations of the main loop of one program."""
     step_flops: float
@@ -26,3 +26,10 @@ class LaunchWork:
     """Least traffic of the whole launch: every byte counted once."""
     epilogue_bytes: float
     """Stored, and loaded, by one program after its main loop."""
+    tile: tuple[int, int] = (0, 0)
+    """Rows and columns that one program adds up at once; (0, 0) where it multiplies nothing."""
+
+    @property
+    def accumulators(self) -> int:
+        """Sums that one program holds."""
+        return self.tile[0] * self.tile[1]

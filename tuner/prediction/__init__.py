@@ -1,0 +1,1 @@
+"""Times predicted from what kernels have to do and what their binaries take."""
