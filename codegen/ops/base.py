@@ -120,6 +120,11 @@ class OpDeclaration(ABC, Generic[S, P]):
     def signatures(self, model: ModelShape) -> tuple[S, ...]:
         """Signatures that ``model`` calls this op with, in the order in which a layer calls them."""
 
+    def ladder(self, signature: S) -> tuple[int, ...]:
+        """Dynamic sizes to tune where the user names none."""
+        del signature
+        return (1, 4, 16, 64, 256)
+
     @abstractmethod
     def signature_from_dict(self, fields: Mapping[str, Any]) -> S:
         """Signature from its JSON form.

@@ -27,7 +27,6 @@ from tilewright.tuning_db.integrity import UntrustedFile, check_private
 from tilewright.tuning_db.store import Store
 
 DEFAULT_MODEL = "mixtral-8x7b"
-DEFAULT_TOKENS = (1, 4, 16, 64, 256)
 DEFAULT_TRIALS = 60
 DEFAULT_TIME_S = 120.0
 DEFAULT_PROBES = 4
@@ -43,10 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks")
     what.add_argument("--ep", type=int, default=1, metavar="N", help="expert-parallel ranks")
     what.add_argument("--problem", action="append", metavar="KEY=VALUE,...", help="one problem instead of a model")
-    ladder = ",".join(map(str, DEFAULT_TOKENS))
-    what.add_argument("--tokens", metavar="N,N,...", help=f"token counts (default {ladder})")
     what.add_argument(
-        "--routing", default="balanced", metavar="KIND", help="balanced, power-law[:ALPHA] or recorded:FILE"
+        "--tokens",
+        metavar="N,N,...",
+        help="tokens of a call (default 1,4,16,64,256; of attention: "
+        "sequences that decode together, 1,4,16,64, or tokens of prompts, 64,256,1024)",
+    )
+    what.add_argument(
+        "--routing",
+        default="balanced",
+        metavar="KIND",
+        help="balanced, power-law[:ALPHA] or recorded:FILE; of attention: how uneven sequences are",
     )
     what.add_argument("--template", metavar="NAME,...", help="search these alone, beside the default config")
     how = parser.add_argument_group("how hard")
@@ -146,8 +152,12 @@ def _request(arguments: argparse.Namespace) -> Request:
             DEFAULT_MODEL if arguments.model is None else arguments.model, tp=arguments.tp, ep=arguments.ep
         )
         model_name = model.name
-        ladder = _tokens(arguments.tokens) if arguments.tokens is not None else DEFAULT_TOKENS
-        problems = [op.problem(s, tokens, routing, model) for s in op.signatures(model) for tokens in ladder]
+        asked = None if arguments.tokens is None else _tokens(arguments.tokens)
+        problems = [
+            op.problem(signature, tokens, routing, model)
+            for signature in op.signatures(model)
+            for tokens in asked or op.ladder(signature)
+        ]
     if not 0 <= arguments.seed <= _MAX_SEED:
         raise TilewrightError(f"--seed {arguments.seed} is impossible; give a number from 0 to {_MAX_SEED}")
     trials, time_s = _budget(arguments)
