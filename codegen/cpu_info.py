@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-
 _MOST_CACHE_PER_CORE = 64 << 20
 """No CPU of today has more last-level cache for each of its cores."""
 _UNKNOWN_CACHE_BYTES = 32 << 20

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 _CACHES = 2
-"""A rotation touches this many times the last-level cache (CpuInfo.own_cache_bytes) before it comes back to the same."""
+"""A rotation touches this many times the last-level cache before it comes back to the same bytes."""
 _MAX_SETS = 16
 
 
