@@ -103,9 +103,9 @@ class Template(Generic[S]):
     """Knobs whose values tell its kernels apart in a table, beside the template's name."""
     precisions: tuple[str, ...] = ()
     """That it can read weights in (codegen/precisions.py); empty: only as the op declares them."""
-    order: Callable[[S, Config, Arch], str | None] = _no_fixed_order
-    """Name of the order in which a config's kernel adds up. Kernels of one order, whatever their templates, give a token
-    the same bits, on any number of threads and whatever else is in the batch. None: that is not so, or not known."""
+    order: Callable[[S, Config, Any], str | None] = _no_fixed_order
+    """Name of the order in which a config's kernel adds up. Kernels of one order, whatever their templates, give a
+    token the same bits, on any number of threads and whatever else is in the batch. None: not so, or not known."""
     entries: Callable[[S, Config, Any], tuple[EntrySpec, ...]] | None = None
     """What the builder has to know of every entry point, in the order of the recipe's launches; None for ``cpp``."""
     work: Callable[[S, Config, Any, Any], tuple[LaunchWork, ...]] | None = None

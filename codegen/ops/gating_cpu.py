@@ -145,7 +145,7 @@ def _context(signature: GatingSignature, config: Config, arch: CpuArch) -> dict[
     }
 
 
-def _order(signature: GatingSignature, config: Config, arch: Arch) -> str:
+def _order(signature: GatingSignature, config: Config, arch: CpuArch) -> str:
     """Weights of a token are summed over vectors of its experts, or one by one where every token has a lane."""
     del signature, arch
     return "lanes" if config["template"] == LANES else "rows"

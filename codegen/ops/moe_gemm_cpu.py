@@ -190,7 +190,7 @@ def _layout(signature: MoeGemmSignature, config: Config, arch: CpuArch) -> Weigh
     return WeightLayout(columns=columns, halves=signature.halves, run=run, precision=_stored(config).name)
 
 
-def _order(signature: MoeGemmSignature, config: Config, arch: Arch) -> str:
+def _order(signature: MoeGemmSignature, config: Config, arch: CpuArch) -> str:
     """Both templates go through k step by step with one sum for each output, whatever their tiles and blocks of k.
 
     What differs: scales of a group come before or after its sum, and a token's experts are added up as rows lie
