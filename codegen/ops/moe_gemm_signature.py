@@ -11,7 +11,11 @@ from tilewright.codegen.recipe import TensorSpec
 from tilewright.errors import TilewrightError
 
 Stage = Literal["up", "down", "plain"]
-Activation = Literal["none", "swiglu", "geglu"]
+Activation = Literal["none", "swiglu", "geglu", "swiglu_clamped"]
+"""How gate and up columns are joined. ``swiglu``: silu(gate) * up. ``geglu``: gelu(gate) * up, in its tanh form.
+``swiglu_clamped`` (gpt-oss): see codegen/activations.py; weights and bias that a model stores interleaved are sorted
+into halves when they are loaded."""
+
 
 _DTYPES = {"x_dtype": ("fp32",), "w_dtype": ("fp32",), "out_dtype": ("fp32",)}
 _MAX_SIZE = 1 << 24

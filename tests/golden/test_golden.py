@@ -24,6 +24,7 @@ SUFFIX = ".golden.cpp"
 
 UP = MoeGemm(stage="up", experts=8, n=1792, k=4096, top_k=2, activation="swiglu")
 GEGLU = MoeGemm(stage="up", experts=4, n=100, k=512, top_k=1, activation="geglu", bias=True)
+GPT_OSS = MoeGemm(stage="up", experts=32, n=2880, k=2880, top_k=4, activation="swiglu_clamped", bias=True)
 DOWN = MoeGemm(stage="down", experts=8, n=4096, k=1792, top_k=2)
 RAGGED_DOWN = MoeGemm(stage="down", experts=128, n=2050, k=768, top_k=8, bias=True)
 MIXTRAL_BLOCKS = Gating(experts=8, top_k=2, order="blocks", block_size=64)
@@ -145,6 +146,7 @@ GOLDEN = [
             combine="none",
         ),
     ),
+    Golden("default_up_clamped_avx512", GPT_OSS, "x86_64_avx512"),
     Golden(
         "stream_up_int4_avx2",
         UP,
