@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Collection, Sequence
@@ -120,12 +121,14 @@ class Crossing:
         ratio = paired_ratio(above.samples_us, below.samples_us)
         if ratio.low <= 1 <= ratio.high:  # they cross here
             return Crossing(self.below, self.above, raced.size, raced.size + 1)
-        return Crossing(self.below, self.above, *((self.low, raced.size) if ratio.high < 1 else (raced.size, self.high)))
+        return Crossing(
+            self.below, self.above, *((self.low, raced.size) if ratio.high < 1 else (raced.size, self.high))
+        )
 
 
 def sizes_between(sizes: Sequence[int]) -> list[int]:
     """The geometric mean of each two neighbours among ascending ``sizes``, where it is neither of them."""
-    means = [(math.isqrt(below * above), below) for below, above in zip(sizes, sizes[1:], strict=False)]
+    means = [(math.isqrt(below * above), below) for below, above in itertools.pairwise(sizes)]
     return [mean for mean, below in means if mean > below]
 
 

@@ -22,7 +22,7 @@ from tilewright.tuning_db.records import PlanEntry
 FINALISTS = 3
 """Fastest candidates of a problem, with each bond in question, that are raced again at their own size."""
 _TUNED_SHARE = 0.5
-"""Of the time for the finals, for races at the tuned sizes; the rest is for the noise, the sizes between and switches."""
+"""Of the time for the finals, for races at the tuned sizes."""
 _BETWEEN_SHARE = 0.6
 """Of what is left then, for the sizes between."""
 _NOISE_S = 0.5
@@ -100,6 +100,11 @@ class Probed:
         return self.rounds[-1] if self.rounds else ()
 
     @property
+    def count(self) -> int:
+        """Sizes of all rounds."""
+        return sum(map(len, self.rounds))
+
+    @property
     def mended(self) -> int:
         """Sizes at which an earlier plan was slower than the default."""
         return sum(probe.slower for each in self.rounds[:-1] for probe in each)
@@ -113,7 +118,6 @@ class Finals:
         evaluator: of the signature.
         progress: told of every race.
         until: the moment (monotonic clock) by which all but the probes should be over.
-        copies: weight layouts that the plan may use.
 
     """
 
@@ -124,13 +128,11 @@ class Finals:
         progress: Progress,
         *,
         until: float,
-        copies: int = 1,
     ) -> None:
         self._make_tuner = make_tuner
         self._evaluator = evaluator
         self._progress = progress
         self._until = until
-        self._copies = copies
         self._tuned: list[Raced] = []
 
     def run(self, tuners: Sequence[ProblemTuner], bonds: Sequence[Bond]) -> Verdict | None:
@@ -143,7 +145,7 @@ class Finals:
             if raced is not None:
                 self._tuned.append(raced)
         self._tuned.sort(key=lambda each: each.size)
-        if not self._tuned or not (settled := settle(self._tuned, self._copies)).bonds:
+        if not self._tuned or not (settled := settle(self._tuned)).bonds:
             return None
         tuned = [each for each in self._tuned if each.with_bonds(settled.bonds)]
         winners = _winners(tuned, settled.bonds)

@@ -251,7 +251,7 @@ def _pick(sizes: Sequence[Mapping[Bond, _Standing]], best_us: Sequence[float], c
     known = sorted({bond for each in sizes for bond in each})
     if not known:
         return ()
-    picked = (min(known, key=lambda bond: loss((bond,))),)
+    picked: tuple[Bond, ...] = (min(known, key=lambda bond: loss((bond,))),)
     while len(picked) < copies:
         others = [bond for bond in known if bond not in picked and bond.order == picked[0].order]
         better = min(((*picked, bond) for bond in others), key=loss, default=picked)
@@ -260,3 +260,35 @@ def _pick(sizes: Sequence[Mapping[Bond, _Standing]], best_us: Sequence[float], c
             break
         picked = better
     return picked
+
+
+def with_torch(entries: Sequence[PlanEntry], sizes: Collection[int], torch_us: Mapping[int, float]) -> list[PlanEntry]:
+    """``entries`` with plain torch around the sizes of ``torch_us``, its times: halfway, by ratio, to the next size.
+
+    ``sizes`` are all at which torch was raced.
+    """
+    ordered = sorted({*sizes, *torch_us})
+    ranges = []
+    for at, size in enumerate(ordered):
+        if size in torch_us:
+            low = 0 if at == 0 else math.isqrt(ordered[at - 1] * size)
+            high = None if at == len(ordered) - 1 else math.isqrt(size * ordered[at + 1])
+            ranges.append((low, high, size))
+    cuts = {bound for low, high, _ in ranges for bound in (low, high) if bound}
+    bounds = sorted(cuts | {entry.max_tokens for entry in entries if entry.max_tokens is not None})
+    made: list[PlanEntry] = []
+    for bound in (*bounds, None):
+        last = math.inf if bound is None else bound
+        mine = next((e for e in entries if e.max_tokens is None or e.max_tokens >= last), None)
+        if mine is None:
+            continue
+        around = next((s for low, high, s in ranges if low < last <= (math.inf if high is None else high)), None)
+        if around is not None:
+            default_us = mine.default_us if mine.tuned_tokens == around else None
+            mine = PlanEntry(bound, None, torch_us[around], default_us, around)
+        mine = replace(mine, max_tokens=bound)
+        if made and replace(made[-1], max_tokens=bound) == mine:
+            made[-1] = mine
+        else:
+            made.append(mine)
+    return made
