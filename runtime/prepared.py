@@ -66,8 +66,8 @@ class PreparedCall:
             max_error: largest relative error of the output that storing weights in fewer bits may bring,
                 ``||out - exact|| / ||exact||`` as it was measured when a plan was made; of the plans within it, the
                 fastest serves. 0: only plans that leave weights as they are.
-            batch_invariant: whether what a token gets must have the same bits whatever else is in the batch: only a plan
-                of `tune --batch-invariant` serves then, and what its kernels cannot take is refused, not given to torch.
+            batch_invariant: whether a token must get the same bits whatever else is in the batch: only a plan of
+                `tune --batch-invariant` serves then, and what its kernels cannot take is refused, not given to torch.
             keep_weights: whether to refer to ``weights`` for sizes that torch serves. False reads them back from what
                 the kernels take, where the op can, and lets the owner free the originals.
 
@@ -147,8 +147,8 @@ def _refusing(signature: Signature) -> Callable[..., None]:
 
     def refuse(*_tensors: Tensor) -> None:
         raise TilewrightError(
-            f"{signature.title}: these tensors are strided or not aligned to their elements, so that no batch-invariant "
-            "kernel can take them; pass contiguous ones"
+            f"{signature.title}: these tensors are strided or not aligned to their elements, so that no "
+            "batch-invariant kernel can take them; pass contiguous ones"
         )
 
     return refuse
