@@ -53,6 +53,7 @@ def test_a_token_gets_the_same_bits_from_every_kernel_of_the_plan(database: Path
             assert alone.tobytes() == whole[tokens].tobytes(), (count, threads)
 
 
+@pytest.mark.filterwarnings("ignore:.*is not contiguous")
 def test_what_no_kernel_takes_is_refused(database: Path) -> None:
     weight = torch.from_numpy(find_op("moe_gemm").weights(SIGNATURE, 0)["weight"])
     call = prepare(weight, stage="down", top_k=2, database=database, batch_invariant=True)
