@@ -41,7 +41,7 @@ def plans() -> dict[str, Path]:
 
 @cache
 def run_race(tokens: int) -> Race:
-    cases = make_cases(**SHAPES[SHAPE], tokens=tokens, exceed_bytes=3 * (read_cpu_info().l3_bytes or 32 << 20))
+    cases = make_cases(**SHAPES[SHAPE], tokens=tokens, exceed_bytes=3 * read_cpu_info().own_cache_bytes)
     top_k = SHAPES[SHAPE]["top_k"]
     contenders = {name: our_calls(cases, top_k, THREADS, str(path)) for name, path in plans().items()}
     with limited_to(THREADS):

@@ -68,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="random sizes at which a plan is put to the test",
     )
     how.add_argument("--seed", type=int, default=0, metavar="N")
+    how.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="one order of sums for all sizes: what a token gets does not depend on what else is in the batch",
+    )
     how.add_argument("--resume", action="store_true", help="count and use earlier trials of the same problems")
     how.add_argument(
         "--precision",
@@ -178,6 +183,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         templates=op.template_names(_names(arguments.template), arch) if arguments.template is not None else (),
         precisions=parse_precisions(arguments.precision),
         max_error=_max_error(arguments.max_error),
+        batch_invariant=arguments.batch_invariant,
     )
 
 
@@ -260,17 +266,18 @@ def _race_deployed(
         progress.say("the runtime reads SQLite only, so the plan is not raced against torch")
         return []
     progress.say("racing the stored plan, as the runtime serves it, against plain torch")
-    planned = [final.problem for final in (*mine.verdict.finals, *mine.verdict.between)]
+    planned = {each.size: each.problem for each in mine.verdict.grid}
     rows = race_against_torch(
-        [*planned, *(probe.problem for probe in mine.probes)],
+        [*planned.values(), *(probe.problem for probe in mine.probed.last)],
         database=str(store.path),
         threads=request.threads,
         max_error=mine.plan.error if mine.plan else 0.0,
         seed=request.seed,
         budget_s=min(12.0, 0.1 * request.time_s),
+        batch_invariant=request.batch_invariant,
     )
-    sizes = {problem.dynamic_size for problem in planned}
-    torch_us = {row.tokens: row.torch.median for row in rows if row.tokens in sizes and row.slower_than_torch}
-    if torch_us:
-        mine.plan = campaign.store_plan(mine.verdict, torch_us)
+    # Torch adds up in other orders for other batches, so it has no part in a plan that must not.
+    torch_us = {row.tokens: row.torch.median for row in rows if row.slower_than_torch}
+    if torch_us and not request.batch_invariant:
+        mine.plan = campaign.store_plan(mine.verdict, [row.tokens for row in rows], torch_us)
     return rows
