@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from tilewright.codegen.archs import Arch
+from tilewright.codegen.archs import CpuArch
 from tilewright.codegen.ops.attention_signature import AttentionSignature
 from tilewright.codegen.ops.base import Template
 from tilewright.codegen.recipe import Argument, Launch, Recipe
@@ -26,17 +26,17 @@ _LOG2_E = 1.4426950408889634
 _C_TYPES = {"fp32": "float *", "int32": "int32_t *"}
 
 
-def _vectors(dim: int, arch: Arch) -> int:
+def _vectors(dim: int, arch: CpuArch) -> int:
     return -(-dim // arch.lanes(_ITEM_BYTES))
 
 
-def _fits_registers(rows: int, columns: int, arch: Arch) -> bool:
+def _fits_registers(rows: int, columns: int, arch: CpuArch) -> bool:
     """Accumulators, a column of operands and the row's one."""
     return rows * columns + columns + 1 <= arch.vector_registers
 
 
 @lru_cache(maxsize=64)
-def _decode_space(signature: AttentionSignature, arch: Arch) -> Space:
+def _decode_space(signature: AttentionSignature, arch: CpuArch) -> Space:
     """Tiles of queries that share a read of keys and values, and how a sequence is cut."""
     group = signature.group
     parameters = (
@@ -85,7 +85,7 @@ def _decode_space(signature: AttentionSignature, arch: Arch) -> Space:
 
 
 @lru_cache(maxsize=64)
-def _prefill_space(signature: AttentionSignature, arch: Arch) -> Space:
+def _prefill_space(signature: AttentionSignature, arch: CpuArch) -> Space:
     """Tiles and blocks of both products."""
     parameters = (
         Parameter("tile_rows", (1, 2, 4, 6, 8, 12, 14), "queries of a register tile"),
@@ -143,12 +143,12 @@ def _prefill_space(signature: AttentionSignature, arch: Arch) -> Space:
     return Space.enumerate(parameters, constraints)
 
 
-def _layout(signature: AttentionSignature, config: Config, arch: Arch) -> None:
+def _layout(signature: AttentionSignature, config: Config, arch: CpuArch) -> None:
     """No weight is packed."""
     del signature, config, arch
 
 
-def _output_floats(signature: AttentionSignature, arch: Arch) -> int:
+def _output_floats(signature: AttentionSignature, arch: CpuArch) -> int:
     """Of one output row, in whole vectors."""
     return _vectors(signature.value_dim, arch) * arch.lanes(_ITEM_BYTES)
 
@@ -158,7 +158,7 @@ def _lines(nbytes: int) -> int:
     return -(-nbytes // _LINE_BYTES) * _LINE_BYTES
 
 
-def _decode_scratch(signature: AttentionSignature, config: Mapping[str, Any], arch: Arch) -> int:
+def _decode_scratch(signature: AttentionSignature, config: Mapping[str, Any], arch: CpuArch) -> int:
     """Bytes of the template's struct Scratch, at the most."""
     group, block = signature.group, config["block"]
     floats = _vectors(signature.head_dim, arch) * arch.lanes(_ITEM_BYTES) + block + _output_floats(signature, arch)
@@ -166,7 +166,7 @@ def _decode_scratch(signature: AttentionSignature, config: Mapping[str, Any], ar
     return _lines(rows + 2 * 8 * block) + 4 * _LINE_BYTES
 
 
-def _prefill_scratch(signature: AttentionSignature, config: Mapping[str, Any], arch: Arch) -> int:
+def _prefill_scratch(signature: AttentionSignature, config: Mapping[str, Any], arch: CpuArch) -> int:
     """Bytes of the template's struct Scratch, at the most."""
     floats = signature.head_dim + config["block_keys"] + _output_floats(signature, arch)
     return _lines(config["block_rows"] * (_ITEM_BYTES * floats + arch.vector_bytes + 2 * _ITEM_BYTES)) + 4 * _LINE_BYTES
@@ -176,7 +176,7 @@ def _sizes(signature: AttentionSignature) -> tuple[str, ...]:
     return ("tokens", "table_pages") if signature.stage == "decode" else ("tokens", "boundaries")
 
 
-def _decode_workspace(signature: AttentionSignature, config: Config, arch: Arch) -> str:
+def _decode_workspace(signature: AttentionSignature, config: Config, arch: CpuArch) -> str:
     """Counters, scratch, and a result of every chunk that the block table has room for."""
     pairs = f"tokens * {signature.kv_heads}"
     partial = _ITEM_BYTES * signature.group * (_output_floats(signature, arch) + 2)
@@ -185,7 +185,7 @@ def _decode_workspace(signature: AttentionSignature, config: Config, arch: Arch)
     return f"ceildiv({pairs}, 16) * {_LINE_BYTES} + threads * {scratch} + {pairs} * {chunks} * {partial}"
 
 
-def _prefill_workspace(signature: AttentionSignature, config: Config, arch: Arch) -> str:
+def _prefill_workspace(signature: AttentionSignature, config: Config, arch: CpuArch) -> str:
     """Scratch, and packed keys and values; every sequence may leave a panel of keys nearly empty."""
     lanes = arch.lanes(_ITEM_BYTES)
     panel = config["key_panel"] * lanes
@@ -196,7 +196,7 @@ def _prefill_workspace(signature: AttentionSignature, config: Config, arch: Arch
     return f"threads * {scratch} + (tokens // {panel} + boundaries) * {key_bytes} + tokens * {value_bytes}"
 
 
-def _recipe(signature: AttentionSignature, config: Config, arch: Arch) -> Recipe:
+def _recipe(signature: AttentionSignature, config: Config, arch: CpuArch) -> Recipe:
     """One launch: the tensors' addresses, the sizes, then the workspace."""
     tensors = signature.tensors()
     workspace = _decode_workspace if signature.stage == "decode" else _prefill_workspace
@@ -231,7 +231,7 @@ def _sum_lines(vectors: int, lanes: int) -> list[str]:
     return lines
 
 
-def _context(signature: AttentionSignature, config: Config, arch: Arch) -> dict[str, Any]:
+def _context(signature: AttentionSignature, config: Config, arch: CpuArch) -> dict[str, Any]:
     """Names that the templates use beside the signature and the config."""
     lanes = arch.lanes(_ITEM_BYTES)
     arguments = [
@@ -254,7 +254,7 @@ def _context(signature: AttentionSignature, config: Config, arch: Arch) -> dict[
     }
 
 
-def default_config(signature: AttentionSignature, arch: Arch) -> tuple[str, dict[str, Value]]:
+def default_config(signature: AttentionSignature, arch: CpuArch) -> tuple[str, dict[str, Value]]:
     """Template and config as one would write them by hand."""
     wide = arch.vector_registers > 16
     columns = _vectors(signature.value_dim, arch)

@@ -31,7 +31,7 @@ RAGGED_DOWN = MoeGemm(stage="down", experts=128, n=2050, k=768, top_k=8, bias=Tr
 MIXTRAL_BLOCKS = Gating(experts=8, top_k=2, order="blocks", block_size=64)
 DEEPSEEK_V3 = Gating(experts=256, top_k=8, score="sigmoid", bias=True, groups=8, top_groups=4, scale=2.5, order="rows")
 SHARES = Gating(experts=60, top_k=4, renormalize=False)
-GPT_OSS = Attention(stage="decode", heads=64, kv_heads=8, head_dim=64, window=128, sinks=True)
+SLIDING = Attention(stage="decode", heads=64, kv_heads=8, head_dim=64, window=128, sinks=True)
 PROMPT = Attention(stage="prefill", heads=32, kv_heads=8, head_dim=80)
 PLAIN = MoeGemm(stage="plain", experts=8, n=24, k=64)
 
@@ -69,7 +69,7 @@ def knobs(**values: Value) -> tuple[tuple[str, Value], ...]:
 GOLDEN = [
     Golden(
         "attention_decode_window_sinks_avx512",
-        GPT_OSS,
+        SLIDING,
         "x86_64_avx512",
         "attention/cpu_decode",
         knobs(
