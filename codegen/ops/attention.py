@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.codegen.archs import Arch
+from tilewright.codegen.archs import Arch, CpuArch
 from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops import attention_cpu
 from tilewright.codegen.ops.attention_inputs import draw, draw_cache, draw_queries, gather_cache, split_tokens
@@ -213,6 +213,7 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
 
     def default_config(self, signature: AttentionSignature, arch: Arch) -> Config:
         """Blocks that fit the first cache, tiles that fill the registers."""
+        assert isinstance(arch, CpuArch)
         template, own = attention_cpu.default_config(signature, arch)
         return self.space(signature, arch).lift(template, own)
 

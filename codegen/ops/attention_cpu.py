@@ -254,6 +254,15 @@ def _context(signature: AttentionSignature, config: Config, arch: CpuArch) -> di
     }
 
 
+def _order(signature: AttentionSignature, config: Config, arch: CpuArch) -> str:
+    """Scores and values are summed token by token, rescaled after every block, and chunks put together in order."""
+    del signature, arch
+    knobs = (
+        ("block", "chunk") if config["template"] == DECODE else ("block_keys", "block_rows", "tile_rows", "key_panel")
+    )
+    return " ".join(f"{knob}={config[knob]}" for knob in knobs)
+
+
 def default_config(signature: AttentionSignature, arch: CpuArch) -> tuple[str, dict[str, Value]]:
     """Template and config as one would write them by hand."""
     wide = arch.vector_registers > 16
@@ -291,6 +300,7 @@ TEMPLATES = (
         _context,
         applies=lambda signature, _arch: signature.stage == "decode",
         label=("tile_rows", "tile_keys", "tile_values", "block", "chunk", "prefetch"),
+        order=_order,
     ),
     Template(
         PREFILL,
@@ -302,5 +312,6 @@ TEMPLATES = (
         _context,
         applies=lambda signature, _arch: signature.stage == "prefill",
         label=("tile_rows", "key_panel", "value_panel", "block_rows", "block_keys"),
+        order=_order,
     ),
 )
