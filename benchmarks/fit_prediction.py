@@ -1,4 +1,4 @@
-"""Fit the constants of tuner/prediction on a part of the problems: ``python -m benchmarks.fit_prediction A100 H100``."""
+"""Fit the constants of tuner/prediction on some of the problems: ``python -m benchmarks.fit_prediction A100 H100``."""
 
 from __future__ import annotations
 
