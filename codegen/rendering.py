@@ -16,7 +16,8 @@ from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.recipe import ABI_VERSION
 from tilewright.codegen.space import Config
 
-_SUFFIX = {"cpp": ".cpp.jinja"}
+_SUFFIX = {"cpp": ".cpp.jinja", "triton": ".py.jinja"}
+_COMMENT = {"cpp": "//", "triton": "#"}
 
 
 @cache
@@ -48,7 +49,7 @@ def render(template: Template[Any], signature: Signature, config: Config, arch: 
     file = template.name + _SUFFIX[template.language]
     made_by = f"Made by tilewright {__version__} from templates/{file} for {arch.name}."
     head = [
-        f"// {line}\n"
+        f"{_COMMENT[template.language]} {line}\n"
         for text in (made_by, signature.describe(), knobs)
         for line in textwrap.wrap(text, 117, break_long_words=False, break_on_hyphens=False)
     ]

@@ -16,7 +16,7 @@ import numpy as np
 import optuna
 
 from tilewright import __version__
-from tilewright.codegen.archs import Arch
+from tilewright.codegen.archs import Arch, CpuArch
 from tilewright.codegen.building.cpp import CppBuilder
 from tilewright.codegen.cpu_info import read_cpu_info
 from tilewright.codegen.ops.base import OpDeclaration, Problem
@@ -129,6 +129,7 @@ class Campaign:
         self._store = store
         self._progress = progress
         self._device_key = read_cpu_info().key
+        assert isinstance(request.arch, CpuArch)
         self._builder = CppBuilder(request.arch)
         self._errors: dict[tuple[str, str], PrecisionError] = {}
         """What precisions cost, by signature key and precision: of those within the budget."""

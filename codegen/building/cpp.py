@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from tilewright.codegen.archs import Arch
+from tilewright.codegen.archs import CpuArch
 from tilewright.codegen.cpu_info import usable_cores
 from tilewright.errors import TilewrightError
 
@@ -52,11 +52,11 @@ class Compiler:
     version: str
     """First line of ``--version``; part of every kernel's identity."""
 
-    def flags(self, arch: Arch) -> tuple[str, ...]:
+    def flags(self, arch: CpuArch) -> tuple[str, ...]:
         """Flags that build a kernel for ``arch``."""
         return (*FLAGS, *arch.compile_flags)
 
-    def toolchain(self, arch: Arch) -> str:
+    def toolchain(self, arch: CpuArch) -> str:
         """Compiler and flags in one line."""
         return f"{self.version} {' '.join(self.flags(arch))}"
 
@@ -131,7 +131,7 @@ class CppBuilder:
 
     """
 
-    def __init__(self, arch: Arch, compiler: Compiler | None = None, directory: Path | None = None) -> None:
+    def __init__(self, arch: CpuArch, compiler: Compiler | None = None, directory: Path | None = None) -> None:
         self.arch = arch
         self.compiler = compiler or find_compiler()
         self.directory = (directory or cache_directory()) / "builds"

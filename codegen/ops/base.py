@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from numpy.typing import NDArray
 
 from tilewright.codegen.archs import Arch
+from tilewright.codegen.building.entry import EntrySpec
 from tilewright.codegen.layouts import WeightLayout
 from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops.signature import Signature, stable_key
@@ -17,6 +18,7 @@ from tilewright.codegen.precisions import LOSSLESS, PRECISIONS
 from tilewright.codegen.recipe import Recipe, TensorSpec
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.codegen.space import Config, Space
+from tilewright.codegen.work import LaunchWork
 from tilewright.errors import TilewrightError
 
 Arrays = dict[str, NDArray[Any]]
@@ -72,7 +74,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Template(Generic[S]):
-    """One Jinja file and the space of configs that it can render."""
+    """One Jinja file and the space of configs that it can render.
+
+    The arch that its functions get is of one of its families: a ``CpuArch`` or a ``GpuArch``.
+    """
 
     name: str
     """``op/file`` without suffix, the file lying in templates/."""
@@ -82,17 +87,21 @@ class Template(Generic[S]):
     """Families of archs that it is for."""
     space: Callable[..., Space]
     """``space(signature, arch)``; with :attr:`precisions` also ``space(signature, arch, some of them)``."""
-    layout: Callable[[S, Config, Arch], WeightLayout | None]
+    layout: Callable[[S, Config, Any], WeightLayout | None]
     """Weight layout that a config's kernel reads; None for an op without packed weights."""
-    recipe: Callable[[S, Config, Arch], Recipe]
-    context: Callable[[S, Config, Arch], dict[str, Any]]
+    recipe: Callable[[S, Config, Any], Recipe]
+    context: Callable[[S, Config, Any], dict[str, Any]]
     """What the Jinja file needs beside ``signature``, ``config`` and ``arch``."""
-    applies: Callable[[S, Arch], bool] = lambda _signature, _arch: True
+    applies: Callable[[S, Any], bool] = lambda _signature, _arch: True
     """Whether the algorithm can compute a signature at all; where not, there is no space."""
     label: tuple[str, ...] = ()
     """Knobs whose values tell its kernels apart in a table, beside the template's name."""
     precisions: tuple[str, ...] = ()
     """That it can read weights in (codegen/precisions.py); empty: only as the op declares them."""
+    entries: Callable[[S, Config, Any], tuple[EntrySpec, ...]] | None = None
+    """What the builder has to know of every entry point, in the order of the recipe's launches; None for ``cpp``."""
+    work: Callable[[S, Config, Any, Any], tuple[LaunchWork, ...]] | None = None
+    """``work(signature, config, arch, problem)``: what every launch has to do; None where kernels are only measured."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from tilewright.codegen.archs import Arch
+from tilewright.codegen.archs import CpuArch
 from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.gating_signature import GatingSignature
 from tilewright.codegen.recipe import Argument, Launch, Recipe
@@ -33,7 +33,7 @@ def _scatter(signature: GatingSignature) -> Parameter:
 
 
 @lru_cache(maxsize=64)
-def _insert_space(signature: GatingSignature, arch: Arch) -> Space:
+def _insert_space(signature: GatingSignature, arch: CpuArch) -> Space:
     """Vectors that one branch decides about."""
     del arch
     parameters = (
@@ -45,14 +45,14 @@ def _insert_space(signature: GatingSignature, arch: Arch) -> Space:
     return Space.enumerate(parameters, ())
 
 
-def _columns(signature: GatingSignature, arch: Arch) -> tuple[int, ...]:
+def _columns(signature: GatingSignature, arch: CpuArch) -> tuple[int, ...]:
     """Vectors of column maxima: at least ``top_k`` columns, and not many without an expert."""
     lanes = arch.lanes(4)
     return tuple(c for c in (1, 2, 4) if signature.top_k <= c * lanes < signature.experts + lanes)
 
 
 @lru_cache(maxsize=64)
-def _threshold_space(signature: GatingSignature, arch: Arch) -> Space:
+def _threshold_space(signature: GatingSignature, arch: CpuArch) -> Space:
     """Columns whose maxima bound the chosen keys from below: more of them bound closer."""
     parameters = (
         Parameter("columns", _columns(signature, arch), "vectors of column maxima"),
@@ -63,13 +63,13 @@ def _threshold_space(signature: GatingSignature, arch: Arch) -> Space:
     return Space.enumerate(parameters, ())
 
 
-def _fits_lanes(signature: GatingSignature, arch: Arch) -> bool:
+def _fits_lanes(signature: GatingSignature, arch: CpuArch) -> bool:
     """Groups are ranked token by token; and lists that spill at every step have lost before they begin."""
     return signature.groups == 1 and signature.top_k <= arch.vector_registers
 
 
 @lru_cache(maxsize=64)
-def _lanes_space(signature: GatingSignature, arch: Arch) -> Space:
+def _lanes_space(signature: GatingSignature, arch: CpuArch) -> Space:
     """Vectors of tokens side by side, whose chains of comparisons overlap."""
     parameters = (
         Parameter("vectors", (1, 2), "vectors of tokens that are processed together"),
@@ -88,7 +88,7 @@ def _lanes_space(signature: GatingSignature, arch: Arch) -> Space:
     return Space.enumerate(parameters, constraints)
 
 
-def _layout(signature: GatingSignature, config: Config, arch: Arch) -> None:
+def _layout(signature: GatingSignature, config: Config, arch: CpuArch) -> None:
     """No weight is packed."""
     del signature, config, arch
 
@@ -102,7 +102,7 @@ def _count_stride(signature: GatingSignature) -> int:
     return -(-signature.experts // _LINE_COUNTS) * _LINE_COUNTS
 
 
-def _recipe(signature: GatingSignature, config: Config, arch: Arch) -> Recipe:
+def _recipe(signature: GatingSignature, config: Config, arch: CpuArch) -> Recipe:
     """One launch: the tensors' addresses, the sizes, then the workspace, where an order is made."""
     del config, arch
     tensors = signature.tensors()
@@ -123,7 +123,7 @@ def _recipe(signature: GatingSignature, config: Config, arch: Arch) -> Recipe:
     )
 
 
-def _context(signature: GatingSignature, config: Config, arch: Arch) -> dict[str, Any]:
+def _context(signature: GatingSignature, config: Config, arch: CpuArch) -> dict[str, Any]:
     """Names that the templates use beside the signature and the config."""
     del config
     lanes = arch.lanes(4)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.codegen.archs import Arch
+from tilewright.codegen.archs import Arch, CpuArch
 from tilewright.codegen.cpu_info import usable_cores
 from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops import moe_gemm_cpu
@@ -232,6 +232,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
 
     def default_config(self, signature: MoeGemmSignature, arch: Arch) -> Config:
         """A packed, cache-blocked GEMM with the register tile that textbooks give for the arch."""
+        assert isinstance(arch, CpuArch)
         return moe_gemm_cpu.default_config(signature, arch)
 
 

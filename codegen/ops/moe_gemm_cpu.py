@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from tilewright.codegen.archs import Arch
+from tilewright.codegen.archs import CpuArch
 from tilewright.codegen.layouts import WeightLayout
 from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
@@ -78,7 +78,7 @@ def _whole_pairs(signature: MoeGemmSignature) -> Constraint:
     )
 
 
-def _chunks_exist(signature: MoeGemmSignature, arch: Arch) -> Constraint:
+def _chunks_exist(signature: MoeGemmSignature, arch: CpuArch) -> Constraint:
     def holds(c: Mapping[str, Any]) -> bool:
         panels = _groups(signature, c["vectors"], arch)
         return c["streams"] * c["chunk_groups"] == 1 or bool(c["streams"] * c["chunk_groups"] <= panels)
@@ -88,7 +88,7 @@ def _chunks_exist(signature: MoeGemmSignature, arch: Arch) -> Constraint:
 
 
 @lru_cache(maxsize=64)
-def _blocked_space(signature: MoeGemmSignature, arch: Arch, precisions: tuple[str, ...] = (LOSSLESS,)) -> Space:
+def _blocked_space(signature: MoeGemmSignature, arch: CpuArch, precisions: tuple[str, ...] = (LOSSLESS,)) -> Space:
     """Register tile x cache blocks x order x packing."""
     k_blocks = tuple(block for block in (256, 512, 1024) if block < signature.k)
     parameters = (
@@ -141,7 +141,7 @@ def _blocked_space(signature: MoeGemmSignature, arch: Arch, precisions: tuple[st
 
 
 @lru_cache(maxsize=64)
-def _stream_space(signature: MoeGemmSignature, arch: Arch, precisions: tuple[str, ...] = (LOSSLESS,)) -> Space:
+def _stream_space(signature: MoeGemmSignature, arch: CpuArch, precisions: tuple[str, ...] = (LOSSLESS,)) -> Space:
     """Streams x rows that share a pass over the weights."""
     parameters = (
         _precision(signature, precisions),
@@ -183,20 +183,20 @@ def _stream_space(signature: MoeGemmSignature, arch: Arch, precisions: tuple[str
     return Space.enumerate(parameters, constraints)
 
 
-def _layout(signature: MoeGemmSignature, config: Config, arch: Arch) -> WeightLayout:
+def _layout(signature: MoeGemmSignature, config: Config, arch: CpuArch) -> WeightLayout:
     lanes = arch.lanes(4)
     columns = lanes if config["gate_up"] == "apart" else config["vectors"] * lanes
     run = lanes if signature.halves == 2 else 0
     return WeightLayout(columns=columns, halves=signature.halves, run=run, precision=_stored(config).name)
 
 
-def _groups(signature: MoeGemmSignature, vectors: int, arch: Arch) -> int:
+def _groups(signature: MoeGemmSignature, vectors: int, arch: CpuArch) -> int:
     """Panels as the templates count them: ``vectors`` vectors, gate and up columns of the same outputs together."""
     out_columns = vectors * arch.lanes(4) // signature.halves
     return -(-signature.n // out_columns)
 
 
-def _streams_for_rows(config: Config, arch: Arch) -> list[int]:
+def _streams_for_rows(config: Config, arch: CpuArch) -> list[int]:
     """Panels that 1, 2, ... ``block_rows`` rows read side by side in the streaming template."""
     room = (arch.vector_registers - _STREAM_OPERANDS) // config["vectors"]
     return [max(1, min(config["streams"], room // rows)) for rows in range(1, config["block_rows"] + 1)]
@@ -212,7 +212,7 @@ def _unpacked_steps(config: Config) -> int:
     return int(-(-config["k_block"] // steps) * steps)
 
 
-def _workspace(signature: MoeGemmSignature, config: Config, arch: Arch) -> list[tuple[str, str, str]]:
+def _workspace(signature: MoeGemmSignature, config: Config, arch: CpuArch) -> list[tuple[str, str, str]]:
     """Parts of the workspace: name, C type, and bytes as an expression valid both in C++ and in a recipe."""
     panel = config["vectors"] * arch.lanes(4)
     parts = [("segments", "Segment *", f"12 * ({signature.experts} + rows // {_block_m(config)})")]
@@ -246,7 +246,7 @@ def _c_type(tensor: TensorSpec, config: Config) -> str:
     return "const int32_t *" if quantised else _C_TYPES[tensor.dtype]
 
 
-def _recipe(signature: MoeGemmSignature, config: Config, arch: Arch) -> Recipe:
+def _recipe(signature: MoeGemmSignature, config: Config, arch: CpuArch) -> Recipe:
     """One launch: the tensors' addresses, the workspace, then the dynamic sizes."""
     tensors = signature.tensors()
     sizes = ["rows"] if signature.stage == "plain" else ["tokens", "rows"]
@@ -265,7 +265,7 @@ def _recipe(signature: MoeGemmSignature, config: Config, arch: Arch) -> Recipe:
     )
 
 
-def _context(signature: MoeGemmSignature, config: Config, arch: Arch) -> dict[str, Any]:
+def _context(signature: MoeGemmSignature, config: Config, arch: CpuArch) -> dict[str, Any]:
     """Names that the templates use beside the signature and the config."""
     arguments = [(t.name, _c_type(t, config)) for t in signature.tensors()] + [
         (name, "int64_t") for name in (["rows"] if signature.stage == "plain" else ["tokens", "rows"])
@@ -291,7 +291,7 @@ def _context(signature: MoeGemmSignature, config: Config, arch: Arch) -> dict[st
     }
 
 
-def default_config(signature: MoeGemmSignature, arch: Arch) -> Config:
+def default_config(signature: MoeGemmSignature, arch: CpuArch) -> Config:
     """Six rows by two vectors (twelve accumulators), packed x, k in blocks that keep a panel in the first cache."""
     panels = _groups(signature, 2, arch)
     own: dict[str, Value] = {

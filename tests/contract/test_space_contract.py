@@ -10,7 +10,7 @@ from awkward import SIGNATURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tilewright.codegen.archs import ARCHS, Arch
+from tilewright.codegen.archs import CPU_ARCHS, Arch
 from tilewright.codegen.model_presets import PRESETS
 from tilewright.codegen.models import load_model
 from tilewright.codegen.ops import OPS, find_op
@@ -46,7 +46,7 @@ moe_gemm_signatures = st.builds(
 RANDOM_SIGNATURES = {"moe_gemm": moe_gemm_signatures}
 
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
-each_arch = pytest.mark.parametrize("arch", ARCHS.values(), ids=lambda arch: arch.name)
+each_arch = pytest.mark.parametrize("arch", CPU_ARCHS.values(), ids=lambda arch: arch.name)
 
 
 def source(op: OpDeclaration, signature: Signature, config: Config, arch: Arch) -> str:
@@ -139,7 +139,7 @@ def test_every_knob_changes_the_code(op: OpDeclaration, arch: Arch) -> None:
 @each_op
 def test_an_unknown_knob_is_an_error_of_the_space(op: OpDeclaration) -> None:
     signature = SIGNATURES[op.name][0]
-    arch = next(iter(ARCHS.values()))
+    arch = next(iter(CPU_ARCHS.values()))
     config = op.default_config(signature, arch)
     assert Config({**config, "colour": "red"}) not in op.space(signature, arch)
     assert find_op(op.name) is op

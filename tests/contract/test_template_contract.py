@@ -16,7 +16,7 @@ from awkward import SIGNATURES, Case, cases, examples, few_cases, precision_case
 from guarded_calls import Call, forking, run_kernel, tensors_for
 from standalone_kernels import Toolchain
 
-from tilewright.codegen.archs import ARCHS, Arch, native_arch, runs_on
+from tilewright.codegen.archs import ARCHS, CPU_ARCHS, Arch, native_arch, runs_on
 from tilewright.codegen.building.cpp import Build, CppBuilder, find_compiler
 from tilewright.codegen.cpu_info import read_cpu_info, usable_cores
 from tilewright.codegen.ops import OPS, find_op
@@ -25,7 +25,7 @@ from tilewright.errors import TilewrightError
 from tilewright.runtime.openmp import fork_address
 from tilewright.tuner.evaluation.checking import compare_all
 
-FOREIGN = [arch for arch in ARCHS.values() if arch.machine == native_arch().machine and arch != native_arch()]
+FOREIGN = [arch for arch in CPU_ARCHS.values() if arch.machine == native_arch().machine and arch != native_arch()]
 
 
 @cache

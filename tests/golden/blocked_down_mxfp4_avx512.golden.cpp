@@ -275,7 +275,8 @@ void tile_of(int64_t rows, const Job &job, int64_t expert, int64_t row, int64_t 
 }
 
 // Panels [panel, end) of a segment over one block of k.
-INLINE void compute_block(const Job &job, const Segment &segment, int64_t panel, int64_t end, float *unpacked, int64_t k0, float *accumulators) {
+INLINE void compute_block(const Job &job, const Segment &segment, int64_t panel, int64_t end,
+                          float *unpacked, int64_t k0, float *accumulators) {
   for (int64_t p = panel; p < end; p += kStreams) {
     const int64_t last = p + kStreams < end ? p + kStreams : end;
     unpack_panels(job, segment.expert, p, last, k0, kK - k0 < kBlockK ? kK - k0 : kBlockK, unpacked);

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tilewright.codegen.archs import ARCHS, find_arch, native_arch, runs_on
+from tilewright.codegen.archs import ARCHS, CPU_ARCHS, GPU_ARCHS, GpuArch, find_arch, native_arch, runs_on
 from tilewright.codegen.cpu_info import CpuInfo, read_cpu_info, usable_cores
 from tilewright.errors import TilewrightError
 
@@ -59,12 +59,27 @@ def test_an_unknown_name_is_told_the_known_ones() -> None:
         find_arch("sm_1")
 
 
-@pytest.mark.parametrize("arch", ARCHS.values(), ids=lambda arch: arch.name)
-def test_archs_are_consistent(arch) -> None:
+@pytest.mark.parametrize("arch", CPU_ARCHS.values(), ids=lambda arch: arch.name)
+def test_cpu_archs_are_consistent(arch) -> None:
     assert ARCHS[arch.name] is arch
     assert arch.name.startswith(arch.machine)
     assert arch.lanes(4) * 4 == arch.vector_bytes
     assert arch.lanes(2) == 2 * arch.lanes(4)
+
+
+@pytest.mark.parametrize("arch", GPU_ARCHS.values(), ids=lambda arch: arch.name)
+def test_gpu_archs_are_consistent(arch: GpuArch) -> None:
+    assert ARCHS[arch.name] is arch
+    assert arch.triton_target[0] == arch.family
+    assert arch.binary_target.startswith(arch.name)
+    assert arch.smem_bytes_per_block + arch.smem_reserved_bytes <= arch.smem_bytes_per_sm
+    assert arch.threads_per_block <= arch.threads_per_sm
+    assert arch.threads_per_sm % arch.warp_size == 0
+    assert arch.registers_per_sm % arch.register_unit == 0
+    assert set(arch.mma) >= {"fp16", "bf16"}
+    assert ("fp8_e4m3" in arch.mma) == ("fp8_mma" in arch.capabilities)
+    assert ("tcgen05" in arch.capabilities) == (arch.tensor_memory_columns > 0)
+    assert not runs_on(arch, ZEN)
 
 
 def test_a_device_key_tells_cpu_models_and_caches_apart() -> None:

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.codegen.archs import ARCHS, native_arch
+from tilewright.codegen.archs import CPU_ARCHS, native_arch
 from tilewright.codegen.building import cpp
 from tilewright.codegen.building.cpp import Compiler, CppBuilder, cache_directory, find_compiler
 from tilewright.errors import TilewrightError
 
-AVX2 = ARCHS["x86_64_avx2"]
+AVX2 = CPU_ARCHS["x86_64_avx2"]
 PREAMBLE = """#!/bin/sh
 for argument; do
     case $argument in
@@ -117,11 +117,11 @@ def test_the_same_source_is_compiled_once(builder: Callable[..., CppBuilder], tm
 def test_a_path_is_a_function_of_source_flags_and_compiler(tmp_path: Path) -> None:
     paths = {
         CppBuilder(arch, Compiler("c++", version), tmp_path).path_for(source)
-        for arch in ARCHS.values()
+        for arch in CPU_ARCHS.values()
         for version in ("Compiler 1", "Compiler 2")
         for source in ("a", "b")
     }
-    assert len(paths) == len(ARCHS) * 4
+    assert len(paths) == len(CPU_ARCHS) * 4
     one = CppBuilder(AVX2, Compiler("c++", "Compiler 1"), tmp_path)
     other = CppBuilder(AVX2, Compiler("/usr/bin/c++", "Compiler 1"), tmp_path)
     assert one.path_for("a") == other.path_for("a")
@@ -233,11 +233,11 @@ def test_ctrl_c_ends_the_compilers(script: Callable[..., Path], tmp_path: Path) 
     compiler = script(f"sleep 60 &\necho $! > {tmp_path}/pid\nwait")
     program = textwrap.dedent(f"""
         from pathlib import Path
-        from tilewright.codegen.archs import ARCHS
+        from tilewright.codegen.archs import CPU_ARCHS
         from tilewright.codegen.building.cpp import Compiler, CppBuilder
 
         compiler = Compiler({str(compiler)!r}, "Scripted 1.0")
-        CppBuilder(ARCHS["x86_64_avx2"], compiler, Path({str(tmp_path)!r})).build_all(["a", "b"], jobs=1)
+        CppBuilder(CPU_ARCHS["x86_64_avx2"], compiler, Path({str(tmp_path)!r})).build_all(["a", "b"], jobs=1)
     """)
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
     try:

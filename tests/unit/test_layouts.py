@@ -11,7 +11,7 @@ from guarded_calls import pack
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tilewright.codegen.archs import ARCHS
+from tilewright.codegen.archs import CPU_ARCHS
 from tilewright.codegen.layouts import WeightLayout
 from tilewright.codegen.ops import OPS
 from tilewright.runtime.packing import pack_array, packed_shape
@@ -78,7 +78,7 @@ def test_equal_keys_mean_equal_layouts() -> None:
     assert APART.key == "panel8x2r8_fp32"
 
 
-@pytest.mark.parametrize("arch", ARCHS.values(), ids=lambda arch: arch.name)
+@pytest.mark.parametrize("arch", CPU_ARCHS.values(), ids=lambda arch: arch.name)
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 def test_configs_share_few_layouts_that_can_be_packed(op, arch) -> None:
     """A model keeps one copy of its weights for each layout in use."""

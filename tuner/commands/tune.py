@@ -121,6 +121,8 @@ def _warn_if_not_servable(path: Path) -> None:
 def _request(arguments: argparse.Namespace) -> Request:
     op = find_op(arguments.op)
     arch = find_arch(arguments.arch)
+    if not any(arch.family in template.families for template in op.templates):
+        raise TilewrightError(f"{op.name} has no template for {arch.name}; tune it with --arch native")
     if not runs_on(arch, read_cpu_info()):
         raise TilewrightError(
             f"arch {arch.name} does not run on this machine ({read_cpu_info().name}), so nothing could be timed; "
