@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from tilewright.codegen.expressions import IntExpr
-from tilewright.codegen.layouts import WeightLayout
+from tilewright.codegen.layouts import RowLayout, WeightLayout, layout_from_dict
 from tilewright.codegen.precisions import LOSSLESS
 
 ABI_VERSION = 1
@@ -39,11 +39,16 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Argument:
-    """One 8-byte argument of an entry: the address of a tensor or of the workspace, or the value of an expression."""
+    """One argument of an entry: the address of a tensor or of the workspace, or the value of an expression.
 
-    kind: Literal["tensor", "workspace", "size"]
+    Of ``host_so`` artifacts all take 8 bytes; of GPU artifacts a size takes what the entry declares.
+    """
+
+    kind: Literal["tensor", "workspace", "size", "scales"]
+    """``scales``: those of the packed weight, behind its elements."""
     source: str = ""
-    """Tensor name for ``tensor`` (0 when it is optional and absent), :class:`IntExpr` text for ``size``."""
+    """Tensor name for ``tensor`` (0 when it is optional and absent), :class:`IntExpr` text for ``size``, and for
+    ``workspace`` and ``scales`` that of an offset in bytes (empty: 0)."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Guard:
-    """A property that was compiled in: ``expression`` must be a multiple of ``multiple`` at dispatch."""
+    """A property that was compiled in: ``expression`` must be a multiple of ``multiple`` at dispatch.
+
+    In an expression the name of a tensor, or ``workspace``, stands for its address.
+    """
 
     expression: str
     multiple: int
@@ -84,7 +92,7 @@ class Recipe:
     workspace_bytes: str = "0"
     workspace_zeroed: bool = False
     guards: tuple[Guard, ...] = ()
-    weight_layout: WeightLayout | None = None
+    weight_layout: WeightLayout | RowLayout | None = None
     """Layout in which the weight tensor [experts, n, k] is passed; None: as the op declares it."""
     abi_version: int = ABI_VERSION
     format_version: int = field(default=1)
@@ -135,7 +143,7 @@ class Recipe:
             workspace_bytes=data["workspace_bytes"],
             workspace_zeroed=data["workspace_zeroed"],
             guards=tuple(Guard(**g) for g in data["guards"]),
-            weight_layout=None if layout is None else WeightLayout.from_dict(layout),
+            weight_layout=None if layout is None else layout_from_dict(layout),
             abi_version=data["abi_version"],
             format_version=data["format_version"],
         )

@@ -18,10 +18,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.codegen.archs import Arch, CpuArch
+from tilewright.codegen.archs import Arch, CpuArch, GpuArch
 from tilewright.codegen.cpu_info import usable_cores
+from tilewright.codegen.dtypes import ITEMSIZE, round_to
 from tilewright.codegen.models import ModelShape
-from tilewright.codegen.ops import moe_gemm_cpu
+from tilewright.codegen.ops import moe_gemm_cpu, moe_gemm_triton
 from tilewright.codegen.ops.base import Arrays, OpDeclaration, Problem, Template, Workload
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.recorded_routing import read_recorded_ids
@@ -36,6 +37,9 @@ from tilewright.codegen.space import Config
 from tilewright.errors import TilewrightError
 
 MAX_TOKENS = 1 << 20
+
+_ROUNDING = {"fp32": 0.0, "bf16": 2.0**-8, "fp16": 2.0**-11}
+"""Half the distance between neighbours, relative to the lower of them."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
     """The declaration of moe_gemm."""
 
     name: ClassVar[str] = "moe_gemm"
-    templates: ClassVar[tuple[Template[Any], ...]] = moe_gemm_cpu.TEMPLATES
+    templates: ClassVar[tuple[Template[Any], ...]] = (*moe_gemm_cpu.TEMPLATES, *moe_gemm_triton.TEMPLATES)
     problem_example: ClassVar[str] = "experts=8,n=2048,k=1024,top_k=2"
 
     def signatures(self, model: ModelShape) -> tuple[MoeGemmSignature, ...]:
@@ -136,7 +140,10 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         return self.problem(MoeGemmSignature.parse(values), tokens, routing)
 
     def weights(self, signature: MoeGemmSignature, seed: int) -> Arrays:
-        """Normal weights scaled so that outputs are of the inputs' magnitude, and a small bias."""
+        """Normal weights scaled so that outputs are of the inputs' magnitude, and a small bias.
+
+        As float32, holding values of the weights' dtype.
+        """
         rows, k = signature.halves * signature.n, signature.k
         weight = np.empty((signature.experts, rows, k), np.float32)
         streams = np.random.SeedSequence([seed, 1]).spawn(signature.experts)
@@ -145,6 +152,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
             rng = np.random.Generator(np.random.SFC64(streams[expert]))
             rng.standard_normal(out=weight[expert], dtype=np.float32)
             weight[expert] *= np.float32(k**-0.5)
+            weight[expert] = round_to(weight[expert], signature.w_dtype)
 
         with ThreadPoolExecutor(usable_cores()) as pool:
             list(pool.map(fill, range(signature.experts)))
@@ -155,13 +163,13 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         return arrays
 
     def inputs(self, problem: MoeGemmProblem, seed: int) -> Arrays:
-        """Normal activations and routing as the problem's spec draws it."""
+        """Normal activations (float32, of the dtype's values) and routing as the problem's spec draws it."""
         signature = problem.signature
         topk_ids, order = problem.order(seed)
         rng = np.random.default_rng([seed, 3])
         x_rows = problem.tokens if signature.stage == "up" else len(order.row_token)
         arrays: Arrays = {
-            "x": rng.standard_normal((x_rows, signature.k), dtype=np.float32),
+            "x": round_to(rng.standard_normal((x_rows, signature.k), dtype=np.float32), signature.x_dtype),
             "expert_offsets": order.expert_offsets,
         }
         if signature.stage == "up":
@@ -206,8 +214,12 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         return {"out": torch.einsum("tj,tjn->tn", scale, picked).numpy()}
 
     def tolerance(self, signature: MoeGemmSignature) -> float:
-        """Fp32 sums of k terms in any order: the error grows like sqrt(k) rounding steps."""
-        return 2e-6 * max(1.0, math.sqrt(signature.k) / 16)
+        """Fp32 sums of k terms in any order: the error grows like sqrt(k) rounding steps. Then the output is rounded.
+
+        Rows of ``down`` may be rounded before they are added up, too.
+        """
+        roundings = 2 if signature.stage == "down" else 1
+        return 2e-6 * max(1.0, math.sqrt(signature.k) / 16) + roundings * _ROUNDING[signature.out_dtype]
 
     def workload(self, problem: MoeGemmProblem, inputs: Arrays) -> Workload:
         """Two flops per multiply-add; every active expert's weights, the inputs and the output move once."""
@@ -216,8 +228,9 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         rows = int(counts.sum())
         columns = signature.halves * signature.n
         out_rows = problem.tokens if signature.stage == "down" else rows
-        elements = int((counts > 0).sum()) * columns * signature.k + inputs["x"].size + out_rows * signature.n
-        return Workload(flops=2.0 * rows * columns * signature.k, min_bytes=4.0 * elements)
+        elements = int((counts > 0).sum()) * columns * signature.k + inputs["x"].size
+        nbytes = ITEMSIZE[signature.x_dtype] * elements + ITEMSIZE[signature.out_dtype] * out_rows * signature.n
+        return Workload(flops=2.0 * rows * columns * signature.k, min_bytes=float(nbytes))
 
     def awkward_problems(self, signature: MoeGemmSignature) -> tuple[MoeGemmProblem, ...]:
         """One token (empty experts), odd counts of which other ranks compute a part, and one hot expert."""
@@ -231,7 +244,9 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         )
 
     def default_config(self, signature: MoeGemmSignature, arch: Arch) -> Config:
-        """A packed, cache-blocked GEMM with the register tile that textbooks give for the arch."""
+        """CPUs: a packed, cache-blocked GEMM with the register tile that textbooks give for the arch. GPUs: vLLM's."""
+        if isinstance(arch, GpuArch):
+            return moe_gemm_triton.default_config(signature, arch)
         assert isinstance(arch, CpuArch)
         return moe_gemm_cpu.default_config(signature, arch)
 

@@ -10,7 +10,7 @@ from tilewright.codegen.archs import CpuArch
 from tilewright.codegen.layouts import WeightLayout
 from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.precisions import LOSSLESS, PRECISIONS, Precision, find_precision
+from tilewright.codegen.precisions import CPU_PRECISIONS, LOSSLESS, Precision, find_precision
 from tilewright.codegen.recipe import Argument, Launch, Recipe, TensorSpec
 from tilewright.codegen.space import Config, Constraint, Parameter, Space, Value
 from tilewright.errors import TilewrightError
@@ -319,9 +319,9 @@ _LABEL = ("precision", "block_rows", "streams", "vectors")
 
 TEMPLATES = (
     Template(
-        BLOCKED, "cpp", ("cpu",), _blocked_space, _layout, _recipe, _context, label=_LABEL, precisions=tuple(PRECISIONS)
+        BLOCKED, "cpp", ("cpu",), _blocked_space, _layout, _recipe, _context, label=_LABEL, precisions=CPU_PRECISIONS
     ),
     Template(
-        STREAM, "cpp", ("cpu",), _stream_space, _layout, _recipe, _context, label=_LABEL, precisions=tuple(PRECISIONS)
+        STREAM, "cpp", ("cpu",), _stream_space, _layout, _recipe, _context, label=_LABEL, precisions=CPU_PRECISIONS
     ),
 )

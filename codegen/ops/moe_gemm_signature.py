@@ -13,7 +13,7 @@ from tilewright.errors import TilewrightError
 Stage = Literal["up", "down", "plain"]
 Activation = Literal["none", "swiglu", "geglu"]
 
-_DTYPES = {"x_dtype": ("fp32",), "w_dtype": ("fp32",), "out_dtype": ("fp32",)}
+_DTYPES = ("fp32", "bf16", "fp16")
 _MAX_SIZE = 1 << 24
 
 
@@ -39,6 +39,7 @@ class MoeGemmSignature(Signature):
     activation: Activation = "none"
     bias: bool = False
     x_dtype: str = "fp32"
+    """``fp32`` for CPUs, ``bf16`` or ``fp16`` for GPUs; weights are of the same, outputs of the same or fp32."""
     w_dtype: str = "fp32"
     out_dtype: str = "fp32"
 
@@ -62,9 +63,14 @@ class MoeGemmSignature(Signature):
             raise TilewrightError(f"moe_gemm: stage 'plain' knows no routing; leave top_k={self.top_k} out")
         if not isinstance(self.bias, bool):
             raise TilewrightError(f"moe_gemm: bias={self.bias!r} is neither true nor false")
-        for name, supported in _DTYPES.items():
+        for name, supported in (
+            ("x_dtype", _DTYPES),
+            ("w_dtype", (self.x_dtype,)),
+            ("out_dtype", tuple(dict.fromkeys((self.x_dtype, "fp32")))),
+        ):
             if getattr(self, name) not in supported:
-                raise TilewrightError(f"moe_gemm: {name}={getattr(self, name)!r} is not supported; use {supported[0]}")
+                choices = " or ".join(supported)
+                raise TilewrightError(f"moe_gemm: {name}={getattr(self, name)!r} is not supported; use {choices}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MoeGemmSignature:
