@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from covering import covering_rows
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tilewright.codegen.archs import Arch
@@ -58,6 +59,27 @@ SIGNATURES: Mapping[str, Sequence[Signature]] = {
 into a block of k, k that scales can share, enough panels for the widest task, one expert, many, and more choices than
 experts on this rank. For gating: every way to score, to choose and to order; experts that fill vectors and that do not,
 one of them, all of them chosen."""
+
+
+@st.composite
+def gating_signatures(draw: st.DrawFn) -> Gating:
+    """Any signature of a few experts."""
+    score = draw(st.sampled_from(["softmax", "sigmoid"]))
+    groups, size = draw(st.integers(1, 4)), draw(st.integers(2, 9))
+    top_groups = draw(st.integers(1, groups))
+    order = draw(st.sampled_from(["none", "rows", "blocks"]))
+    return Gating(
+        experts=groups * size,
+        top_k=draw(st.integers(1, top_groups * size)),
+        score=score,
+        renormalize=draw(st.booleans()),
+        bias=score == "sigmoid" and draw(st.booleans()),
+        groups=groups,
+        top_groups=top_groups,
+        scale=draw(st.sampled_from([1.0, 2.5])),
+        order=order,
+        block_size=draw(st.integers(1, 20)) if order == "blocks" else 0,
+    )
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ def tune(database: Path, trials: int, time_s: float, seed: int, results: Connect
         seed=seed,
         resume=True,
         model="",
+        probes=0,
     )
     with Store.open(database) as store:
         report = Campaign(request, store, Acknowledged(results)).run()
@@ -110,7 +111,7 @@ def served_result(database: Path) -> str:
 
     op, problem = find_op("moe_gemm"), problems()[-1]
     weights, inputs = op.weights(problem.signature, 0), op.inputs(problem, 0)
-    expected = op.reference(problem.signature, weights, inputs)
+    expected = op.reference(problem.signature, weights, inputs)["out"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TilewrightWarning)  # there is no plan yet
         call = prepare(torch.from_numpy(weights["weight"]), stage="up", top_k=2, threads=1, database=str(database))

@@ -53,15 +53,14 @@ def format_threads(count: int) -> str:
 
 def labelled(label: str, text: str, *, width: int | None, indent: int = 11) -> list[str]:
     """A labelled line of words that begin in column ``indent``, broken to fit ``width``."""
+    return wrapped(f"{label:<{indent}}{text}", width, indent=indent)
+
+
+def wrapped(text: str, width: int | None, *, indent: int = 2) -> list[str]:
+    """``text`` in lines that fit ``width``, all but the first indented; one line where that leaves too little room."""
     if width is None or width <= 2 * indent:
-        return [f"{label:<{indent}}{text}"]
-    return textwrap.wrap(
-        f"{label:<{indent}}{text}",
-        width,
-        subsequent_indent=" " * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+        return [text]
+    return textwrap.wrap(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def terminal_width() -> int | None:

@@ -174,6 +174,7 @@ def encode_plan(plan: PlanRecord) -> Columns:
         "threads": int(plan.threads),
         "precision": plan.precision,
         "error": float(plan.error),
+        "batch_invariant": bool(plan.batch_invariant),
         "model": plan.model,
         "layout": plan.layout,
         "timing": plan.timing,
@@ -205,6 +206,7 @@ def decode_plan(row: Row, entries: Iterable[Row]) -> PlanRecord:
             threads=row["threads"],
             precision=row["precision"],
             error=float(row["error"]),
+            batch_invariant=bool(row["batch_invariant"]),
             model=row["model"],
             layout=row["layout"],
             timing=row["timing"],
@@ -282,12 +284,14 @@ def _kernel_seal(kernel: KernelRecord) -> str:
 
 
 def _plan_seal(plan: PlanRecord) -> str:
-    # What came with schema version 2 is left out where it says nothing, so that older seals stay valid.
-    lossy = (
-        {} if (plan.precision, plan.error) == (LOSSLESS, 0.0) else {"precision": plan.precision, "error": plan.error}
-    )
+    # What came with later schema versions is left out where it says nothing, so that older seals stay valid.
+    later: Columns = {}
+    if (plan.precision, plan.error) != (LOSSLESS, 0.0):
+        later |= {"precision": plan.precision, "error": plan.error}
+    if plan.batch_invariant:
+        later |= {"batch_invariant": True}
     return seal(
-        lossy
+        later
         | {
             "op": plan.op,
             "signature_key": plan.signature_key,

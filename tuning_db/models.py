@@ -139,10 +139,14 @@ class Trial(Base):
 
 
 class Plan(Base):
-    """The one current plan for an op, signature, device, thread count and precision of the weights."""
+    """The one current plan for an op, signature, device, thread count, precision and promise about the batch."""
 
     __tablename__ = "plans"
-    __table_args__ = (UniqueConstraint("op", "signature_key", "device_key", "threads", "precision"),)
+    __table_args__ = (
+        UniqueConstraint(
+            "op", "signature_key", "device_key", "threads", "precision", "batch_invariant", name="uq_plans_identity"
+        ),
+    )
 
     id: Mapped[int] = mapped_column(_RowId, primary_key=True)
     op: Mapped[str]
@@ -152,6 +156,7 @@ class Plan(Base):
     threads: Mapped[int]
     precision: Mapped[str]
     error: Mapped[float]
+    batch_invariant: Mapped[bool]
     model: Mapped[str]
     layout: Mapped[str]
     timing: Mapped[str]

@@ -121,7 +121,7 @@ def artifact(session: Session, checksum: str) -> ArtifactRecord | None:
 def plans(session: Session, where: PlanFilter) -> list[PlanRecord]:
     """Return plans ordered by op, signature, device, thread count and error."""
     statement = _filtered(_columns(Plan), Plan, where).order_by(
-        Plan.op, Plan.signature_key, Plan.device_key, Plan.threads, Plan.error, Plan.precision
+        Plan.op, Plan.signature_key, Plan.device_key, Plan.threads, Plan.error, Plan.precision, Plan.batch_invariant
     )
     return [_plan(session, row) for row in _rows(session, statement)]
 

@@ -62,12 +62,19 @@ class Reader:
             return reader
 
     def plan(
-        self, op: str, signature_key: str, device_key: str, threads: int, precision: str = LOSSLESS
+        self,
+        op: str,
+        signature_key: str,
+        device_key: str,
+        threads: int,
+        precision: str = LOSSLESS,
+        *,
+        batch_invariant: bool = False,
     ) -> PlanRecord | None:
-        """Return the plan for exactly this op, signature, device, thread count and precision, or None."""
+        """Return the plan for exactly this op, signature, device, thread count, precision and promise, or None."""
         for plan in self._plans(
-            "op = ? AND signature_key = ? AND device_key = ? AND threads = ? AND precision = ?",
-            (op, signature_key, device_key, threads, precision),
+            "op = ? AND signature_key = ? AND device_key = ? AND threads = ? AND precision = ? AND batch_invariant = ?",
+            (op, signature_key, device_key, threads, precision, batch_invariant),
         ):
             return plan
         return None
@@ -100,7 +107,8 @@ class Reader:
     def _plans(self, condition: str, values: tuple[Any, ...]) -> tuple[PlanRecord, ...]:
         with self._connected() as connection, decoding("a plan"):
             plans = connection.execute(
-                f"SELECT * FROM plans WHERE {condition} ORDER BY device_key, threads, error",  # written above
+                # The conditions are those written above.
+                f"SELECT * FROM plans WHERE {condition} ORDER BY device_key, threads, error, batch_invariant",
                 values,
             ).fetchall()
             entries = "SELECT * FROM plan_entries WHERE plan_id = ? ORDER BY position"

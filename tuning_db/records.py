@@ -150,7 +150,9 @@ class PlanRecord:
     ``precision`` is what the weights are stored in, and ``error`` what that does to the op's output, at the most over
     the tuned sizes: ``||out - reference|| / ||reference||``, 0 for weights as the op declares them. ``timing`` and
     ``checked`` are the weakest evidence among the entries. ``layout`` names the one weight layout that all entries
-    share; ``model`` is the preset that the plan was made for, or empty.
+    share, or several, joined by ``+``, where more copies of the weights were allowed; ``precision`` likewise. With
+    ``batch_invariant`` all entries add up in one order, so that what a token gets does not depend on what else is in
+    the batch. ``model`` is the preset that the plan was made for, or empty.
     """
 
     op: str
@@ -165,6 +167,7 @@ class PlanRecord:
     model: str = ""
     precision: str = LOSSLESS
     error: float = 0.0
+    batch_invariant: bool = False
     created_at: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:

@@ -146,7 +146,7 @@ class Store:
         self._database.write(lambda session: writes.put_kernel(session, kernel, artifacts))
 
     def put_plan(self, plan: PlanRecord) -> None:
-        """Make this the current plan for its op, signature, device and thread count, in place of the one before."""
+        """Make this the current plan of its key (see the table), in place of the one before."""
         self._database.write(lambda session: writes.put_plan(session, plan))
 
     # Queries

@@ -47,9 +47,9 @@ def put_kernel(session: Session, kernel: KernelRecord, artifacts: Sequence[Artif
 
 
 def put_plan(session: Session, plan: PlanRecord) -> None:
-    """Add or replace the plan for an op, signature, device, thread count and precision, with its entries."""
+    """Add or replace the plan of one key (see the table's constraint), with its entries."""
     columns = codec.encode_plan(plan)
-    key = ("op", "signature_key", "device_key", "threads", "precision")
+    key = ("op", "signature_key", "device_key", "threads", "precision", "batch_invariant")
     # The row is updated in place, which on PostgreSQL also makes a second writer of this plan wait.
     _upsert(session, Plan, columns, key=key, replaced=tuple(name for name in columns if name not in key))
     this_plan = [getattr(Plan, name) == columns[name] for name in key]

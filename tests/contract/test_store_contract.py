@@ -203,6 +203,17 @@ class StoreContract:
         assert store.plans(op="moe_gemm") == [one_thread, longer]
         assert store.plans(threads=2) == [longer]
 
+    def test_plans_of_another_precision_or_promise_stand_beside_it(self, store: Store) -> None:
+        filled = fill(store)
+        lossy = replace(filled.plan, precision="int8", error=0.01)
+        invariant = replace(filled.plan, batch_invariant=True)
+        for each in (lossy, invariant):
+            store.put_plan(each)
+        assert store.plans() == [filled.plan, invariant, lossy]
+        slower = replace(invariant, layout="rows")
+        store.put_plan(slower)
+        assert store.plans() == [filled.plan, slower, lossy]
+
     def test_a_plan_that_cannot_be_stored_leaves_the_old_one(self, store: Store) -> None:
         filled = fill(store)
         with pytest.raises(ValueError, match="must be stored first"):

@@ -63,8 +63,8 @@ FAULTS = {
         "connection",
     ),
     "writes far past its output": ({"after": "memset(out + size, 0, 4096);"}, CRASHED, "SIGSEGV"),
-    "writes just past its output": ({"after": "((char *)(out + size))[0] = 0;"}, "any", "outside its output|SIGSEGV"),
-    "writes before its output": ({"after": "out[-1] = 0;"}, WRONG, "outside its output: 4 bytes before"),
+    "writes just past its output": ({"after": "((char *)(out + size))[0] = 0;"}, "any", "outside its out|SIGSEGV"),
+    "writes before its output": ({"after": "out[-1] = 0;"}, WRONG, "outside its out: 4 bytes before"),
     "writes past its workspace": (
         {"after": "((char *)workspace)[90] = 1;", "workspace_bytes": "90"},
         WRONG,

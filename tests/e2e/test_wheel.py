@@ -21,13 +21,14 @@ SUFFIXES = {".py", ".typed", ".jinja", ".cpp"}
 RENDER_ALL = """
 from tilewright.codegen.archs import native_arch
 from tilewright.codegen.ops import OPS
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.rendering import render
+from tilewright.codegen.routing import RoutingSpec
 
-signature = MoeGemmSignature(stage="up", experts=4, n=48, k=40, top_k=2, activation="swiglu")
 for op in OPS.values():
+    problem = dict(pair.split("=") for pair in op.problem_example.split(","))
+    signature = op.parse_problem(problem, RoutingSpec.parse("balanced")).signature
     space = op.space(signature, native_arch())
-    for template in op.templates:
+    for template in op.templates_for(signature, native_arch()):
         config = next(config for config in space if config["template"] == template.name)
         print(len(render(template, signature, config, native_arch())))
 """

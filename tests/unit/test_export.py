@@ -1,5 +1,6 @@
 """Optuna studies in a file: complete, or not there at all."""
 
+import contextlib
 import resource
 
 import optuna
@@ -55,20 +56,26 @@ def test_an_export_never_touches_an_existing_file(tmp_path):
     assert path.read_bytes() == b"precious"
 
 
-@pytest.fixture
-def file_limit():
-    """Let this process write no file beyond a number of bytes, as a full disk would."""
+@contextlib.contextmanager
+def file_limit(size):
+    """Let this process write no file beyond a number of bytes, as a full disk would.
+
+    No longer than needed: pytest reports each test to a file that may be larger.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.99])
-def test_an_export_that_runs_out_of_room_leaves_nothing_behind(tmp_path, file_limit, share):
+def test_an_export_that_runs_out_of_room_leaves_nothing_behind(tmp_path, share):
     complete = tmp_path / "complete.log"
     export_studies([new_study()], complete)
-    file_limit(int(share * complete.stat().st_size))
-    with pytest.raises(TilewrightError, match=r"Cannot export to .*runs\.log: File too large"):
+    refused = pytest.raises(TilewrightError, match=r"Cannot export to .*runs\.log: File too large")
+    with file_limit(int(share * complete.stat().st_size)), refused:
         export_studies([new_study()], tmp_path / "runs.log")
     assert list(tmp_path.iterdir()) == [complete]
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from awkward import SIGNATURES
+from awkward import SIGNATURES, gating_signatures
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -23,29 +23,11 @@ BALANCED = RoutingSpec.parse("balanced")
 
 
 @st.composite
-def signatures(draw: st.DrawFn) -> GatingSignature:
-    score = draw(st.sampled_from(["softmax", "sigmoid"]))
-    groups, size = draw(st.integers(1, 4)), draw(st.integers(2, 9))
-    top_groups = draw(st.integers(1, groups))
-    order = draw(st.sampled_from(["none", "rows", "blocks"]))
-    return GatingSignature(
-        experts=groups * size,
-        top_k=draw(st.integers(1, top_groups * size)),
-        score=score,
-        renormalize=draw(st.booleans()),
-        bias=score == "sigmoid" and draw(st.booleans()),
-        groups=groups,
-        top_groups=top_groups,
-        scale=draw(st.sampled_from([1.0, 2.5])),
-        order=order,
-        block_size=draw(st.integers(1, 20)) if order == "blocks" else 0,
-    )
-
-
-@st.composite
 def problems(draw: st.DrawFn) -> GatingProblem:
     routing = draw(st.sampled_from(["balanced", "power-law:1", "power-law:8"]))
-    return GatingProblem(draw(signatures()), draw(st.integers(1, 20)), RoutingSpec.parse(routing), draw(st.booleans()))
+    return GatingProblem(
+        draw(gating_signatures()), draw(st.integers(1, 20)), RoutingSpec.parse(routing), draw(st.booleans())
+    )
 
 
 def naive(signature: GatingSignature, bias, logits) -> tuple[list[int], list[float]]:

@@ -58,6 +58,7 @@ def test_what_is_not_there(path: Path) -> None:
     for other in (("attention", *PLAN_KEY[1:]), (*PLAN_KEY[:1], "s", *PLAN_KEY[2:]), (*PLAN_KEY[:2], "d", 2)):
         assert reader.plan(*other) is None
     assert reader.plan(*PLAN_KEY[:3], 1) is None
+    assert reader.plan(*PLAN_KEY, batch_invariant=True) is None
     with pytest.raises(TilewrightError, match="holds no kernel"):
         reader.kernel("c" * 64)
     with pytest.raises(TilewrightError, match="holds no artifact"):
@@ -163,6 +164,7 @@ def test_a_changed_kernel_is_refused(path: Path, filled: Filled, statement: str)
     "statement",
     [
         "UPDATE plans SET layout = 'rows'",
+        "UPDATE plans SET batch_invariant = 1",
         "UPDATE plan_entries SET max_tokens = 17 WHERE position = 0",
         "UPDATE plan_entries SET median_us = 'fast'",
         "DELETE FROM plan_entries",
@@ -174,7 +176,7 @@ def test_a_changed_kernel_is_refused(path: Path, filled: Filled, statement: str)
 def test_a_changed_plan_is_refused(path: Path, statement: str) -> None:
     change(path, statement)
     with pytest.raises(DamagedDatabase, match=r"damaged .*restore it"):
-        Reader.open(path).plan(*PLAN_KEY)
+        Reader.open(path).plans_for(*PLAN_KEY[:2])
 
 
 def test_files_it_cannot_read_are_explained(path: Path, tmp_path: Path) -> None:

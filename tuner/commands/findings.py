@@ -17,7 +17,7 @@ from tilewright.tuner.plan import Final
 from tilewright.tuner.precision import FrontPoint
 from tilewright.tuner.roofline import Roofline
 from tilewright.tuner.standings import measured_document
-from tilewright.tuner.text import format_ratio, format_shape, format_threads, format_us, table, terminal_width
+from tilewright.tuner.text import format_ratio, format_shape, format_threads, format_us, table, terminal_width, wrapped
 
 _HEAD = ("tokens", "torch", "default", "tuned", "vs default", "vs torch", "roofline", "noise", "kernel")
 _NOTES = """\
@@ -124,9 +124,9 @@ class Findings:
         by_torch = [str(entry.tuned_tokens) for entry in entries if entry.kernel_key is None]
         line = f"plan: {kernels} kernels over {len(entries)} ranges of sizes"
         line += f"; torch is faster around {', '.join(by_torch)} and serves there" if by_torch else ""
-        return [line, *([self._probed(mine)] if mine.probes else [])]
+        return [line, *(self._probed(mine) if mine.probes else [])]
 
-    def _probed(self, mine: SignatureReport) -> str:
+    def _probed(self, mine: SignatureReport) -> list[str]:
         worse = [
             f"{probe.problem.dynamic_size} ({format_ratio(*probe.interval)} the default)"
             for probe in mine.probes
@@ -135,7 +135,8 @@ class Findings:
         worse += [f"{row.tokens} ({row.speedup:.2f}x torch)" for row in self._slower_than_torch(mine)]
         sizes = ", ".join(str(probe.problem.dynamic_size) for probe in mine.probes)
         found = f"slower at {', '.join(worse)}" if worse else "at none slower than the default or torch"
-        return f"probed at {len(mine.probes)} sizes drawn at random ({sizes}): {found} beyond the noise"
+        text = f"probed at {len(mine.probes)} sizes drawn at random ({sizes}): {found} beyond the noise"
+        return wrapped(text, terminal_width())
 
     def _slower_than_torch(self, mine: SignatureReport) -> list[Deployed]:
         """Probes at which torch is faster than the kernel that the plan has there."""
