@@ -77,7 +77,7 @@ class Runner:
                     self._mending.Extent(
                         each["name"],
                         memory[each["buffer"]].data_ptr() + each["offset"],
-                        memory[each["buffer"]].numel() - each["offset"] if each["nbytes"] is None else each["nbytes"],
+                        each["nbytes"],
                         each["writable"],
                     )
                     for each in launch["extents"]
