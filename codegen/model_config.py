@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tilewright.codegen.activations import CLAMPED_LIMIT
 from tilewright.errors import TilewrightError
 
 Activation = Literal["swiglu", "geglu", "swiglu_clamped"]
@@ -88,7 +89,7 @@ def shape_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "hidden": hidden,
         "inter": fields.size(*family.width_keys),
         "top_k": fields.size(*_TOP_K_KEYS),
-        "activation": family.activation or _activation(fields),
+        "activation": _activation(fields, family),
         "expert_bias": family.expert_bias,
         "scoring": _scoring(fields, family),
         "renormalize": fields.flag("norm_topk_prob", default=family.renormalize),
@@ -184,14 +185,20 @@ def _experts(fields: _Fields) -> int:
     return fields.size(key)
 
 
-def _activation(fields: _Fields) -> Activation:
+def _activation(fields: _Fields, family: _Family) -> Activation:
     # Every family named above was published with SiLU and may leave the field out.
     name = fields.text("hidden_act", "hidden_activation") or "silu"
     if name not in _ACTIVATIONS:
         raise fields.error(f"the activation {name!r} is not supported; supported are {', '.join(_ACTIVATIONS)}")
-    if _ACTIVATIONS[name] == "swiglu" and fields.first("swiglu_limit")[0]:
+    activation = family.activation or _ACTIVATIONS[name]
+    if not fields.first("swiglu_limit")[0]:
+        return activation
+    if activation != "swiglu_clamped":
         raise fields.error("'swiglu_limit' with a plain SiLU is not supported; only the clamped form of gpt-oss is")
-    return _ACTIVATIONS[name]
+    if fields.number("swiglu_limit", default=CLAMPED_LIMIT) != CLAMPED_LIMIT:
+        limit = fields.first("swiglu_limit")[1]
+        raise fields.error(f"'swiglu_limit' is {limit}, but only the {CLAMPED_LIMIT} of gpt-oss is supported")
+    return activation
 
 
 def _scoring(fields: _Fields, family: _Family) -> Scoring:

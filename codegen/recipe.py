@@ -9,6 +9,7 @@ from typing import Any, Literal
 from tilewright.codegen.expressions import IntExpr
 from tilewright.codegen.layouts import RowLayout, WeightLayout, layout_from_dict
 from tilewright.codegen.precisions import LOSSLESS
+from tilewright.errors import TilewrightError
 
 ABI_VERSION = 1
 """Of the C entry point that a ``host_so`` artifact exports (templates/shared/abi.jinja); the runtime refuses others."""
@@ -96,6 +97,20 @@ class Recipe:
     """Layout in which the weight tensor [experts, n, k] is passed; None: as the op declares it."""
     abi_version: int = ABI_VERSION
     format_version: int = field(default=1)
+
+    @property
+    def panels(self) -> WeightLayout | None:
+        """The layout of a kernel that CPUs call; None: weights are passed as the op declares them.
+
+        Raises:
+            TilewrightError: for a GPU kernel's.
+
+        """
+        if isinstance(self.weight_layout, RowLayout):
+            raise TilewrightError(
+                f"weights in the layout {self.weight_layout.key} are for GPU kernels; tune for this CPU"
+            )
+        return self.weight_layout
 
     @property
     def precision(self) -> str:

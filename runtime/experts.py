@@ -31,7 +31,7 @@ class Experts:
         w_up: fp32 [experts, 2 * inter, hidden], gate rows before up rows; [experts, inter, hidden] without activation.
         w_down: fp32 [experts, hidden, inter].
         top_k: experts per token.
-        activation: ``swiglu``, ``geglu`` or ``none``.
+        activation: ``swiglu``, ``geglu``, ``swiglu_clamped`` (gpt-oss) or ``none``.
         bias_up: fp32 [experts, rows of w_up], or None.
         bias_down: fp32 [experts, hidden], or None.
         renormalize: whether a token's routing weights are made to sum to 1 after its experts were chosen.

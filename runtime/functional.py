@@ -82,7 +82,7 @@ def moe_up(
         row_token: int32 [rows], the token of each row, from :func:`tilewright.runtime.sort_tokens`.
         expert_offsets: int32 [experts + 1], rising from 0 to ``rows``.
         top_k: experts per token.
-        activation: ``swiglu``, ``geglu`` or ``none``.
+        activation: ``swiglu``, ``geglu``, ``swiglu_clamped`` (gpt-oss) or ``none``.
         bias: fp32 [experts, rows of the weight], or None.
         out: fp32 [rows, n] to write; made when None.
         threads: see :func:`tilewright.runtime.prepare`.

@@ -45,7 +45,7 @@ def prepare(
         weight: fp32 [experts, n, k]; with an activation [experts, 2n, k], gate rows before up rows. It may be strided.
         stage: ``up``, ``down`` or ``plain``; see :class:`PreparedGemm`.
         top_k: experts per token; 1 for ``plain``.
-        activation: ``swiglu`` or ``geglu`` join gate and up rows; for ``up`` only.
+        activation: ``swiglu``, ``geglu`` and ``swiglu_clamped`` (gpt-oss) join gate and up rows; for ``up`` only.
         bias: fp32 [experts, rows of the weight], or None.
         threads: threads of a call; None: ``torch.get_num_threads()``.
         database: path or SQLite URL; None: ``$TILEWRIGHT_DB``, else the user's own.

@@ -70,7 +70,7 @@ class Resolution:
     @property
     def layout(self) -> WeightLayout | None:
         """The layout that every served kernel takes its weight in; None: as declared."""
-        return self.kernels[0].recipe.weight_layout if self.kernels else None
+        return self.kernels[0].recipe.panels if self.kernels else None
 
 
 def resolve(signature: Signature, threads: int, database: Database | None, max_error: float = 0.0) -> Resolution:
@@ -144,7 +144,7 @@ def _load_ranges(reader: Reader, plan: PlanRecord, signature: Signature) -> tupl
         if entry.kernel_key is not None:
             try:
                 kernel = _load_kernel(reader, entry.kernel_key, signature)
-                layouts.append(kernel.recipe.weight_layout)
+                layouts.append(kernel.recipe.panels)
                 _require_one_layout(layouts, kernel)
             except TilewrightError as error:
                 kernel, why_torch = None, str(error)

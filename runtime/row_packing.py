@@ -27,7 +27,8 @@ def pack_rows(weight: _Floats, layout: RowLayout) -> _Bytes:
     """Bytes of ``weight`` [experts, n, k], elements and then scales.
 
     Raises:
-        TilewrightError: when the layout's groups do not divide k, or the weight holds NaN, infinities or more than 2^126.
+        TilewrightError: when the layout's groups do not divide k, or the weight holds NaN, infinities or values beyond
+            2^126.
 
     """
     experts, n, k = weight.shape
@@ -47,7 +48,7 @@ def pack_rows(weight: _Floats, layout: RowLayout) -> _Bytes:
 
 
 def round_rows(weight: _Floats, precision: Precision, dtype: str) -> _Floats:
-    """``weight`` [experts, n, k] with the values that GPU kernels compute with, the signature's weights being ``dtype``.
+    """``weight`` [experts, n, k] with the values that GPU kernels compute with; the signature's weights are ``dtype``.
 
     Where a kernel multiplies elements and scales before the product, the result is rounded to ``dtype`` once more;
     where scales wait until after it (a row, a tensor, a block), it is not.
@@ -121,10 +122,10 @@ def _element_bytes(codes: _Words, layout: RowLayout) -> _Bytes:
     match layout.nibbles:
         case "runs":
             runs = elements.reshape(-1, 2, _RUN)
-            return (runs[:, 0] | runs[:, 1] << 4).reshape(-1)
+            return np.asarray(runs[:, 0] | (runs[:, 1] << np.uint8(4)), np.uint8).reshape(-1)
         case "pairs":
             pairs = elements.reshape(-1, 2)
-            return pairs[:, 0] | pairs[:, 1] << 4
+            return np.asarray(pairs[:, 0] | (pairs[:, 1] << np.uint8(4)), np.uint8)
         case _:
             return elements.reshape(-1)
 
@@ -139,7 +140,8 @@ def _e4m3(codes: _Words) -> _Floats:
 
 
 def _e2m1(codes: _Words) -> _Floats:
-    return np.where(codes >= 8, -_E2M1[codes & 7], _E2M1[codes & 7])
+    table = np.concatenate((_E2M1, -_E2M1))
+    return table[codes]
 
 
 _VALUES: dict[str, Callable[[_Words], _Floats]] = {

@@ -104,6 +104,9 @@ class Template(Generic[S]):
     """``exclusion(precision, arch)``: why it cannot read weights in a precision there, in words; None: it can."""
     entries: Callable[[S, Config, Any], tuple[EntrySpec, ...]] | None = None
     """What the builder has to know of every entry point, in the order of the recipe's launches; None for ``cpp``."""
+    emulated_problems: Callable[[S, Config, Any], tuple[Problem, ...]] | None = None
+    """``emulated_problems(signature, config, arch)``: small problems of signatures of the same kind, with sizes that
+    divide tiles or not as this one's do, on which an interpreter runs a config; None where none can."""
     work: Callable[[S, Config, Any, Any], tuple[LaunchWork, ...]] | None = None
     """``work(signature, config, arch, problem)``: what every launch has to do; None where kernels are only measured."""
 
@@ -181,6 +184,10 @@ class OpDeclaration(ABC, Generic[S, P]):
     def inputs(self, problem: P, seed: int) -> Arrays:
         """Realistic tensors of the other inputs; the same for the same seed."""
 
+    def rounded_inputs(self, signature: S, inputs: Arrays, precision: str) -> Arrays:  # noqa: ARG002
+        """``inputs`` with the values that kernels of ``precision`` compute with, where it rounds activations, too."""
+        return inputs
+
     @abstractmethod
     def reference(self, signature: S, weights: Arrays, inputs: Arrays) -> Arrays:
         """Every output by name, in the shape of its tensor: floats in float64, integers as they must be."""
@@ -208,7 +215,10 @@ class OpDeclaration(ABC, Generic[S, P]):
             return {}
         templates = [template for template in self.templates if weight.dtype in template.dtypes]
         names = dict.fromkeys(name for template in templates for name in template.precisions)
-        return {name: PRECISIONS[name].refusal(int(weight.dims[2])) for name in names}
+        floats = {name for t in self.templates for name in t.dtypes} - {LOSSLESS}
+        # bf16 says "as they are" of a signature in bf16, "rounded" of one in fp32, and nothing of one in fp16.
+        other = floats - {weight.dtype} if weight.dtype != LOSSLESS else set()
+        return {name: PRECISIONS[name].refusal(int(weight.dims[2])) for name in names if name not in other}
 
     def lossless(self, signature: S) -> str:
         """The precision in which the weights are stored as the op declares them."""

@@ -12,77 +12,35 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from tilewright.codegen.activation_rounding import round_activations
+from tilewright.codegen.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
 from tilewright.codegen.archs import Arch, CpuArch, GpuArch
 from tilewright.codegen.cpu_info import usable_cores
 from tilewright.codegen.dtypes import ITEMSIZE, round_to
 from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops import moe_gemm_cpu, moe_gemm_triton
-from tilewright.codegen.ops.base import Arrays, OpDeclaration, Problem, Template, Workload
+from tilewright.codegen.ops.base import Arrays, OpDeclaration, Template, Workload
+from tilewright.codegen.ops.moe_gemm_problem import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.precisions import find_precision
 from tilewright.codegen.recorded_routing import read_recorded_ids
 from tilewright.codegen.routing import (
     RoutingSpec,
-    TokenOrder,
-    generate_topk_ids,
     generate_topk_weights,
-    sort_tokens,
 )
 from tilewright.codegen.space import Config
 from tilewright.errors import TilewrightError
 
-MAX_TOKENS = 1 << 20
+if TYPE_CHECKING:
+    import torch
 
 _ROUNDING = {"fp32": 0.0, "bf16": 2.0**-8, "fp16": 2.0**-11}
 """Half the distance between neighbours, relative to the lower of them."""
-
-
-@dataclass(frozen=True)
-class MoeGemmProblem(Problem):
-    """A signature with ``tokens`` tokens, routed as ``routing`` says over ``all_experts`` experts.
-
-    For ``plain``, which knows no tokens, they are rows. ``all_experts`` exceeds the signature's experts under expert
-    parallelism; choices that fall on other ranks make no row here.
-    """
-
-    signature: MoeGemmSignature
-    tokens: int
-    routing: RoutingSpec
-    all_experts: int
-
-    def __post_init__(self) -> None:
-        tokens, choices = self.tokens, self.all_experts
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= MAX_TOKENS:
-            raise TilewrightError(f"tokens={tokens!r} is impossible; give a whole number from 1 to {MAX_TOKENS}")
-        if not isinstance(choices, int) or isinstance(choices, bool) or choices < self.signature.experts:
-            raise TilewrightError(
-                f"all_experts={choices!r} is impossible; give at least the {self.signature.experts} of this rank"
-            )
-        if self.signature.top_k > choices:
-            raise TilewrightError(
-                f"top_k={self.signature.top_k} is impossible; a token cannot pick more than "
-                f"the {choices} experts there are"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON."""
-        return {
-            "signature": self.signature.to_dict(),
-            "tokens": self.tokens,
-            "routing": str(self.routing),
-            "all_experts": self.all_experts,
-        }
-
-    def order(self, seed: int) -> tuple[NDArray[np.int32], TokenOrder]:
-        """Chosen experts [tokens, top_k] and the order of rows that they make; the same for the same seed."""
-        topk_ids = generate_topk_ids(self.routing, self.tokens, self.all_experts, self.signature.top_k, seed)
-        local = np.where(topk_ids < self.signature.experts, topk_ids, -1).astype(np.int32)
-        return local, sort_tokens(local, self.signature.experts)
 
 
 class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
@@ -94,11 +52,6 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
 
     def signatures(self, model: ModelShape) -> tuple[MoeGemmSignature, ...]:
         """``up`` with the activation fused, then ``down``, of one expert layer."""
-        if model.activation not in ("swiglu", "geglu"):
-            raise TilewrightError(
-                f"model {model.name} uses the activation {model.activation!r}, which moe_gemm cannot fuse yet; "
-                "supported: swiglu, geglu. Tune its shapes with --problem instead"
-            )
         up = MoeGemmSignature(
             stage="up",
             experts=model.experts,
@@ -140,18 +93,20 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         return self.problem(MoeGemmSignature.parse(values), tokens, routing)
 
     def weights(self, signature: MoeGemmSignature, seed: int) -> Arrays:
-        """Normal weights scaled so that outputs are of the inputs' magnitude, and a small bias.
+        """Normal weights scaled so that sums are of the inputs' magnitude, and a small bias.
 
-        As float32, holding values of the weights' dtype.
+        As float32, holding values of the weights' dtype. Where sums are clamped, some have to be: three times larger,
+        about one in a hundred lies beyond the limit.
         """
         rows, k = signature.halves * signature.n, signature.k
+        scale = k**-0.5 * (3 if signature.activation == "swiglu_clamped" else 1)
         weight = np.empty((signature.experts, rows, k), np.float32)
         streams = np.random.SeedSequence([seed, 1]).spawn(signature.experts)
 
         def fill(expert: int) -> None:
             rng = np.random.Generator(np.random.SFC64(streams[expert]))
             rng.standard_normal(out=weight[expert], dtype=np.float32)
-            weight[expert] *= np.float32(k**-0.5)
+            weight[expert] *= np.float32(scale)
             weight[expert] = round_to(weight[expert], signature.w_dtype)
 
         with ThreadPoolExecutor(usable_cores()) as pool:
@@ -179,6 +134,10 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
             arrays["topk_weights"] = generate_topk_weights(topk_ids, seed)
         return arrays
 
+    def rounded_inputs(self, signature: MoeGemmSignature, inputs: Arrays, precision: str) -> Arrays:  # noqa: ARG002
+        """``inputs`` with the values that kernels of ``precision`` compute with, where it rounds activations, too."""
+        return {**inputs, "x": round_activations(inputs["x"], find_precision(precision))}
+
     def reference(self, signature: MoeGemmSignature, weights: Arrays, inputs: Arrays) -> Arrays:
         """The result in float64, computed by plain torch."""
         import torch
@@ -197,14 +156,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
             if signature.bias:
                 product += torch.from_numpy(weights["bias"][expert]).double()
             if signature.halves == 2:
-                gate, up = product[:, : signature.n], product[:, signature.n :]
-                gelu = torch.nn.functional.gelu
-                act = (
-                    torch.nn.functional.silu(gate)
-                    if signature.activation == "swiglu"
-                    else gelu(gate, approximate="tanh")
-                )
-                product = act * up
+                product = _join_halves(signature.activation, product[:, : signature.n], product[:, signature.n :])
             rows[begin:end] = product
         if signature.stage != "down":
             return {"out": rows.numpy()}
@@ -216,10 +168,12 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
     def tolerance(self, signature: MoeGemmSignature) -> float:
         """Fp32 sums of k terms in any order: the error grows like sqrt(k) rounding steps. Then the output is rounded.
 
-        Rows of ``down`` may be rounded before they are added up, too.
+        It is compared with the largest output; clamps hold that down, but not the error of a sum. Rows of ``down`` may
+        be rounded before they are added up, too.
         """
+        clamped = 3.0 if signature.activation == "swiglu_clamped" else 1.0
         roundings = 2 if signature.stage == "down" else 1
-        return 2e-6 * max(1.0, math.sqrt(signature.k) / 16) + roundings * _ROUNDING[signature.out_dtype]
+        return 2e-6 * clamped * max(1.0, math.sqrt(signature.k) / 16) + roundings * _ROUNDING[signature.out_dtype]
 
     def workload(self, problem: MoeGemmProblem, inputs: Arrays) -> Workload:
         """Two flops per multiply-add; every active expert's weights, the inputs and the output move once."""
@@ -249,6 +203,22 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
             return moe_gemm_triton.default_config(signature, arch)
         assert isinstance(arch, CpuArch)
         return moe_gemm_cpu.default_config(signature, arch)
+
+
+def _join_halves(activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The activation's definition, on tensors of any one shape."""
+    import torch
+
+    match activation:
+        case "swiglu":
+            return gate * torch.sigmoid(gate) * up
+        case "geglu":
+            return torch.nn.functional.gelu(gate, approximate="tanh") * up
+        case "swiglu_clamped":
+            gate, up = gate.clamp(max=CLAMPED_LIMIT), up.clamp(-CLAMPED_LIMIT, CLAMPED_LIMIT)
+            return gate * torch.sigmoid(CLAMPED_ALPHA * gate) * (up + 1)
+        case _:
+            raise TilewrightError(f"the activation {activation!r} has no gate")
 
 
 def _whole(name: str, text: str) -> int:

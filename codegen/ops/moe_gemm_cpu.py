@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from tilewright.codegen.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
 from tilewright.codegen.archs import CpuArch
 from tilewright.codegen.layouts import WeightLayout
 from tilewright.codegen.ops.base import Template
@@ -279,6 +280,8 @@ def _context(signature: MoeGemmSignature, config: Config, arch: CpuArch) -> dict
             for name, c_type, size in _workspace(signature, config, arch)
         ],
         "halves": signature.halves,
+        "clamped_alpha": CLAMPED_ALPHA,
+        "clamped_limit": CLAMPED_LIMIT,
         "panels": _groups(signature, config["vectors"], arch),
         "ragged": signature.n % (config["vectors"] * arch.lanes(4) // signature.halves) != 0,
         "block_m": _block_m(config),

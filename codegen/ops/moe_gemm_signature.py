@@ -11,7 +11,11 @@ from tilewright.codegen.recipe import TensorSpec
 from tilewright.errors import TilewrightError
 
 Stage = Literal["up", "down", "plain"]
-Activation = Literal["none", "swiglu", "geglu"]
+Activation = Literal["none", "swiglu", "geglu", "swiglu_clamped"]
+"""How gate and up columns are joined. ``swiglu``: silu(gate) * up. ``geglu``: gelu(gate) * up, in its tanh form.
+``swiglu_clamped`` (gpt-oss): see codegen/activations.py; weights and bias that a model stores interleaved are sorted
+into halves when they are loaded."""
+
 
 _DTYPES = ("fp32", "bf16", "fp16")
 _MAX_SIZE = 1 << 24
@@ -40,10 +44,15 @@ class MoeGemmSignature(Signature):
     bias: bool = False
     x_dtype: str = "fp32"
     """``fp32`` for CPUs, ``bf16`` or ``fp16`` for GPUs; weights are of the same, outputs of the same or fp32."""
-    w_dtype: str = "fp32"
-    out_dtype: str = "fp32"
+    w_dtype: str = ""
+    """Empty: as ``x_dtype``."""
+    out_dtype: str = ""
+    """Empty: as ``x_dtype``."""
 
     def __post_init__(self) -> None:
+        for name in ("w_dtype", "out_dtype"):
+            if getattr(self, name) == "":
+                object.__setattr__(self, name, self.x_dtype)
         for name in ("experts", "n", "k", "top_k"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_SIZE:
@@ -69,7 +78,7 @@ class MoeGemmSignature(Signature):
             ("out_dtype", tuple(dict.fromkeys((self.x_dtype, "fp32")))),
         ):
             if getattr(self, name) not in supported:
-                choices = " or ".join(supported)
+                choices = " or ".join(filter(None, (", ".join(supported[:-1]), supported[-1])))
                 raise TilewrightError(f"moe_gemm: {name}={getattr(self, name)!r} is not supported; use {choices}")
 
     @classmethod

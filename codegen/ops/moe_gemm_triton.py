@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
+from tilewright.codegen.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
 from tilewright.codegen.archs import Arch, GpuArch
 from tilewright.codegen.building.entry import EntrySpec
 from tilewright.codegen.dtypes import ITEMSIZE
 from tilewright.codegen.layouts import RowLayout
 from tilewright.codegen.ops.base import Template
+from tilewright.codegen.ops.moe_gemm_problem import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.ops.moe_gemm_triton_space import GROUPED, decodes, default_knobs, grouped_space, stored
 from tilewright.codegen.precisions import GPU_PRECISIONS, Precision
 from tilewright.codegen.recipe import Argument, Recipe
+from tilewright.codegen.routing import RoutingSpec
 from tilewright.codegen.space import Config, Space
 from tilewright.codegen.triton_launch import EntryLaunch, EntryParameter, Workspace, guards
 
@@ -204,7 +209,31 @@ def context(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> dict[
         if precision.x_scales
         else 0,
         "combine_columns": combine_columns(signature),
+        "clamped_alpha": CLAMPED_ALPHA,
+        "clamped_limit": CLAMPED_LIMIT,
     }
+
+
+def emulated_problems(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> tuple[MoeGemmProblem, ...]:  # noqa: ARG001
+    """Three tiles along k at least, two along n, an expert with two tiles of rows, one without any, ragged ends.
+
+    Sizes leave the same remainders as the signature's, so that the source takes the same branches.
+    """
+    group = stored(config).group(signature.k)
+    unit = math.lcm(config["block_k"], group if group < signature.k else 1)
+    splits = config.get("splits") or 1
+    whole = -(-3 * splits * config["block_k"] // unit) * unit
+    k = min(signature.k, whole + signature.k % unit)
+    ragged = signature.n % config["block_n"]
+    n = min(signature.n, config["block_n"] + ragged if ragged else 2 * config["block_n"])
+    experts = min(signature.experts, 4)
+    small = replace(signature, k=k, n=n, experts=experts, top_k=min(signature.top_k, 2, experts))
+    rows = config["block_m"] + 3
+    one_hot, few = RoutingSpec.parse("power-law:8"), RoutingSpec.parse("power-law")
+    return (
+        MoeGemmProblem(small, rows, one_hot, experts),
+        MoeGemmProblem(small, 2, few, 2 * experts),
+    )
 
 
 def default_config(signature: MoeGemmSignature, arch: GpuArch) -> Config:
@@ -234,5 +263,6 @@ TEMPLATES = (
         precisions=GPU_PRECISIONS,
         dtypes=_DTYPES,
         entries=entries,
+        emulated_problems=emulated_problems,
     ),
 )

@@ -107,8 +107,8 @@ def common_constraints(signature: MoeGemmSignature, arch: GpuArch) -> tuple[Cons
         whole = c["block_k"] % group == 0 or group % c["block_k"] == 0
         scales = stored(c).scales
         if scales is not None and scales.granularity == "block":
-            return whole and c["block_k"] <= group and k % c["block_k"] == 0
-        return whole and not (stored(c).x_dtype and k % c["block_k"])
+            return bool(whole and c["block_k"] <= group and k % c["block_k"] == 0)
+        return bool(whole and not (stored(c).x_dtype and k % c["block_k"]))
 
     def wide_loads(c: Mapping[str, Any]) -> bool:
         rows = c["block_n"] * (2 if c["gate_up"] == "interleaved" else 1)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
+from tilewright.codegen.ops.moe_gemm_signature import Activation, MoeGemmSignature
 from tilewright.errors import TilewrightError
 from tilewright.runtime.calls import pack_weight
 from tilewright.runtime.ops.base import BoundWeights, ServedOp
@@ -111,8 +112,12 @@ def _activate(y: Tensor, activation: str) -> Tensor:
         case "geglu":
             gate, up = y.chunk(2, dim=-1)
             return functional.gelu(gate, approximate="tanh") * up
+        case "swiglu_clamped":
+            gate, up = y.chunk(2, dim=-1)
+            gate, up = gate.clamp(max=CLAMPED_LIMIT), up.clamp(-CLAMPED_LIMIT, CLAMPED_LIMIT)
+            return gate * torch.sigmoid(CLAMPED_ALPHA * gate) * (up + 1)
         case _:
-            raise TilewrightError(f"unknown activation {activation!r}; known: none, swiglu, geglu")
+            raise TilewrightError(f"unknown activation {activation!r}; known: {', '.join(get_args(Activation))}")
 
 
 def _combine(partial: Tensor, slot_row: Tensor, topk_weights: Tensor, out: Tensor) -> None:

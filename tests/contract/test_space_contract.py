@@ -40,7 +40,7 @@ moe_gemm_signatures = st.builds(
     sizes,
     sizes,
     st.integers(1, 16),
-    st.sampled_from(["none", "swiglu", "geglu"]),
+    st.sampled_from(["none", "swiglu", "geglu", "swiglu_clamped"]),
     st.booleans(),
 )
 RANDOM_SIGNATURES = {"moe_gemm": moe_gemm_signatures, "gating": gating_signatures()}

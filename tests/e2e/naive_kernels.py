@@ -62,6 +62,9 @@ static float output(const float *x, const float *w, const float *bias, int e, in
 #elif ACTIVATION == 2
     const float t = 0.7978845608f * (y + 0.044715f * y * y * y);
     return 0.5f * y * (1.0f + tanhf(t)) * dot(x, w, bias, e, N + n);
+#elif ACTIVATION == 3
+    const float gate = fminf(y, 7.0f), up = fmaxf(-7.0f, fminf(dot(x, w, bias, e, N + n), 7.0f));
+    return gate / (1.0f + expf(-1.702f * gate)) * (up + 1.0f);
 #else
     return y;
 #endif
@@ -107,7 +110,7 @@ int32_t naive(const struct host *host, const int64_t *args) {
 }
 """
 
-_ACTIVATIONS = {"none": 0, "swiglu": 1, "geglu": 2}
+_ACTIVATIONS = {"none": 0, "swiglu": 1, "geglu": 2, "swiglu_clamped": 3}
 
 
 @dataclass(frozen=True)

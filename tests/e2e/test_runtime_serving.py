@@ -27,6 +27,17 @@ def _own_places(tmp_path, monkeypatch):
     forget_warnings()
 
 
+def clamped(gate, up):
+    return gate.clamp(max=7) * torch.sigmoid(1.702 * gate.clamp(max=7)) * (up.clamp(-7, 7) + 1)
+
+
+ACTIVATIONS = {
+    "swiglu": lambda gate, up: torch.nn.functional.silu(gate) * up,
+    "geglu": lambda gate, up: torch.nn.functional.gelu(gate, approximate="tanh") * up,
+    "swiglu_clamped": clamped,
+}
+
+
 def up_signature(activation="swiglu", bias=False):
     return MoeGemmSignature(
         stage="up", experts=EXPERTS, n=INTER, k=HIDDEN, top_k=TOP_K, activation=activation, bias=bias
@@ -46,9 +57,7 @@ def expert_ffn(x, w_up, w_down, ids, scale, activation="swiglu", bias_up=None, b
             continue
         y = w_up[expert].double() @ x[token].double() + (0 if bias_up is None else bias_up[expert].double())
         if activation != "none":
-            gate, up = y.split(INTER)
-            act = torch.nn.functional.silu if activation == "swiglu" else torch.nn.GELU("tanh")
-            y = act(gate) * up
+            y = ACTIVATIONS[activation](*y.split(INTER))
         y = w_down[expert].double() @ y + (0 if bias_down is None else bias_down[expert].double())
         out[token] += scale[token, slot].double() * y
     return out
@@ -70,7 +79,7 @@ def make_call(tokens):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("activation", ["none", "swiglu", "geglu"])
+@pytest.mark.parametrize("activation", ["none", *ACTIVATIONS])
 @pytest.mark.parametrize("packed", [None, 1, 2], ids=["declared", "neighbouring panels", "side by side"])
 def test_experts_with_kernels_for_both_stages(tmp_path, activation, packed, bias):
     halves = 1 if activation == "none" else 2

@@ -352,6 +352,8 @@ def test_malformed_file(tmp_path: Path, content: bytes, message: str) -> None:
         ({"hidden_size": 63}, "'head_dim' is missing and hidden_size 63"),
         ({"hidden_act": "relu2"}, "the activation 'relu2' is not supported"),
         ({"hidden_act": "silu", "swiglu_limit": 10.0}, "'swiglu_limit' with a plain SiLU"),
+        ({"model_type": "gpt_oss", "swiglu_limit": 10.0}, r"'swiglu_limit' is 10\.0, but only the 7\.0"),
+        ({"model_type": "gpt_oss", "swiglu_limit": "7"}, "'swiglu_limit' is '7'"),
         ({"hidden_act": ["silu"]}, r"'hidden_act' is \['silu'\], but must be a string"),
         ({"scoring_func": "sqrtsoftplus"}, "scoring_func 'sqrtsoftplus' is not supported"),
         ({"norm_topk_prob": "yes"}, "'norm_topk_prob' is 'yes'"),

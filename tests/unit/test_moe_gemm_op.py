@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tilewright.codegen.activations import CLAMPED_LIMIT
 from tilewright.codegen.archs import find_arch
 from tilewright.codegen.model_presets import PRESETS
 from tilewright.codegen.models import load_model
 from tilewright.codegen.ops import find_op
 from tilewright.codegen.ops.base import Arrays
-from tilewright.codegen.ops.moe_gemm import MAX_TOKENS, MoeGemmProblem
+from tilewright.codegen.ops.moe_gemm_problem import MAX_TOKENS, MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.errors import TilewrightError
@@ -27,12 +29,15 @@ from tilewright.errors import TilewrightError
 OP = find_op("moe_gemm")
 BALANCED = RoutingSpec.parse("balanced")
 SIGNATURE = MoeGemmSignature(stage="down", experts=4, n=3, k=5, top_k=2)
-FUSABLE = [name for name in PRESETS if "gpt-oss" not in name]
+ACTIVATIONS = ["none", "swiglu", "geglu", "swiglu_clamped"]
 
 
 def activate(name: str, gate: float, up: float) -> float:
     if name == "swiglu":
         return gate / (1 + math.exp(-gate)) * up
+    if name == "swiglu_clamped":
+        gate = min(gate, 7.0)
+        return gate / (1 + math.exp(-1.702 * gate)) * (max(-7.0, min(up, 7.0)) + 1)
     return 0.5 * gate * (1 + math.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
 
 
@@ -76,7 +81,7 @@ def small_problems(draw: st.DrawFn) -> MoeGemmProblem:
         n=draw(st.integers(1, 4)),
         k=draw(st.integers(1, 6)),
         top_k=1 if stage == "plain" else draw(st.integers(1, experts * ranks)),
-        activation=draw(st.sampled_from(["none", "swiglu", "geglu"])) if stage == "up" else "none",
+        activation=draw(st.sampled_from(ACTIVATIONS)) if stage == "up" else "none",
         bias=draw(st.booleans()),
     )
     routing = RoutingSpec.parse(draw(st.sampled_from(["balanced", "power-law", "power-law:8"])))
@@ -153,7 +158,7 @@ def test_awkward_problems_cover_what_kernels_get_wrong() -> None:
         assert len(problems("moe_gemm", signature)) > len(awkward)
 
 
-@pytest.mark.parametrize("name", FUSABLE)
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_layer_s_two_signatures_fit_together(name: str) -> None:
     model = load_model(name)
     up, down = OP.signatures(model)
@@ -173,9 +178,27 @@ def test_a_rank_with_fewer_experts_than_a_token_picks_can_be_tuned() -> None:
             OP.inputs(problem, 0)
 
 
-def test_an_activation_that_cannot_be_fused_is_refused() -> None:
-    with pytest.raises(TilewrightError, match=r"gpt-oss-20b uses the activation 'swiglu_clamped'.*--problem"):
-        OP.signatures(load_model("gpt-oss-20b"))
+def test_gpt_oss_has_its_activation_and_bias() -> None:
+    up, down = OP.signatures(load_model("gpt-oss-20b"))
+    assert (up.activation, up.bias, up.halves) == ("swiglu_clamped", True, 2)
+    assert (down.activation, down.bias) == ("none", True)
+
+
+def test_clamped_sums_are_met_by_the_inputs_that_kernels_are_checked_with() -> None:
+    """A kernel that forgot a clamp would be found wrong."""
+    signature = MoeGemmSignature(stage="up", experts=4, n=32, k=48, top_k=2, activation="swiglu_clamped")
+    problem = OP.problem(signature, 16, BALANCED)
+    weights, inputs = OP.weights(signature, 0), OP.inputs(problem, 0)
+    sums = np.concatenate(
+        [
+            inputs["x"][inputs["row_token"][a:b]] @ w.T
+            for w, (a, b) in zip(weights["weight"], pairwise(inputs["expert_offsets"]), strict=True)
+        ]
+    )
+    gate, up = sums[:, :32], sums[:, 32:]
+    assert (gate > CLAMPED_LIMIT).any()
+    assert (up > CLAMPED_LIMIT).any()
+    assert (up < -CLAMPED_LIMIT).any()
 
 
 @given(small_problems())
@@ -207,7 +230,8 @@ def test_keys_tell_problems_apart() -> None:
         ("activation", "swiglu", "stage 'down' has no activation"),
         ("stage", "plain", "stage 'plain' knows no routing; leave top_k=2 out"),
         ("bias", 1, "bias=1 is neither true nor false"),
-        ("x_dtype", "bf16", "x_dtype='bf16' is not supported; use fp32"),
+        ("x_dtype", "fp8", "x_dtype='fp8' is not supported; use fp32, bf16 or fp16"),
+        ("x_dtype", "bf16", "w_dtype='fp32' is not supported; use bf16"),
         ("w_dtype", "fp8", "w_dtype='fp8'"),
         ("out_dtype", "int32", "out_dtype='int32'"),
     ],

@@ -144,7 +144,14 @@ class Emulator:
         self._channel, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "tilewright.tuner.emulation.worker", str(os.getpid()), str(theirs.fileno())],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "tilewright.tuner.emulation.worker",
+                    str(os.getpid()),
+                    str(theirs.fileno()),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
@@ -207,9 +214,8 @@ def _sizes(recipe: Recipe, tensors: Arrays) -> dict[str, int]:
     sizes = {"threads": 1, "sm_count": EMULATED_SM_COUNT}
     for spec in recipe.tensors:
         if spec.name in tensors and spec.role != "weight":
-            for dim, length in zip(spec.dims, tensors[spec.name].shape, strict=True):
-                if isinstance(dim, str):
-                    sizes[dim] = length
+            lengths = zip(spec.dims, tensors[spec.name].shape, strict=True)
+            sizes.update({dim: length for dim, length in lengths if isinstance(dim, str)})
     return sizes
 
 
@@ -227,7 +233,8 @@ def _launch(
     buffers: _Buffers,
 ) -> dict[str, Any]:
     """One launch, with what its entry may touch: every tensor, and every part of workspace and weight by itself."""
-    described, extents = [], []
+    described: list[dict[str, Any]] = []
+    extents = []
     packed = next((t.name for t in recipe.tensors if t.role == "weight" and len(t.dims) == 3), "")
     for argument, (name, kind) in zip(arguments, spec.arguments, strict=True):
         if argument.kind == "size":

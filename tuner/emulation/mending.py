@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from numpy.typing import NDArray
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 Bits = NDArray[Any]
@@ -121,7 +122,8 @@ def encode(values: Bits, dtype: tl.dtype) -> Bits:
     if scalar.name not in _FP8:
         raise UnsupportedError(f"numbers of type {scalar.name}")
     kind = _FP8[scalar.name]
-    return torch.from_numpy(single).clamp(-torch.finfo(kind).max, torch.finfo(kind).max).to(kind).view(torch.uint8).numpy()
+    largest = torch.finfo(kind).max
+    return torch.from_numpy(single).clamp(-largest, largest).to(kind).view(torch.uint8).numpy()
 
 
 def _handle(values: Bits, dtype: tl.dtype) -> Handle:
@@ -204,8 +206,12 @@ class _Mended(interpreter.InterpreterBuilder):  # type: ignore[misc]
         MEMORY.require(ptrs.data, mask.data, itemsize, write=False)
         if other is None and not mask.data.all():
             # On a GPU what is masked off is undefined, not zero.
-            junk = np.full(ptrs.data.shape, 0xFF, np.uint8).repeat(itemsize, axis=-1).view(
-                interpreter._get_np_dtype(dtype)  # noqa: SLF001
+            junk = (
+                np.full(ptrs.data.shape, 0xFF, np.uint8)
+                .repeat(itemsize, axis=-1)
+                .view(
+                    interpreter._get_np_dtype(dtype)  # noqa: SLF001
+                )
             )
             other = interpreter.TensorHandle(junk.reshape(ptrs.data.shape), dtype)
         return _plain_masked_load(self, ptrs, mask, other, cache, eviction, volatile)
@@ -236,14 +242,16 @@ def _scaled(operand: Handle, scale: Handle | None, form: Any) -> Bits:
         values = _E2M1[np.stack([data & 15, data >> 4], axis=-1).reshape(data.shape[0], -1)]
     else:
         values = decode(operand.data, operand.dtype)
+    wide: Bits = values.astype(np.float64)
     if scale is None:
-        return values.astype(np.float64)
+        return wide
     if scale.data.dtype.itemsize != 1 or scale.dtype.scalar.is_floating():
         raise UnsupportedError("dot_scaled with scales that are no powers of two (nvfp4)")
     if values.shape[1] != 32 * scale.data.shape[1]:
         raise UnsupportedError(f"dot_scaled with {values.shape[1] // scale.data.shape[1]} elements to a scale")
     powers = np.ldexp(1.0, scale.data.view(np.uint8).astype(np.int32) - 127)
-    return values.astype(np.float64) * powers.repeat(32, axis=1)
+    wide *= powers.repeat(32, axis=1)
+    return wide
 
 
 def _checked_tensor(self: Any, operands: Any) -> None:
@@ -259,7 +267,42 @@ _plain_masked_load = interpreter.InterpreterBuilder.create_masked_load
 _plain_masked_store = interpreter.InterpreterBuilder.create_masked_store
 _plain_atomic_rmw = interpreter.InterpreterBuilder.create_atomic_rmw
 _plain_atomic_cas = interpreter.InterpreterBuilder.create_atomic_cas
+_plain_dot_scaled = TritonSemantic.dot_scaled
+_plain_numpy_type = interpreter._get_np_dtype  # noqa: SLF001
+_patched: set[str] = set()
+_named: dict[str, np.dtype[Any]] = {}
 _plain_check_tensor = interpreter.ReduceScanOpInterface.check_tensor
+
+
+def _dot_scaled(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Names of formats reach the interpreter as plain strings, where compiled code has constants."""
+    constant = {at: tl.constexpr(value) for at, value in enumerate(args) if isinstance(value, str)}
+    named = {name: tl.constexpr(value) if isinstance(value, str) else value for name, value in kwargs.items()}
+    return _plain_dot_scaled(self, *(constant.get(at, value) for at, value in enumerate(args)), **named)
+
+
+def _numpy_type(dtype: tl.dtype) -> np.dtype[Any]:
+    """What numpy keeps a type in; pointers are addresses."""
+    scalar = dtype.scalar
+    return np.dtype(np.uint64) if isinstance(scalar, tl.pointer_type) else _named_type(scalar)
+
+
+def _named_type(scalar: tl.dtype) -> np.dtype[Any]:
+    if scalar.name not in _named:
+        _named[scalar.name] = _plain_numpy_type(scalar)
+    return _named[scalar.name]
+
+
+def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A function that a kernel calls. The language is patched once for the module that it is from."""
+    module = self.fn.__globals__["__name__"]
+    if module not in _patched:
+        _patched.add(module)
+        interpreter._patch_lang(self.fn)  # noqa: SLF001
+    try:
+        return self.rewrite()(*args, **kwargs)
+    except Exception as error:
+        raise interpreter.InterpreterError(repr(error)) from error
 
 
 def install() -> None:
@@ -267,5 +310,9 @@ def install() -> None:
     for name, method in vars(_Mended).items():
         if callable(method):
             setattr(interpreter.InterpreterBuilder, name, method)
+    TritonSemantic.dot_scaled = _dot_scaled
     interpreter._convert_float = _convert_float  # noqa: SLF001
     interpreter.ReduceScanOpInterface.check_tensor = _checked_tensor
+    # For speed alone: both are done anew, and slowly, for every call of a function and every operation.
+    interpreter._get_np_dtype = _numpy_type  # noqa: SLF001
+    interpreter.InterpretedFunction.__call__ = _call

@@ -84,7 +84,7 @@ class Runner:
                 ]
                 if 0 not in launch["grid"]:
                     getattr(module, launch["entry"])[tuple(launch["grid"])](*arguments, **launch["constants"])
-        except Exception as error:  # noqa: BLE001  # a candidate may raise anything, and what it was is its outcome
+        except Exception as error:  # a candidate may raise anything, and what it was is its outcome
             return {"error": _root_cause(error)}
         for name, each in request["buffers"].items():
             if each["written"]:
@@ -94,10 +94,9 @@ class Runner:
     def _buffer(self, path: str, nbytes: int, written: bool) -> Any:
         """Bytes of a file, or poison."""
         buffer = self._torch.full((max(nbytes, 1),), _POISON, dtype=self._torch.uint8)
-        if not written:
-            buffer[:nbytes] = self._torch.frombuffer(bytearray(Path(path).read_bytes() or b"\0"), dtype=self._torch.uint8)[
-                :nbytes
-            ]
+        if not written and nbytes:
+            data = bytearray(Path(path).read_bytes())
+            buffer[:nbytes] = self._torch.frombuffer(data, dtype=self._torch.uint8)
         return buffer
 
     def _argument(self, memory: dict[str, Any], argument: dict[str, Any]) -> Any:
