@@ -73,7 +73,9 @@ class Memory:
             MemoryFaultError: which names the tensor and how far beyond it the access is.
 
         """
-        active = addresses if mask.all() else np.broadcast_to(addresses, mask.shape)[mask]
+        # The interpreter gives results of comparisons the width of what was compared.
+        live = mask.astype(bool)
+        active = addresses if live.all() else np.broadcast_to(addresses, live.shape)[live]
         if not active.size:
             return
         first, end = int(active.min()), int(active.max()) + itemsize
