@@ -53,7 +53,7 @@ def our_calls(cases: list[ExpertFfn], threads: int, database: str) -> list:
 @cache
 def run_race(shape: str, tokens: int, threads: int) -> Race:
     database = plan_for(shape, threads)
-    cases = make_cases(**SHAPES[shape], tokens=tokens, exceed_bytes=3 * (read_cpu_info().l3_bytes or 32 << 20))
+    cases = make_cases(**SHAPES[shape], tokens=tokens, exceed_bytes=3 * read_cpu_info().own_cache_bytes)
     contenders = prepare_checked(PEERS, cases, threads, reference)
     ours = our_calls(cases, threads, database)
     for case, call in zip(cases, ours, strict=True):

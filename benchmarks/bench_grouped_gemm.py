@@ -52,7 +52,7 @@ def our_calls(cases: list[GroupedGemm], top_k: int, threads: int, database: str)
 def run_race(shape: str, tokens: int, threads: int) -> Race:
     s = SHAPES[shape]
     database = plan_for(shape, threads)
-    cases = make_cases(**s, tokens=tokens, exceed_bytes=3 * (read_cpu_info().l3_bytes or 32 << 20))
+    cases = make_cases(**s, tokens=tokens, exceed_bytes=3 * read_cpu_info().own_cache_bytes)
     contenders = prepare_checked(PEERS, cases, threads, reference)
     ours = our_calls(cases, s["top_k"], threads, database)
     for case, call in zip(cases, ours, strict=True):

@@ -17,11 +17,20 @@ def database() -> Path:
     return path
 
 
-def ensure_tuned(problem: str, tokens: Sequence[int], threads: int, *, op: str = "moe_gemm") -> Path:
+def ensure_tuned(
+    problem: str,
+    tokens: Sequence[int],
+    threads: int,
+    *,
+    op: str = "moe_gemm",
+    trials: int = TRIALS,
+    path: Path | None = None,
+) -> Path:
     """Tune ``problem`` (key=value,...) at all ``tokens``; finished trials of an earlier run count."""
-    arguments = ["--arch", "native", "--op", op, "--problem", problem, "--resume", "--db", str(database())]
+    path = path or database()
+    arguments = ["--arch", "native", "--op", op, "--problem", problem, "--resume", "--db", str(path)]
     sizes = ",".join(map(str, tokens))
-    code = tune([*arguments, "--tokens", sizes, "--threads", str(threads), "--trials", str(TRIALS)])
+    code = tune([*arguments, "--tokens", sizes, "--threads", str(threads), "--trials", str(trials)])
     if code != 0:
         raise RuntimeError(f"tuning {problem} ended with exit code {code}")
-    return database()
+    return path

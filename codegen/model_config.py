@@ -44,6 +44,9 @@ class _Family:
     shared_experts: int = 0
     expert_bias: bool = False
     activation: Activation | None = None
+    attention_sinks: bool = False
+    alternates: bool = False
+    """Whether layers with a sliding window alternate with layers without, where ``layer_types`` does not say it."""
 
 
 _OWN_WIDTH = ("moe_intermediate_size",)
@@ -58,7 +61,14 @@ _FAMILIES = {
     "deepseek_v3": _DEEPSEEK_V3,
     "kimi_k2": _DEEPSEEK_V3,
     "glm4_moe": _DEEPSEEK_V3,
-    "gpt_oss": _Family(_ONLY_WIDTH, "topk_softmax", expert_bias=True, activation="swiglu_clamped"),
+    "gpt_oss": _Family(
+        _ONLY_WIDTH,
+        "topk_softmax",
+        expert_bias=True,
+        activation="swiglu_clamped",
+        attention_sinks=True,
+        alternates=True,
+    ),
     "llama4": _LLAMA4,
     "llama4_text": _LLAMA4,
 }
@@ -103,6 +113,10 @@ def shape_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "heads": heads,
         "kv_heads": fields.size("num_key_value_heads", default=heads),
         "head_dim": _head_dim(fields, hidden, heads),
+        "value_dim": fields.size("v_head_dim", default=0) if fields.first("kv_lora_rank")[0] else 0,
+        "windows": _windows(fields, family),
+        "attention_sinks": family.attention_sinks,
+        "attention_scale": _attention_scale(fields, _head_dim(fields, hidden, heads)),
         "vocab": fields.size("vocab_size"),
     }
 
@@ -155,6 +169,21 @@ class _Fields:
         if key and not isinstance(value, str):
             raise self.error(f"{key!r} is {value!r}, but must be a string")
         return value if key else None
+
+    def nested(self, key: str) -> _Fields:
+        """What stands in the object ``key``; nothing where there is none."""
+        value = self._values.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise self.error(f"{key!r} is {value!r}, but must be an object")
+        return _Fields(value or {}, f"{self._source}: {key}")
+
+    def texts(self, key: str) -> list[str] | None:
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.error(f"{key!r} must be a list of strings")
+        return value
 
     def numbers(self, key: str) -> list[int] | None:
         value = self._values.get(key)
@@ -246,3 +275,27 @@ def _head_dim(fields: _Fields, hidden: int, heads: int) -> int:
     if not fields.first("head_dim")[0] and hidden % heads:
         raise fields.error(f"'head_dim' is missing and hidden_size {hidden} is no multiple of {heads} heads; add it")
     return fields.size("head_dim", default=hidden // heads)
+
+
+def _windows(fields: _Fields, family: _Family) -> tuple[int, ...]:
+    """Windows of the kinds of layers, those that see everything (0) first."""
+    # Qwen writes a window down and says beside it that it is not used.
+    if not fields.first("sliding_window")[0] or not fields.flag("use_sliding_window", default=True):
+        return (0,)
+    window = fields.size("sliding_window")
+    kinds = fields.texts("layer_types")
+    if kinds is None:
+        return (0, window) if family.alternates else (window,)
+    return tuple(sorted({window if kind == "sliding_attention" else 0 for kind in kinds})) or (0,)
+
+
+def _attention_scale(fields: _Fields, head_dim: int) -> float:
+    """1 / sqrt(head_dim); DeepSeek's latent attention makes up for stretched positions (YaRN, arXiv 2309.00071)."""
+    scale: float = head_dim**-0.5
+    stretched = fields.nested("rope_scaling")
+    if not fields.first("kv_lora_rank")[0] or not stretched.first("mscale_all_dim")[0]:
+        return scale
+    factor = stretched.number("factor", default=1.0)
+    if factor > 1:
+        scale *= (0.1 * stretched.number("mscale_all_dim", default=1.0) * math.log(factor) + 1.0) ** 2
+    return scale

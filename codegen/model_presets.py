@@ -100,6 +100,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "qk_nope_head_dim": 128,
             "qk_rope_head_dim": 64,
             "v_head_dim": 128,
+            "rope_scaling": {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0},
             "vocab_size": 129280,
         },
         # openai/gpt-oss-20b
@@ -115,6 +116,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "num_attention_heads": 64,
             "num_key_value_heads": 8,
             "head_dim": 64,
+            "sliding_window": 128,
             "vocab_size": 201088,
         },
         # openai/gpt-oss-120b
@@ -130,6 +132,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "num_attention_heads": 64,
             "num_key_value_heads": 8,
             "head_dim": 64,
+            "sliding_window": 128,
             "vocab_size": 201088,
         },
         # meta-llama/Llama-4-Scout-17B-16E
@@ -198,6 +201,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "qk_nope_head_dim": 128,
             "qk_rope_head_dim": 64,
             "v_head_dim": 128,
+            "rope_scaling": {"type": "yarn", "factor": 32.0, "mscale": 1.0, "mscale_all_dim": 1.0},
             "vocab_size": 163840,
         },
     }

@@ -69,13 +69,23 @@ class ModelShape:
     top_groups: int = 1
     routed_scale: float = 1.0
     """Factor of all routing weights."""
+    value_dim: int = 0
+    """Elements of one value head; 0, and afterwards ``head_dim``, where it is as long as a key head."""
+    windows: tuple[int, ...] = (0,)
+    """Tokens that a query sees, of every kind of layer that there is; 0: all."""
+    attention_sinks: bool = False
+    """Whether each query head has a learned logit in the softmax's denominator."""
+    attention_scale: float = 0.0
+    """Factor of q . k before the softmax; 0: 1 / sqrt(head_dim)."""
     tp: int = 1
     """Ranks that share every expert."""
     ep: int = 1
     """Ranks that share the set of experts."""
 
     def __post_init__(self) -> None:
-        for size in (*_SIZES, "expert_groups", "top_groups", "tp", "ep"):
+        if self.value_dim == 0:
+            object.__setattr__(self, "value_dim", self.head_dim)
+        for size in (*_SIZES, "value_dim", "expert_groups", "top_groups", "tp", "ep"):
             self._require_whole(size, least=1)
         self._require_whole("shared_experts", least=0)
         if self.activation not in get_args(Activation):
@@ -117,6 +127,22 @@ class ModelShape:
             tp=self.tp * tp,
             ep=self.ep * ep,
         )
+
+    def heads_per_rank(self) -> tuple[int, int]:
+        """Query heads and key/value heads of one tensor-parallel rank; ranks beyond the latter share one.
+
+        Raises:
+            TilewrightError: when ``tp`` does not divide the query heads, or neither divides nor is a multiple of the
+                key/value heads.
+
+        """
+        heads = self._share("tp", self.tp, "number of attention heads", self.heads)
+        if self.kv_heads % self.tp and self.tp % self.kv_heads:
+            raise self._error(
+                f"tp={self.tp} neither divides the {self.kv_heads} key/value heads nor is a multiple of them; "
+                "use one that does"
+            )
+        return heads, max(1, self.kv_heads // self.tp)
 
     def _share(self, option: str, ranks: int, what: str, size: int) -> int:
         if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:

@@ -14,7 +14,7 @@ ABI_VERSION = 1
 """Of the C entry point that a ``host_so`` artifact exports (templates/shared/abi.jinja); the runtime refuses others."""
 
 Role = Literal["input", "weight", "output"]
-ValueCheck = Literal["none", "offsets", "index", "slot", "finite", "logits"]
+ValueCheck = Literal["none", "offsets", "index", "slot", "finite", "logits", "rising", "length", "pages"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,10 @@ class TensorSpec:
     ``dims`` holds constants and size names; a size name takes its value where it first appears and must agree
     everywhere else. ``values`` names what the runtime checks of the data itself: ``offsets`` must not decrease, start
     at 0 and end at ``bound``; ``index`` must lie in [0, ``bound``); ``slot`` likewise, or be -1; ``finite`` must hold
-    no NaN or infinity; ``logits`` no NaN and no +inf, and in every row (of the last dimension) a number above -inf.
-    ``optional`` tensors may be None.
+    no NaN or infinity; ``logits`` no NaN and no +inf, and in every row (of the last dimension) a number above -inf;
+    ``rising`` must start at 0, rise with every value and end at ``bound``; ``length`` must lie in [1, ``bound``];
+    ``pages`` is a table in whose row i as many values as there are pages of ``page_size`` in ``lengths[i]`` must lie
+    in [0, ``bound``), and the others are not looked at. ``optional`` tensors may be None.
     """
 
     name: str
@@ -35,6 +37,10 @@ class TensorSpec:
     optional: bool = False
     values: ValueCheck = "none"
     bound: str = ""
+    lengths: str = ""
+    """Name of the tensor of the call, values ``length``, that says how much of each row of ``pages`` is in use."""
+    page_size: int = 0
+    """What one value of ``pages`` stands for, in the unit of ``lengths``."""
 
 
 @dataclass(frozen=True)

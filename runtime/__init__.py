@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from tilewright.runtime.attention import PagedDecode, VarlenPrefill
 from tilewright.runtime.calls import softmax_topk, sort_tokens
 from tilewright.runtime.experts import Experts
 from tilewright.runtime.explanation import Explanation, MemoryReport, MemoryUse
@@ -27,9 +28,11 @@ __all__ = [
     "Gated",
     "MemoryReport",
     "MemoryUse",
+    "PagedDecode",
     "PreparedCall",
     "PreparedGemm",
     "TilewrightWarning",
+    "VarlenPrefill",
     "explain",
     "grouped_gemm",
     "memory_report",

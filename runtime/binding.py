@@ -28,7 +28,10 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "uint8": torch.uint8,
 }
 
-_CHECKED_DTYPE = {"offsets": "int32", "index": "int32", "slot": "int32", "finite": "fp32", "logits": "fp32"}
+_CHECKED_DTYPE = {
+    **dict.fromkeys(("offsets", "index", "slot", "rising", "length", "pages"), "int32"),
+    **dict.fromkeys(("finite", "logits"), "fp32"),
+}
 """The dtype that each check of values reads."""
 
 
@@ -95,6 +98,12 @@ class Binding:
                 raise TilewrightError(f"{self.name}: the offsets {spec.name} need a constant length")
             if spec.values == "logits" and not (spec.dims and isinstance(spec.dims[-1], int) and spec.dims[-1] > 0):
                 raise TilewrightError(f"{self.name}: the rows of logits in {spec.name} need a constant length")
+            if spec.values == "rising" and len(spec.dims) != 1:
+                raise TilewrightError(
+                    f"{self.name}: {spec.name} has {len(spec.dims)} dimensions; values rise along one"
+                )
+            if spec.values == "pages":
+                self._require_lengths(spec)
         required = {dim for spec in self.positional if not spec.optional for dim in spec.dims}
         if unset := [s for s in (*self.symbols, self.dynamic_size) if s not in required and s != THREADS]:
             raise TilewrightError(f"{self.name}: no tensor of a call tells the size {unset[0]!r}")
@@ -146,6 +155,14 @@ class Binding:
                 f"expected contiguous {expected} on the CPU"
             )
         return tensor.data_ptr()
+
+    def _require_lengths(self, table: TensorSpec) -> None:
+        lengths = next((spec for spec in self.positional if spec.name == table.lengths), None)
+        fits = lengths and lengths.values == "length" and not lengths.optional and lengths.dims == table.dims[:1]
+        if not fits or len(table.dims) != 2 or table.page_size < 1:
+            raise TilewrightError(
+                f"{self.name}: the pages in {table.name} need lengths of its rows among the tensors, and a page size"
+            )
 
     def _require_known_arguments(self) -> None:
         names = {spec.name for spec in self.tensors}

@@ -42,6 +42,7 @@ class Experts:
         threads: threads of a call; None: ``torch.get_num_threads()``.
         database: path or SQLite URL; None: ``$TILEWRIGHT_DB``, else the user's own.
         max_error: see :func:`tilewright.runtime.prepare`; for each of the two stages.
+        batch_invariant: see :meth:`PreparedCall.prepare`; routing is token by token in any case.
         keep_weights: see ``keep_weight`` of :func:`tilewright.runtime.prepare`.
 
     Calls may come from any number of threads; each has its own buffers, which are kept and grow to the largest call.
@@ -65,6 +66,7 @@ class Experts:
         threads: int | None = None,
         database: Database | None = None,
         max_error: float = 0.0,
+        batch_invariant: bool = False,
         keep_weights: bool = True,
     ) -> None:
         w_up = checked_weight(w_up, what="Experts: w_up", dims="experts, rows, hidden")
@@ -92,6 +94,7 @@ class Experts:
             threads=threads,
             database=database,
             max_error=max_error,
+            batch_invariant=batch_invariant,
             keep_weight=keep_weights,
         )
         self.down = prepare(
@@ -102,10 +105,12 @@ class Experts:
             threads=threads,
             database=database,
             max_error=max_error,
+            batch_invariant=batch_invariant,
             keep_weight=keep_weights,
         )
         self._call_up, self._call_down = self.up.call, self.down.call
-        self.gate = self._tuned_gate(threads, database)
+        # A gate's plan may compute the same weights in several orders.
+        self.gate = None if batch_invariant else self._tuned_gate(threads, database)
         self._local = threading.local()
         self.handle = hold(self)
 

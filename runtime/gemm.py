@@ -37,6 +37,7 @@ def prepare(
     threads: int | None = None,
     database: Database | None = None,
     max_error: float = 0.0,
+    batch_invariant: bool = False,
     keep_weight: bool = True,
 ) -> PreparedGemm:
     """Find the tuned kernels for ``weight`` on this machine and pack it for them.
@@ -52,6 +53,7 @@ def prepare(
         max_error: largest relative error of the output that storing the weight in fewer bits may bring,
             ``||out - exact|| / ||exact||`` as it was measured when a plan was made; of the plans within it, the fastest
             serves. 0: only plans that leave the weight as it is.
+        batch_invariant: see :meth:`PreparedCall.prepare`.
         keep_weight: whether to refer to ``weight`` for sizes that torch serves. False reads them back from the packed
             copy, which is slower, and lets the owner free the original.
 
@@ -75,5 +77,11 @@ def prepare(
     if bias is not None:
         weights["bias"] = checked_bias(bias, what=f"moe_gemm {stage}: bias", experts=experts, rows=rows)
     return PreparedGemm.prepare(
-        signature, weights, threads=threads, database=database, max_error=max_error, keep_weights=keep_weight
+        signature,
+        weights,
+        threads=threads,
+        database=database,
+        max_error=max_error,
+        batch_invariant=batch_invariant,
+        keep_weights=keep_weight,
     )

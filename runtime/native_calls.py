@@ -22,7 +22,17 @@ _DLPACK_DTYPES = {
     "int8": (_DLPACK_INT, 8),
     "uint8": (_DLPACK_UINT, 8),
 }
-_VALUE_CHECKS = {"none": 0, "offsets": 1, "index": 2, "slot": 3, "finite": 4, "logits": 5}
+_VALUE_CHECKS = {
+    "none": 0,
+    "offsets": 1,
+    "index": 2,
+    "slot": 3,
+    "finite": 4,
+    "logits": 5,
+    "rising": 6,
+    "length": 7,
+    "pages": 8,
+}
 _POSITIONAL, _ADDRESS, _WORKSPACE, _SIZE = range(4)
 _LARGEST = (1 << 63) - 1
 
@@ -55,7 +65,9 @@ def describe(binding: Binding) -> tuple[Any, ...]:
 def _tensor(binding: Binding, spec: TensorSpec) -> tuple[Any, ...]:
     dims = tuple(-1 - binding.symbols.index(dim) if isinstance(dim, str) else dim for dim in spec.dims)
     bound = binding.program(spec.bound) if spec.bound else ()
-    return (*_DLPACK_DTYPES[spec.dtype], spec.optional, _VALUE_CHECKS[spec.values], dims, bound)
+    lengths = [each.name for each in binding.positional].index(spec.lengths) if spec.lengths else -1
+    checked = _VALUE_CHECKS[spec.values]
+    return (*_DLPACK_DTYPES[spec.dtype], spec.optional, checked, dims, bound, lengths, spec.page_size)
 
 
 def _variant(binding: Binding, variant: CallVariant) -> tuple[Any, ...]:

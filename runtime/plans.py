@@ -73,22 +73,45 @@ class Resolution:
         return self.kernels[0].recipe.weight_layout if self.kernels else None
 
 
-def resolve(signature: Signature, threads: int, database: Database | None, max_error: float = 0.0) -> Resolution:
+def resolve(
+    signature: Signature,
+    threads: int,
+    database: Database | None,
+    max_error: float = 0.0,
+    *,
+    batch_invariant: bool = False,
+) -> Resolution:
     """Find the plan for ``signature`` on this machine and load its kernels.
 
     ``database`` None means ``$TILEWRIGHT_DB``, else the user's own. Plans that bring a larger error than ``max_error``
     are left out. Of several plans for this device, those made with ``threads`` threads are taken, else those that come
-    nearest, and of these the fastest.
+    nearest, and of these the fastest. With ``batch_invariant`` only plans that promise it count, and one of whose sizes
+    a tuned kernel does not serve is refused, for plain torch adds up in other orders for other batches.
+
+    Raises:
+        TilewrightError: with ``batch_invariant``, when there is no such plan or some of it cannot be served.
+
     """
     device_key = read_cpu_info().key
     try:
         database = os.fspath(default_url() if database is None else database)
         reader = Reader.open(database)
-        plan = _choose_plan(reader.plans_for(signature.op, signature.key), device_key, threads, max_error)
+        plans: Sequence[PlanRecord] = reader.plans_for(signature.op, signature.key)
+        if batch_invariant:
+            plans = _batch_invariant(plans)
+        plan = _choose_plan(plans, device_key, threads, max_error)
     except TilewrightError as error:
+        if batch_invariant:
+            raise TilewrightError(f"{signature.describe()} cannot be served batch-invariantly: {error}") from error
         warn_once(f"{signature.describe()} is served by plain torch: {error}")
         return Resolution(signature, device_key, str(database), None, (SizeRange(None, None, None, str(error)),))
-    return Resolution(signature, device_key, database, plan, _load_ranges(reader, plan, signature))
+    ranges = _load_ranges(reader, plan, signature)
+    if batch_invariant and (missing := next((part for part in ranges if part.kernel is None), None)):
+        raise TilewrightError(
+            f"{signature.describe()} cannot be served batch-invariantly, for no kernel serves some sizes: "
+            f"{missing.why_torch}"
+        )
+    return Resolution(signature, device_key, database, plan, ranges)
 
 
 def is_planned(signature: Signature, database: Database | None, max_error: float = math.inf) -> bool:
@@ -103,6 +126,14 @@ def is_planned(signature: Signature, database: Database | None, max_error: float
     except TilewrightError:
         return False
     return any(plan.device_key == read_cpu_info().key and plan.error <= max_error for plan in plans)
+
+
+def _batch_invariant(plans: Sequence[PlanRecord]) -> list[PlanRecord]:
+    """Those that promise it."""
+    promising = [plan for plan in plans if plan.batch_invariant]
+    if plans and not promising:
+        raise TilewrightError("its plans do not promise it; tune with --batch-invariant")
+    return promising
 
 
 def _choose_plan(plans: Sequence[PlanRecord], device_key: str, threads: int, max_error: float) -> PlanRecord:

@@ -63,6 +63,7 @@ class PreparedCall:
         threads: int | None = None,
         database: Database | None = None,
         max_error: float = 0.0,
+        batch_invariant: bool = False,
         keep_weights: bool = True,
     ) -> Self:
         """Find the tuned kernels for ``signature`` on this machine and lay ``weights`` out for them.
@@ -75,6 +76,8 @@ class PreparedCall:
             max_error: largest relative error of the output that storing weights in fewer bits may bring,
                 ``||out - exact|| / ||exact||`` as it was measured when a plan was made; of the plans within it, the
                 fastest serves. 0: only plans that leave weights as they are.
+            batch_invariant: whether a token must get the same bits whatever else is in the batch: only a plan of
+                `tune --batch-invariant` serves then, and what its kernels cannot take is refused, not given to torch.
             keep_weights: whether to refer to ``weights`` for sizes that torch serves. False reads them back from what
                 the kernels take, where the op can, and lets the owner free the originals.
 
@@ -82,13 +85,16 @@ class PreparedCall:
         one warning.
 
         Raises:
-            TilewrightError: when the arguments do not fit together.
+            TilewrightError: when the arguments do not fit together, and with ``batch_invariant`` when there is no plan
+                that promises it for all sizes.
 
         """
         op = served_op(signature.op)
         spare_torch_threads()
         threads = _checked_threads(threads)
-        resolution = resolve(signature, threads, database, _checked_max_error(max_error))
+        resolution = resolve(
+            signature, threads, database, _checked_max_error(max_error), batch_invariant=batch_invariant
+        )
         bound = op.bind(signature, weights, resolution, keep_weights=keep_weights)
         call = bind_call(
             signature.tensors(),
@@ -97,7 +103,7 @@ class PreparedCall:
             tuple(_variant(part) for part in resolution.ranges if part.entry is not None or resolution.plan is None),
             dynamic_size=signature.dynamic_size,
             threads=threads,
-            fallback=bound.fallback,
+            fallback=_refusing(signature) if batch_invariant else bound.fallback,
             name=signature.title,
         )
         memory = MemoryUse(signature.describe(), bound.copied_bytes, bound.weight_bytes)
@@ -162,6 +168,18 @@ def _variant(part: SizeRange) -> CallVariant:
         guards=recipe.guards,
         owner=part.kernel.artifacts,
     )
+
+
+def _refusing(signature: Signature) -> Callable[..., None]:
+    """In place of plain torch, whose order of sums depends on the batch."""
+
+    def refuse(*_tensors: Tensor) -> None:
+        raise TilewrightError(
+            f"{signature.title}: these tensors are strided or not aligned to their elements, so that no "
+            "batch-invariant kernel can take them; pass contiguous ones"
+        )
+
+    return refuse
 
 
 def _checked_max_error(max_error: float) -> float:

@@ -128,19 +128,25 @@ class PureCall:
         return sizes
 
     def _check_values(self, tensors: Sequence[Tensor | None], sizes: dict[str, int]) -> None:
+        def lengths_of(table: TensorSpec) -> NDArray[Any]:
+            for spec, tensor in zip(self.binding.positional, tensors, strict=True):
+                if tensor is not None and spec.name == table.lengths:
+                    lengths: NDArray[Any] = tensor.detach().numpy()
+                    return lengths
+            return np.empty(0, np.int32)
+
         for spec, tensor in zip(self.binding.positional, tensors, strict=True):
             if spec.values == "none" or tensor is None:
                 continue
             # numpy, not torch: in a forked child, torch's operations on large tensors would wait for lost threads.
             values = tensor.detach().numpy()
             end = expression(spec.bound).evaluate(sizes) if spec.bound else 0
-            wrong = _wrong_values(spec, values, end)
+            wrong = _wrong_values(spec, values, end, lengths_of(spec))
             if wrong is not None:
                 where, expected = wrong
                 index = ", ".join(map(str, where))
-                raise TilewrightError(
-                    f"{self.binding.name}: {spec.name}[{index}] is {values[where]}; expected {expected}"
-                )
+                found = f"[{index}] is {values[where]}" if values.size else " is empty"
+                raise TilewrightError(f"{self.binding.name}: {spec.name}{found}; expected {expected}")
 
     def _check_overlap(self, tensors: Sequence[Tensor | None]) -> None:
         passed = list(zip(self.binding.positional, tensors, strict=True))
@@ -229,9 +235,24 @@ def _argument(argument: Argument, addresses: dict[str, int], workspace: int, siz
             return expression(argument.source).evaluate(sizes)
 
 
-def _wrong_values(spec: TensorSpec, values: NDArray[Any], end: int) -> tuple[tuple[int, ...], str] | None:
-    """Index of the first value that breaks the rule of ``spec``, and the rule."""
+def _wrong_values(
+    spec: TensorSpec, values: NDArray[Any], end: int, lengths: NDArray[Any]
+) -> tuple[tuple[int, ...], str] | None:
+    """Index of the first value that breaks the rule of ``spec``, and the rule. ``lengths`` are those of ``pages``."""
     match spec.values:
+        case "rising":
+            rule = f"offsets that start at 0, rise with every sequence, and end at {spec.bound} = {end}"
+            if not values.size:
+                return (), rule
+            wrong = np.concatenate(([values[0] != 0], values[1:] <= values[:-1]))
+            wrong[-1] |= values[-1] != end
+        case "length":
+            wrong = (values < 1) | (values > end)
+            rule = f"a length from 1 to {end} ({spec.bound} = {end})"
+        case "pages":
+            used = -(-lengths.astype(np.int64) // spec.page_size)
+            wrong = (np.arange(values.shape[1]) < used[:, None]) & ((values < 0) | (values >= end))
+            rule = f"a page from 0 to {end - 1} ({spec.bound} = {end}); the row's {spec.lengths} needs it"
         case "offsets":
             wrong = np.concatenate(([values[0] != 0], values[1:] < values[:-1]))
             wrong[-1] |= values[-1] != end

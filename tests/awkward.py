@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from tilewright.codegen.archs import Arch
 from tilewright.codegen.ops import OPS, find_op
+from tilewright.codegen.ops.attention import AttentionProblem
+from tilewright.codegen.ops.attention_signature import AttentionSignature as Attention
 from tilewright.codegen.ops.base import Arrays, Problem, Template
 from tilewright.codegen.ops.gating import GatingProblem
 from tilewright.codegen.ops.gating_signature import GatingSignature as Gating
@@ -55,11 +57,24 @@ SIGNATURES: Mapping[str, Sequence[Signature]] = {
         Gating(experts=1, top_k=1, order="rows"),
         Gating(experts=391, top_k=10),
     ),
+    "attention": (
+        Attention(stage="decode", heads=8, kv_heads=2, head_dim=64, kv_layout="nhd"),
+        Attention(stage="decode", heads=5, kv_heads=1, head_dim=128, window=37, sinks=True, page_size=1),
+        Attention(stage="decode", heads=3, kv_heads=3, head_dim=80, page_size=7),
+        Attention(stage="decode", heads=6, kv_heads=2, head_dim=72, value_dim=40, scale=0.3, window=900, page_size=64),
+        Attention(stage="decode", heads=16, kv_heads=1, head_dim=256, sinks=True, kv_layout="nhd", page_size=24),
+        Attention(stage="prefill", heads=8, kv_heads=2, head_dim=64),
+        Attention(stage="prefill", heads=5, kv_heads=1, head_dim=128, window=37, sinks=True),
+        Attention(stage="prefill", heads=3, kv_heads=3, head_dim=80),
+        Attention(stage="prefill", heads=6, kv_heads=2, head_dim=72, value_dim=40, scale=0.3, window=200),
+        Attention(stage="prefill", heads=16, kv_heads=1, head_dim=256, sinks=True),
+    ),
 }
 """For moe_gemm: sizes that no tile divides and sizes that all divide, n below one panel, k of one step and one step
 into a block of k, k that scales can share, enough panels for the widest task, one expert, many, and more choices than
 experts on this rank. For gating: every way to score, to choose and to order; experts that fill vectors and that do not,
-one of them, all of them chosen."""
+one of them, all of them chosen. For attention, both stages: heads in groups of any size and alone, dims of vectors
+and not, values of their own length, windows within a block and beyond, sinks, and pages of every kind."""
 
 
 @st.composite
@@ -203,9 +218,20 @@ def _more_gating(problem: GatingProblem) -> tuple[Problem, ...]:
     return skewed, replace(problem, tokens=130, tied=True)
 
 
+def _more_attention(problem: AttentionProblem) -> tuple[Problem, ...]:
+    """Very uneven sequences, and one of several blocks of tokens with scores far apart."""
+    uneven = RoutingSpec.parse("power-law:2")
+    if problem.signature.stage == "decode":
+        return replace(problem, tokens=7, context=130, routing=uneven), replace(problem, context=700, steep=True)
+    return replace(problem, tokens=90, context=15, routing=uneven), replace(
+        problem, tokens=600, context=600, steep=True
+    )
+
+
 MORE_PROBLEMS: Mapping[str, Callable[[Any], tuple[Problem, ...]]] = {
     "moe_gemm": _more_moe_gemm,
     "gating": _more_gating,
+    "attention": _more_attention,
 }
 
 

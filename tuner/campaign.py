@@ -6,8 +6,8 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil, log
 from typing import Any
@@ -23,16 +23,17 @@ from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.precisions import LOSSLESS
 from tilewright.codegen.space import Config, Space
+from tilewright.errors import TilewrightError
 from tilewright.tuner.evaluation.checking import PrecisionError
 from tilewright.tuner.evaluation.evaluator import CpuEvaluator
-from tilewright.tuner.finals import Finals, Probe, Verdict
+from tilewright.tuner.finals import Finals, Probed, Verdict
 from tilewright.tuner.loop import Budget, Origin, ProblemResult, ProblemTuner
-from tilewright.tuner.plan import Final, Layout, choose_layout, distil, kept, probe_sizes
-from tilewright.tuner.precision import FrontPoint, admit, front, layout_by_precision, storable
+from tilewright.tuner.plan import Final, Settled, choose_bonds, kept, with_torch
+from tilewright.tuner.precision import FrontPoint, admit, bond_by_precision, front, storable
 from tilewright.tuner.progress import Progress
 from tilewright.tuner.search import Prior
 from tilewright.tuner.text import format_shape
-from tilewright.tuner.variants import Workshop
+from tilewright.tuner.variants import Bond, Workshop
 from tilewright.tuning_db.records import DeviceRecord, PlanRecord, TrialRecord
 from tilewright.tuning_db.store import Store
 
@@ -73,6 +74,8 @@ class Request:
     """Of the weights; the lossless one is always tried, too."""
     max_error: float = 0.0
     """Largest relative error of the op's output that a precision may bring."""
+    batch_invariant: bool = False
+    """Whether the kernels of a plan must add up in one order."""
 
 
 @dataclass
@@ -83,7 +86,7 @@ class SignatureReport:
     results: list[ProblemResult] = field(default_factory=list)
     verdict: Verdict | None = None
     plan: PlanRecord | None = None
-    probes: list[Probe] = field(default_factory=list)
+    probed: Probed = field(default_factory=Probed)
     front: list[FrontPoint] = field(default_factory=list)
     """Time against error, by rising error: a plan is stored for each."""
 
@@ -93,9 +96,9 @@ class SignatureReport:
         return self.verdict.finals if self.verdict else ()
 
     @property
-    def layout(self) -> Layout | None:
-        """The weight layout of the plan."""
-        return self.verdict.layout if self.verdict else None
+    def settled(self) -> Settled | None:
+        """The weight layouts of the plan, and what they cost."""
+        return self.verdict.settled if self.verdict else None
 
 
 @dataclass
@@ -181,7 +184,7 @@ class Campaign:
         """
         request = self._request
         mine = SignatureReport(signature)
-        workshop = Workshop(request.op, signature, request.arch, self._builder)
+        workshop = Workshop(request.op, signature, request.arch, self._builder, batch_invariant=request.batch_invariant)
         origin = Origin(run_id, self._device_key, request.threads, request.seed, request.search)
         self._progress.say(format_shape(signature.to_dict()))
         precisions = storable(request.precisions, request.op.precisions(signature), self._progress.say)
@@ -207,16 +210,22 @@ class Campaign:
                     tuner.replay(self._earlier(tuner.result.problem, space))
             explore = ceil(request.trials * _EXPLORE_SHARE)
             self._search(tuners, space, explore, _share(until, 1 - _REFINE_SHARE - _FINAL_SHARE))
-            layout_key = choose_layout(mine.results)
-            if layout_key is not None:
-                if layout_key:
-                    self._progress.say(f"searching on in one weight layout: {layout_key}")
+            bonds = choose_bonds(mine.results)
+            if request.batch_invariant and not bonds and any(tuner.result.candidates for tuner in tuners):
+                raise TilewrightError(
+                    f"no kernel of {signature.describe()} adds up in an order that is its own whatever the batch; "
+                    "leave out --batch-invariant"
+                )
+            if bonds:
+                layouts = " and ".join(dict.fromkeys(bond.layout for bond in bonds))
+                if layouts:
+                    self._progress.say(f"searching on in the weight layout {layouts}")
                 # The default alone may read that layout, where its template is not searched.
-                within = self._of_layout(space, signature, layout_key) or space
+                within = self._with_bonds(space, workshop, bonds) or space
                 remaining = _REFINE_SHARE / (_REFINE_SHARE + _FINAL_SHARE)
                 self._search(tuners, within, request.trials, _share(until, remaining))
                 finals = Finals(make_tuner, evaluator, self._progress, until=until)
-                self._finish(mine, layout_key, tuners, finals, workshop)
+                self._finish(mine, bonds, tuners, finals, workshop)
             spent = evaluator.spent
         report.build_s += sum(tuner.build_s for tuner in tuners)
         report.check_s += spent.checking_s
@@ -241,22 +250,27 @@ class Campaign:
             siblings = [other.result for other in tuners if other is not tuner]
             tuner.search(space, budget, self._priors(problem, siblings))
 
-    def _of_layout(self, space: Space, signature: Signature, layout_key: str) -> Space:
-        """The part of ``space`` whose kernels read one weight layout."""
-        op, arch = self._request.op, self._request.arch
-        chosen = [op.layout_key(signature, config, arch) == layout_key for config in space]
+    def _with_bonds(self, space: Space, workshop: Workshop, bonds: Sequence[Bond]) -> Space:
+        """The part of ``space`` whose kernels have one of ``bonds``."""
+        chosen = [workshop.bond(config) in bonds for config in space]
         return Space(space.parameters, space.indices[np.array(chosen)])
 
     def _finish(
-        self, mine: SignatureReport, layout_key: str, tuners: Sequence[ProblemTuner], finals: Finals, workshop: Workshop
+        self,
+        mine: SignatureReport,
+        bonds: Sequence[Bond],
+        tuners: Sequence[ProblemTuner],
+        finals: Finals,
+        workshop: Workshop,
     ) -> None:
         """Race the finalists, store the plan and the kernels that are worth keeping, and probe the plan."""
         self._progress.say("finalists race again")
         op, signature, arch = self._request.op, mine.signature, self._request.arch
         # The default's layout is the one in which no size can be slower than the default.
-        default_key = op.layout_key(signature, op.default_config(signature, arch), arch)
-        of_precisions = layout_by_precision(mine.results)
-        mine.verdict = finals.run(tuners, list(dict.fromkeys([layout_key, default_key, *of_precisions.values()])))
+        default = workshop.bond(op.default_config(signature, arch))
+        of_precisions = bond_by_precision(mine.results)
+        in_question = [*bonds, *([default] if default else []), *of_precisions.values()]
+        mine.verdict = finals.run(tuners, list(dict.fromkeys(in_question)))
         decided = {final.problem.key: final for final in mine.finals}
         for tuner in tuners:
             final = decided.get(tuner.result.problem.key)
@@ -267,12 +281,11 @@ class Campaign:
                 self._keep(workshop, [final.winner.variant.config, *(c.config for c in fastest)])
         if not mine.verdict or not mine.finals:
             return
+        mine.verdict, mine.probed = finals.probe(mine.verdict, self._request.probes, self._request.seed)
+        self._keep(workshop, [finalist.built.variant.config for finalist in mine.verdict.chosen])
         mine.plan = self.store_plan(mine.verdict)
-        known = {final.problem.dynamic_size for final in (*mine.finals, *mine.verdict.between)}
-        sizes = probe_sizes(max(known), known, self._request.probes, self._request.seed)
-        mine.probes = finals.probe(mine.verdict, mine.plan, sizes)
-        others = [key for name, key in of_precisions.items() if name != mine.plan.precision]
-        verdicts = [verdict for key in others if (verdict := finals.within(key)) and verdict.finals]
+        others = [bond for name, bond in of_precisions.items() if name not in mine.plan.precision.split("+")]
+        verdicts = [verdict for bond in others if (verdict := finals.within(bond)) and verdict.finals]
         mine.front = front([self._point(mine.verdict, mine.plan), *(self._point(v, self._plan(v)) for v in verdicts)])
         for point in mine.front:
             if point.precision != mine.plan.precision:
@@ -280,36 +293,48 @@ class Campaign:
                 self._store.put_plan(point.plan)
 
     def _point(self, verdict: Verdict, plan: PlanRecord) -> FrontPoint:
-        error = self._errors[plan.signature_key, plan.precision]
-        return FrontPoint(plan.precision, error, verdict.finals, plan)
+        return FrontPoint(plan.precision, self._error(plan.signature_key, plan.precision), verdict.finals, plan)
 
-    def store_plan(self, verdict: Verdict, torch_us: Mapping[int, float] | None = None) -> PlanRecord:
+    def _error(self, signature_key: str, precisions: str) -> PrecisionError:
+        """The largest that one of ``precisions`` (joined by +) brings."""
+        return max((self._errors[signature_key, name] for name in precisions.split("+")), key=lambda e: e.relative)
+
+    def store_plan(
+        self, verdict: Verdict, raced: Collection[int] = (), torch_us: Mapping[int, float] | None = None
+    ) -> PlanRecord:
         """Store the plan that follows from ``verdict``, in place of an earlier one.
 
         Args:
             verdict: with at least one final.
-            torch_us: sizes at which plain torch is faster, with its time; torch serves them.
+            raced: sizes at which the plan was raced against plain torch.
+            torch_us: those at which torch is faster, with its time; torch serves there.
 
         """
-        plan = self._plan(verdict, torch_us)
+        plan = self._plan(verdict)
+        if torch_us:
+            plan = replace(plan, entries=tuple(with_torch(plan.entries, raced, torch_us)))
         self._store.put_plan(plan)
         return plan
 
-    def _plan(self, verdict: Verdict, torch_us: Mapping[int, float] | None = None) -> PlanRecord:
-        """The plan that follows from ``verdict``; see :meth:`store_plan`."""
-        final = verdict.finals[0]
-        precision = final.winner.kernel.recipe.precision
-        return distil(
-            verdict.finals,
-            verdict.between,
-            verdict.layout,
+    def _plan(self, verdict: Verdict) -> PlanRecord:
+        """The plan that follows from ``verdict``, as if there were no plain torch."""
+        signature = verdict.finals[0].problem.signature
+        used = [finalist.built.variant for finalist in verdict.chosen]
+        precision = "+".join(dict.fromkeys(variant.recipe.precision for variant in used))
+        return PlanRecord(
             op=self._request.op.name,
+            signature_key=signature.key,
+            signature=signature.to_dict(),
             device_key=self._device_key,
             threads=self._request.threads,
+            layout="+".join(dict.fromkeys(variant.layout_key for variant in used)),
+            timing="measured",
+            checked="device",
+            entries=verdict.entries,
             model=self._request.model,
-            torch_us=torch_us,
             precision=precision,
-            error=self._errors[final.problem.signature.key, precision].relative,
+            error=self._error(signature.key, precision).relative,
+            batch_invariant=self._request.batch_invariant,
         )
 
     def _keep(self, workshop: Workshop, configs: Sequence[Config]) -> None:

@@ -67,7 +67,14 @@ class Deployed:
 
 
 def race_against_torch(
-    problems: Sequence[Problem], *, database: str, threads: int, seed: int, budget_s: float, max_error: float = 0.0
+    problems: Sequence[Problem],
+    *,
+    database: str,
+    threads: int,
+    seed: int,
+    budget_s: float,
+    max_error: float = 0.0,
+    batch_invariant: bool = False,
 ) -> list[Deployed]:
     """Race the runtime with ``database`` against plain torch on problems of one signature; [] when it could not run."""
     request = {
@@ -78,6 +85,7 @@ def race_against_torch(
         "seed": seed,
         "budget_s": budget_s,
         "max_error": max_error,
+        "batch_invariant": batch_invariant,
     }
     try:
         done = subprocess.run(
@@ -117,6 +125,7 @@ def _answer(request: dict[str, Any]) -> list[Deployed]:
         threads=request["threads"],
         database=request["database"],
         max_error=request["max_error"],
+        batch_invariant=request["batch_invariant"],
     )
     return [
         _race(op, problem, tuned, plain, request["seed"], request["budget_s"] / len(problems)) for problem in problems

@@ -1,53 +1,79 @@
-"""The last races of a signature: finalists at the tuned sizes, winners between, the plan at random sizes."""
+"""The last races of a signature: winners at all sizes, between them and where they cross; then probes of the plan."""
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tilewright.codegen.ops.base import Problem
 from tilewright.codegen.space import Config
+from tilewright.errors import TilewrightError
+from tilewright.tuner.distil import Crossing, assign, cost_of, distil, equals_best, probe_sizes, sizes_between
 from tilewright.tuner.evaluation.evaluator import CpuEvaluator
 from tilewright.tuner.evaluation.statistics import Ratio, paired_ratio
 from tilewright.tuner.loop import ProblemTuner
-from tilewright.tuner.plan import (
-    Final,
-    Layout,
-    Raced,
-    decide,
-    priced,
-    race_configs,
-    race_finalists,
-    settle_layout,
-    sizes_between,
-    slower_than_default,
-)
+from tilewright.tuner.plan import Final, Finalist, Raced, Settled, plan_entries, priced, race_configs, settle
 from tilewright.tuner.progress import Progress
-from tilewright.tuning_db.records import PlanRecord
+from tilewright.tuner.variants import Bond
+from tilewright.tuning_db.records import PlanEntry
 
-_TUNED_SHARE = 0.6
-"""Of the time for the finals, for races at the tuned sizes; the rest is for the noise and the sizes between."""
+FINALISTS = 3
+"""Fastest candidates of a problem, with each bond in question, that are raced again at their own size."""
+_TUNED_SHARE = 0.5
+"""Of the time for the finals, for races at the tuned sizes."""
+_BETWEEN_SHARE = 0.6
+"""Of what is left then, for the sizes between."""
 _NOISE_S = 0.5
 """Seconds for the race of a winner against itself."""
-_BETWEEN_S = 3.0
+_PROBE_S = 2.5
 """Most seconds for a race between tuned sizes, and for a probe."""
 _MOST_S = 6.0
-_LEAST_S = 1.0
+_LEAST_S = 0.8
+_STEPS = 2
+"""Races that look for one switch."""
+_ROUNDS = 3
+"""Of probes: after a round that finds something slower, the plan is mended and fresh sizes are probed."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who serves what: the layout of all, the winners at the tuned sizes, and those at the sizes between."""
+    """Who serves what."""
 
-    layout: Layout
+    settled: Settled
+    grid: tuple[Raced, ...]
+    """The last race at every size that the plan rests on, ascending."""
+    chosen: tuple[Finalist, ...]
+    """Who serves at each size of the grid."""
+    crossings: tuple[Crossing, ...]
+    """Where one of them hands over to the next."""
     finals: tuple[Final, ...]
-    between: tuple[Final, ...]
+    """Of the tuned sizes."""
+    candidates: int
+    """Kernels that won at some tuned size."""
+
+    @property
+    def entries(self) -> tuple[PlanEntry, ...]:
+        """Rows of the plan."""
+        changes = [a.size for a, b, c in zip(self.grid, self.chosen, self.chosen[1:], strict=False) if b.key != c.key]
+        switches = {size: crossing.last_below for size, crossing in zip(changes, self.crossings, strict=True)}
+        return plan_entries(self.grid, self.chosen, switches, {final.problem.dynamic_size for final in self.finals})
+
+    @property
+    def distilling_cost(self) -> float:
+        """Geometric mean of the times of who serves, against the best at each size."""
+        return cost_of(self.grid, self.chosen, self.settled.bonds)
+
+    @property
+    def sizes(self) -> set[int]:
+        """Sizes that had a part in making it."""
+        return {each.size for each in self.grid}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What the finished plan does at a size that had no part in making it."""
+    """What a frozen plan does at a size that had no part in making it."""
 
     problem: Problem
     kernel_key: str
@@ -60,6 +86,28 @@ class Probe:
     def interval(self) -> tuple[float, float, float]:
         """Median, low and high of the speedup."""
         return self.speedup.median, self.speedup.low, self.speedup.high
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Rounds of probes: each with the plan frozen, the last one with the plan as it is."""
+
+    rounds: tuple[tuple[Probe, ...], ...] = ()
+
+    @property
+    def last(self) -> tuple[Probe, ...]:
+        """Of the plan as it is."""
+        return self.rounds[-1] if self.rounds else ()
+
+    @property
+    def count(self) -> int:
+        """Sizes of all rounds."""
+        return sum(map(len, self.rounds))
+
+    @property
+    def mended(self) -> int:
+        """Sizes at which an earlier plan was slower than the default."""
+        return sum(probe.slower for each in self.rounds[:-1] for probe in each)
 
 
 class Finals:
@@ -85,68 +133,184 @@ class Finals:
         self._evaluator = evaluator
         self._progress = progress
         self._until = until
-        self._raced: list[Raced] = []
+        self._tuned: list[Raced] = []
 
-    def run(self, tuners: Sequence[ProblemTuner], layout_keys: Sequence[str]) -> Verdict | None:
-        """Race the best of every layout in question, settle the layout, decide; None when nothing was right."""
+    def run(self, tuners: Sequence[ProblemTuner], bonds: Sequence[Bond]) -> Verdict | None:
+        """Race the best with every bond in question, settle which, distil, decide; None when nothing was right."""
         solved = [tuner for tuner in tuners if tuner.result.candidates]
-        raced = []
+        until = self._share(_TUNED_SHARE)
         for done, tuner in enumerate(solved):
-            seconds = _TUNED_SHARE * (self._until - time.monotonic()) / (len(solved) - done)
-            raced.append(race_finalists(tuner, layout_keys, min(max(seconds, _LEAST_S), _MOST_S)))
-            self._progress.raced(tuner.result.problem.title, raced[-1])
-        self._raced = right = [each for each in raced if each]
-        if not right:
+            contenders = _contenders(tuner, solved, bonds)
+            raced = self._race(tuner, contenders, until, len(solved) - done, _MOST_S)
+            if raced is not None:
+                self._tuned.append(raced)
+        self._tuned.sort(key=lambda each: each.size)
+        if not self._tuned or not (settled := settle(self._tuned)).bonds:
             return None
-        layout = settle_layout(right)
-        finals = tuple(self._decided(right, layout))
-        return Verdict(layout, finals, tuple(self._decided(self._raced_between(finals), layout)))
+        tuned = [each for each in self._tuned if each.with_bonds(settled.bonds)]
+        winners = _winners(tuned, settled.bonds)
+        grid = sorted([*tuned, *self._raced_between(tuned, winners)], key=lambda each: each.size)
+        grid = [each for each in grid if each.with_bonds(settled.bonds)]
+        candidates = len({each.with_bonds(settled.bonds)[0].key for each in tuned})
+        return self._decided(grid, tuned, settled, distil(grid, settled.bonds), candidates)
 
-    def within(self, layout_key: str) -> Verdict | None:
-        """What the races of :meth:`run` say of another layout; None where it has no right kernel for some size."""
-        if not all(each.fastest(layout_key) for each in self._raced):
+    def within(self, bond: Bond) -> Verdict | None:
+        """What the races of :meth:`run` say of another bond; None where it has no right kernel for some size."""
+        if not all(each.with_bonds([bond]) for each in self._tuned):
             return None
-        layout = priced(layout_key, self._raced)
-        return Verdict(layout, tuple(self._decided(self._raced, layout)), ())
+        settled = priced([bond], self._tuned)
+        return self._decided(self._tuned, self._tuned, settled, distil(self._tuned, [bond]), 0, steps=0)
 
-    def probe(self, verdict: Verdict, plan: PlanRecord, sizes: Sequence[int]) -> list[Probe]:
-        """Race what ``plan`` serves at ``sizes`` against the default."""
-        configs = {final.winner.variant.key: final.winner.variant.config for final in _all(verdict)}
-        probes = []
-        for size in sizes:
-            entry = plan.entry_for(size)
-            if entry is None or entry.kernel_key is None:
+    def probe(self, verdict: Verdict, count: int, seed: int) -> tuple[Verdict, Probed]:
+        """Race what the plan serves at ``count`` sizes drawn at random against the default; mend it where it is slower.
+
+        With the mended plan fresh sizes are drawn, at most three rounds in all.
+        """
+        draw = random.Random(seed)
+        rounds: list[tuple[Probe, ...]] = []
+        known = verdict.sizes
+        for round_ in range(_ROUNDS if count else 0):
+            raced = []
+            for size in probe_sizes(max(verdict.sizes), known, count, draw):
+                known.add(size)
+                if (each := self._race_at(verdict, size)) is not None:
+                    raced.append(each)
+            probes = tuple(probe for each in raced if (probe := _probe(verdict, each)))
+            rounds.append(probes)
+            slower = {probe.problem.dynamic_size for probe in probes if probe.slower}
+            if not slower or round_ == _ROUNDS - 1:
+                break
+            self._progress.say(f"slower than the default at {', '.join(map(str, sorted(slower)))}: the plan is mended")
+            verdict = self._mended(verdict, [each for each in raced if each.size in slower])
+        return verdict, Probed(tuple(rounds))
+
+    def _mended(self, verdict: Verdict, raced: Sequence[Raced]) -> Verdict:
+        """The plan with further sizes to rest on."""
+        grid = sorted([*verdict.grid, *raced], key=lambda each: each.size)
+        keys = [finalist.key for finalist in verdict.chosen] + [each.default.key for each in raced]
+        tuned = [each for each in verdict.grid if each.size in {f.problem.dynamic_size for f in verdict.finals}]
+        return self._decided(grid, tuned, verdict.settled, keys, verdict.candidates, finals=verdict.finals)
+
+    def _decided(
+        self,
+        grid: Sequence[Raced],
+        tuned: Sequence[Raced],
+        settled: Settled,
+        keys: Sequence[str],
+        candidates: int,
+        *,
+        finals: Sequence[Final] = (),
+        steps: int = _STEPS,
+    ) -> Verdict:
+        chosen = assign(grid, keys, settled.bonds)
+        crossings = tuple(self._crossings(grid, chosen, steps))
+        by_size = {each.size: finalist for each, finalist in zip(grid, chosen, strict=True)}
+        noises = {final.problem.dynamic_size: final.noise for final in finals}
+        made = tuple(self._final(each, by_size[each.size], noises.get(each.size)) for each in tuned)
+        return Verdict(settled, tuple(grid), tuple(chosen), crossings, made, candidates)
+
+    def _final(self, raced: Raced, winner: Finalist, noise: Ratio | None) -> Final:
+        default = raced.default
+        return Final(
+            raced.problem,
+            winner.built,
+            winner.evaluation,
+            default.built,
+            default.evaluation,
+            paired_ratio(default.samples_us, winner.samples_us),
+            noise or self._evaluator.measure_noise(winner.built.kernel, raced.problem, budget_s=_NOISE_S),
+        )
+
+    def _crossings(self, grid: Sequence[Raced], chosen: Sequence[Finalist], steps: int) -> Iterator[Crossing]:
+        """Where each kernel hands over to the next: narrowed by races of the two, a few for each."""
+        changes = [i for i in range(len(grid) - 1) if chosen[i].key != chosen[i + 1].key]
+        for done, index in enumerate(changes):
+            below, above = chosen[index], chosen[index + 1]
+            crossing = Crossing(below.key, above.key, grid[index].size, grid[index + 1].size)
+            for step in range(steps):
+                if (middle := crossing.middle) is None or (step and time.monotonic() > self._until):
+                    break
+                tuner = self._make_tuner(grid[0].problem.with_size(middle))
+                both = [below.built.variant.config, above.built.variant.config]
+                races = steps * (len(changes) - done) - step
+                raced = self._race(tuner, both, self._until, races, _PROBE_S, note="  switch")
+                if raced is None:
+                    break
+                crossing = crossing.narrowed(raced)
+            yield crossing
+
+    def _raced_between(self, tuned: Sequence[Raced], winners: Sequence[Config]) -> list[Raced]:
+        """Race the winners of the tuned sizes at the sizes between and beyond them, which they serve, too."""
+        sizes = [each.size for each in tuned]
+        until = self._share(_BETWEEN_SHARE)
+        found = []
+        todo = [*sizes_between(sizes), 2 * sizes[-1]]
+        for done, size in enumerate(todo):
+            try:
+                problem = tuned[0].problem.with_size(size)
+                raced = self._race(self._make_tuner(problem), winners, until, len(todo) - done, _PROBE_S)
+            except TilewrightError as error:
+                self._progress.say(f"{size} is not raced: {error}")
                 continue
-            problem = verdict.finals[0].problem.with_size(size)
-            raced = race_configs(self._make_tuner(problem), [configs[entry.kernel_key]], _BETWEEN_S)
-            self._progress.raced(f"{problem.title}  probe", raced)
-            served = raced and next((each for each in raced.right if each.built.variant.key == entry.kernel_key), None)
-            if raced and served:
-                speedup = paired_ratio(raced.default.samples_us, served.samples_us)
-                slower = slower_than_default(raced, entry.kernel_key)
-                probes.append(Probe(problem, entry.kernel_key, speedup, slower))
-        return probes
+            if raced is not None:
+                found.append(raced)
+        return found
 
-    def _decided(self, raced: Sequence[Raced], layout: Layout) -> Iterator[Final]:
-        for each in raced:
-            final = decide(each, layout, self._evaluator, _NOISE_S)
-            if final is not None:
-                yield final
+    def _race_at(self, verdict: Verdict, size: int) -> Raced | None:
+        """All that serve anywhere, and the default, at one more size."""
+        configs = [finalist.built.variant.config for finalist in verdict.chosen]
+        tuner = self._make_tuner(verdict.grid[0].problem.with_size(size))
+        raced = race_configs(tuner, configs, _PROBE_S)
+        self._progress.raced(f"{tuner.result.problem.title}  probe", raced)
+        return raced
 
-    def _raced_between(self, finals: Sequence[Final]) -> list[Raced]:
-        """Race the winners of the tuned sizes at the sizes between them, which they serve, too."""
-        winners: list[Config] = list(dict.fromkeys(final.winner.variant.config for final in finals))
-        sizes = sizes_between(sorted(final.problem.dynamic_size for final in finals)) if len(winners) > 1 else []
-        between = []
-        for done, size in enumerate(sizes):
-            seconds = (self._until - time.monotonic()) / (len(sizes) - done) - _NOISE_S
-            problem = finals[0].problem.with_size(size)
-            raced = race_configs(self._make_tuner(problem), winners, min(max(seconds, _LEAST_S), _BETWEEN_S))
-            self._progress.raced(problem.title, raced)
-            if raced:
-                between.append(raced)
-        return between
+    def _race(
+        self,
+        tuner: ProblemTuner,
+        configs: Sequence[Config],
+        until: float,
+        races_left: int,
+        most_s: float,
+        *,
+        note: str = "",
+    ) -> Raced | None:
+        seconds = (until - time.monotonic()) / races_left
+        raced = race_configs(tuner, configs, min(max(seconds, _LEAST_S), most_s))
+        self._progress.raced(tuner.result.problem.title + note, raced)
+        return raced
+
+    def _share(self, share: float) -> float:
+        """The moment at which ``share`` of the time that is left is over."""
+        now = time.monotonic()
+        return now + max(0.0, self._until - now) * share
 
 
-def _all(verdict: Verdict) -> tuple[Final, ...]:
-    return (*verdict.finals, *verdict.between)
+def _contenders(tuner: ProblemTuner, solved: Sequence[ProblemTuner], bonds: Sequence[Bond]) -> list[Config]:
+    """A size's own fastest with each bond and of all, and the fastest of every other size with the first bond."""
+    own = [c.config for bond in bonds for c in tuner.result.ranked(bond)[:FINALISTS]]
+    of_all = [c.config for c in tuner.result.ranked()[:1]]
+    others = [c.config for bond in bonds[:1] for other in solved for c in other.result.ranked(bond)[:1]]
+    return list(dict.fromkeys([*own, *of_all, *others]))
+
+
+def _winners(tuned: Sequence[Raced], bonds: Sequence[Bond]) -> list[Config]:
+    """Those that are as good as the best at several sizes, and the best of each."""
+    found: dict[Config, int] = {}
+    for each in tuned:
+        ranked = each.with_bonds(bonds)
+        for finalist in ranked:
+            if equals_best(finalist, ranked[0]):
+                config = finalist.built.variant.config
+                found[config] = found.get(config, 0) + (len(tuned) if finalist is ranked[0] else 1)
+    best = sorted(found, key=lambda config: -found[config])
+    return best[: len(tuned) + 2]
+
+
+def _probe(verdict: Verdict, raced: Raced) -> Probe | None:
+    """How what the plan serves did; None where it was not right."""
+    entry = next(each for each in verdict.entries if each.max_tokens is None or raced.size <= each.max_tokens)
+    served = raced.of(entry.kernel_key) if entry.kernel_key else None
+    if served is None:
+        return None
+    speedup = paired_ratio(raced.default.samples_us, served.samples_us)
+    return Probe(raced.problem, served.key, speedup, raced.slower_than_default(served))

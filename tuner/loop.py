@@ -15,7 +15,7 @@ from tilewright.tuner.evaluation.evaluator import CpuEvaluator
 from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation
 from tilewright.tuner.progress import Progress
 from tilewright.tuner.search import Prior, SearchExhausted, ToldTrial, TuningStudy, make_search
-from tilewright.tuner.variants import BuildResult, Workshop
+from tilewright.tuner.variants import Bond, BuildResult, Workshop
 from tilewright.tuning_db.records import Outcome, TrialRecord
 from tilewright.tuning_db.store import Store
 
@@ -60,6 +60,8 @@ class Candidate:
     kernel: BuiltKernel
     time_us: float
     """Median; corrected for the machine's drift by the incumbent, which every batch races again."""
+    bond: Bond | None
+    """See :attr:`tilewright.tuner.variants.Variant.bond`."""
 
 
 @dataclass
@@ -82,15 +84,10 @@ class ProblemResult:
         """How many trials ended in which way."""
         return Counter(trial.outcome for trial in self.told)
 
-    def ranked(self, layout_key: str | None = None) -> list[Candidate]:
-        """Candidates, fastest first; of one weight layout if named."""
-        chosen = [c for c in self.candidates.values() if layout_key in (None, layout_key_of(c.kernel))]
+    def ranked(self, bond: Bond | None = None) -> list[Candidate]:
+        """Candidates, fastest first; with one bond if named."""
+        chosen = [c for c in self.candidates.values() if bond is None or c.bond == bond]
         return sorted(chosen, key=lambda c: c.time_us)
-
-
-def layout_key_of(kernel: BuiltKernel) -> str:
-    """Name of the weight layout that ``kernel`` reads; empty for an op without weights."""
-    return kernel.recipe.weight_layout.key if kernel.recipe.weight_layout else ""
 
 
 class ProblemTuner:
@@ -135,7 +132,7 @@ class ProblemTuner:
         for b in built:
             config = b.variant.config
             if config in now:
-                self.result.candidates[config] = Candidate(config, b.kernel, now[config])
+                self.result.candidates[config] = Candidate(config, b.kernel, now[config], b.variant.bond)
         for trial in searched:
             config = Config(trial.config)
             time_us = now.get(config, drift * trial.median_us) if trial.median_us is not None else None
@@ -220,7 +217,9 @@ class ProblemTuner:
             result.told.append(ToldTrial(build.variant.config, told_us, trial.outcome.value))
             study.tell(build.variant.config, told_us, outcome=trial.outcome.value)
             if told_us is not None:
-                result.candidates[build.variant.config] = Candidate(build.variant.config, build.kernel, told_us)
+                result.candidates[build.variant.config] = Candidate(
+                    build.variant.config, build.kernel, told_us, build.variant.bond
+                )
         self._store.add_trials(trials)
 
     def _race_seconds(self, entrants: int, budget: Budget) -> float:

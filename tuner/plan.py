@@ -1,10 +1,9 @@
-"""From what was measured to a plan: one weight layout, finalists raced again, switch points between tuned sizes."""
+"""Which weight layouts a plan uses, what the last races say of each size, and the plan as it is stored."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,41 +11,57 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.ops.base import Problem
-from tilewright.codegen.precisions import LOSSLESS
 from tilewright.codegen.space import Config
-from tilewright.tuner.evaluation.evaluator import CpuEvaluator
 from tilewright.tuner.evaluation.outcome import Evaluation
-from tilewright.tuner.evaluation.statistics import Ratio, beats, clearly_slower, paired_ratio
-from tilewright.tuner.loop import Candidate, ProblemResult, ProblemTuner, layout_key_of
-from tilewright.tuner.variants import BuildResult
-from tilewright.tuning_db.records import Outcome, PlanEntry, PlanRecord
+from tilewright.tuner.evaluation.statistics import Ratio, clearly_slower
+from tilewright.tuner.loop import Candidate, ProblemResult, ProblemTuner
+from tilewright.tuner.variants import Bond, BuildResult
+from tilewright.tuning_db.records import Outcome, PlanEntry
 
-FINALISTS = 4
-"""Fastest candidates of a problem, in each layout in question, that are raced again beside the default."""
-_TOLERATED = 0.02
-"""By which a size may be slower than its default before that speaks against a layout: what races here resolve."""
+TOLERATED = 0.02
+"""By which a kernel may be slower before that speaks against it: what races here resolve."""
+_WORTH_A_COPY = 0.02
+"""Of the time over all sizes, that another copy of the weights must save."""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The weight layout that all kernels of a plan share, and what sharing it costs."""
+class Settled:
+    """What the kernels of a plan may share, and what the restriction costs."""
 
-    key: str
+    bonds: tuple[Bond, ...]
+    """One, unless more copies of the weights are allowed; all of one order."""
     cost: float
-    """Geometric mean, over the tuned sizes, of the best time in this layout against the best time in any."""
+    """Geometric mean, over the tuned sizes, of the best time with these bonds against the best time with any."""
+    order_cost: float = 1.0
+    """The same against as many weight layouts with any order of sums."""
+
+    @property
+    def layout(self) -> str:
+        """The weight layouts."""
+        return "+".join(dict.fromkeys(bond.layout for bond in self.bonds))
+
+    @property
+    def order(self) -> str:
+        """The order of sums; empty where results may depend on the batch."""
+        return self.bonds[0].order
 
 
 @dataclass(frozen=True)
 class Finalist:
-    """A kernel in the last race of a problem."""
+    """A kernel in a last race of a problem."""
 
     built: BuildResult
     evaluation: Evaluation
 
     @property
-    def layout_key(self) -> str:
-        """The weight layout that it reads."""
-        return self.built.variant.layout_key
+    def key(self) -> str:
+        """Of the kernel."""
+        return self.built.variant.key
+
+    @property
+    def bond(self) -> Bond | None:
+        """What it would share with others."""
+        return self.built.variant.bond
 
     @property
     def samples_us(self) -> NDArray[np.float64]:
@@ -61,26 +76,38 @@ class Finalist:
 
 @dataclass(frozen=True)
 class Raced:
-    """The last race of one problem: who was right in it, the default among them."""
+    """A last race at one size: who was right in it, the default among them."""
 
     problem: Problem
     right: tuple[Finalist, ...]
     default: Finalist
 
     @property
+    def size(self) -> int:
+        """Dynamic size of the problem."""
+        return self.problem.dynamic_size
+
+    @property
     def best(self) -> Finalist:
-        """The fastest, whatever its layout."""
+        """The fastest of all."""
         return min(self.right, key=lambda finalist: finalist.median_us)
 
-    def fastest(self, layout_key: str) -> Finalist | None:
-        """The fastest of one layout."""
-        fitting = [finalist for finalist in self.right if finalist.layout_key == layout_key]
-        return min(fitting, key=lambda finalist: finalist.median_us, default=None)
+    def with_bonds(self, bonds: Collection[Bond]) -> list[Finalist]:
+        """Those with one of ``bonds``, fastest first."""
+        return sorted((each for each in self.right if each.bond in bonds), key=lambda each: each.median_us)
+
+    def of(self, kernel_key: str) -> Finalist | None:
+        """How one kernel did."""
+        return next((each for each in self.right if each.key == kernel_key), None)
+
+    def slower_than_default(self, finalist: Finalist) -> bool:
+        """Whether it is slower than the default beyond the noise."""
+        return clearly_slower(finalist.samples_us, self.default.samples_us, TOLERATED)
 
 
 @dataclass(frozen=True)
 class Final:
-    """The verdict on one problem, from one last interleaved race."""
+    """The verdict on one tuned size."""
 
     problem: Problem
     winner: BuildResult
@@ -93,44 +120,70 @@ class Final:
     """The winner against itself."""
 
 
-def choose_layout(results: Sequence[ProblemResult], precision: str | None = None) -> str | None:
-    """Key of the layout to search on in, of one precision if named; None when it has no layout for all problems.
+@dataclass(frozen=True)
+class _Standing:
+    """The best with one bond at one size."""
 
-    Of the layouts in which every problem has a candidate, those come first in which none is slower than the default,
-    then the one in which the sizes together lose least.
+    time_us: float
+    slower: bool
+    """Than the default."""
+
+
+def choose_bonds(results: Sequence[ProblemResult], copies: int = 1, precision: str | None = None) -> tuple[Bond, ...]:
+    """What to search on in, of one precision if named; empty where no problem has a candidate.
+
+    Those come first with which every problem has a candidate, then those with which none is slower than the default,
+    then those with which the sizes together lose least. ``copies`` layouts at the most, each of which must be worth it.
     """
     solved = [result for result in results if result.candidates]
-    if not solved:
-        return None
-
-    def loss(key: str) -> tuple[int, float]:
-        best = [result.ranked(key)[0].time_us for result in solved]
-        slower = sum(
-            time_us > default.time_us * (1 + _TOLERATED)
-            for result, time_us in zip(solved, best, strict=True)
-            if (default := result.candidates.get(result.default))
-        )
-        return slower, _geometric_mean(
-            [time_us / result.ranked()[0].time_us for result, time_us in zip(solved, best, strict=True)]
-        )
-
-    common = set.intersection(
-        *(
-            {
-                layout_key_of(c.kernel)
-                for c in result.candidates.values()
-                if precision in (None, c.kernel.recipe.precision)
-            }
-            for result in solved
-        )
-    )
-    return min(sorted(common), key=loss, default=None)
+    sizes = []
+    for result in solved:
+        default = result.candidates.get(result.default)
+        limit_us = default.time_us * (1 + TOLERATED) if default else math.inf
+        standings: dict[Bond, _Standing] = {}
+        for candidate in reversed(result.ranked()):
+            if candidate.bond is not None and precision in (None, candidate.kernel.recipe.precision):
+                standings[candidate.bond] = _Standing(candidate.time_us, candidate.time_us > limit_us)
+        sizes.append(standings)
+    return _pick(sizes, [result.ranked()[0].time_us for result in solved], copies)
 
 
-def race_finalists(tuner: ProblemTuner, layout_keys: Sequence[str], budget_s: float) -> Raced | None:
-    """Race the fastest candidates of each layout and the default once more; None when the default was not right."""
-    finalists = [c.config for key in layout_keys for c in tuner.result.ranked(key)[:FINALISTS]]
-    return race_configs(tuner, finalists, budget_s)
+def settle(raced: Sequence[Raced], copies: int = 1) -> Settled:
+    """What the plan uses: by the last races, not by the search's many short ones.
+
+    A layout with which a size would be clearly slower than the default is taken only if there is no other, and the
+    default's is always such another.
+    """
+
+    def standings(each: Raced, *, ordered: bool) -> dict[Bond, _Standing]:
+        found: dict[Bond, _Standing] = {}
+        for finalist in sorted(each.right, key=lambda finalist: -finalist.median_us):
+            bond = finalist.bond if ordered else Bond(finalist.built.variant.layout_key)
+            if bond is not None:
+                found[bond] = _Standing(finalist.median_us, each.slower_than_default(finalist))
+        return found
+
+    best_us = [each.best.median_us for each in raced]
+    bonds = _pick([standings(each, ordered=True) for each in raced], best_us, copies)
+    if not bonds:
+        return Settled((), 1.0)
+    settled = priced(bonds, raced)
+    if not settled.order:
+        return settled
+    free = [standings(each, ordered=False) for each in raced]
+    free_bonds = _pick(free, best_us, copies)
+    ratios = [
+        mine[0].median_us / min(each[bond].time_us for bond in free_bonds if bond in each)
+        for mine, each in zip([each.with_bonds(bonds) for each in raced], free, strict=True)
+        if mine and any(bond in each for bond in free_bonds)
+    ]
+    return replace(settled, order_cost=geometric_mean(ratios))
+
+
+def priced(bonds: Sequence[Bond], raced: Sequence[Raced]) -> Settled:
+    """The bonds with what they cost in the last races."""
+    losses = [mine[0].median_us / each.best.median_us for each in raced if (mine := each.with_bonds(bonds))]
+    return Settled(tuple(bonds), geometric_mean(losses))
 
 
 def race_configs(tuner: ProblemTuner, configs: Sequence[Config], budget_s: float) -> Raced | None:
@@ -142,126 +195,36 @@ def race_configs(tuner: ProblemTuner, configs: Sequence[Config], budget_s: float
     return None if default is None else Raced(result.problem, right, default)
 
 
-def sizes_between(sizes: Sequence[int]) -> list[int]:
-    """The geometric mean of each two neighbours among ascending ``sizes``, where it is neither of them."""
-    means = [(math.isqrt(below * above), below) for below, above in itertools.pairwise(sizes)]
-    return [mean for mean, below in means if mean > below]
+def plan_entries(
+    grid: Sequence[Raced], chosen: Sequence[Finalist], switches: Mapping[int, int], tuned: Collection[int]
+) -> tuple[PlanEntry, ...]:
+    """Rows of a plan from who serves at each size of an ascending ``grid``.
 
-
-def settle_layout(raced: Sequence[Raced]) -> Layout:
-    """The layout of the plan: by the last race, not by the search's many short ones.
-
-    A layout in which a size would be clearly slower than the default is taken only if there is no other, and the
-    default's is always such another.
+    ``switches``: for each size of the grid after which another kernel serves, the last size of the one before. A kernel
+    that serves at several ``tuned`` sizes has a row for each, which keeps what was measured there.
     """
-    keys = dict.fromkeys(finalist.layout_key for each in raced for finalist in each.right)
-
-    def loss(key: str) -> tuple[int, int, float]:
-        fastest = [(each, best) for each in raced if (best := each.fastest(key))]
-        slower = sum(clearly_slower(best.samples_us, each.default.samples_us, _TOLERATED) for each, best in fastest)
-        return len(raced) - len(fastest), slower, priced(key, raced).cost
-
-    return priced(min(keys, key=loss), raced)
-
-
-def priced(layout_key: str, raced: Sequence[Raced]) -> Layout:
-    """The layout with what it costs in the last race."""
-    losses = [best.median_us / each.best.median_us for each in raced if (best := each.fastest(layout_key))]
-    return Layout(layout_key, _geometric_mean(losses))
-
-
-def slower_than_default(raced: Raced, kernel_key: str) -> bool:
-    """Whether the kernel is slower than the default beyond the noise."""
-    mine = next((each for each in raced.right if each.built.variant.key == kernel_key), None)
-    return mine is None or clearly_slower(mine.samples_us, raced.default.samples_us, _TOLERATED)
-
-
-def decide(raced: Raced, layout: Layout, evaluator: CpuEvaluator, budget_s: float) -> Final | None:
-    """The winner of one problem within ``layout``; None when the layout has no finalist that was right.
-
-    The winner has the smallest median; within the noise of the default, the default stays.
-    """
-    winner, default = raced.fastest(layout.key), raced.default
-    if winner is None:
-        return None
-    noise = evaluator.measure_noise(winner.built.kernel, raced.problem, budget_s=budget_s)
-    against_default = paired_ratio(winner.samples_us, default.samples_us)
-    if default.layout_key == layout.key and not beats(against_default, noise.noise):
-        winner = default
-    speedup = paired_ratio(default.samples_us, winner.samples_us)
-    return Final(raced.problem, winner.built, winner.evaluation, default.built, default.evaluation, speedup, noise)
-
-
-def distil(
-    finals: Sequence[Final],
-    between: Sequence[Final],
-    layout: Layout,
-    *,
-    op: str,
-    device_key: str,
-    threads: int,
-    model: str,
-    torch_us: Mapping[int, float] | None = None,
-    precision: str = LOSSLESS,
-    error: float = 0.0,
-) -> PlanRecord:
-    """Plan of one signature: each winner serves the sizes around the one that it won at.
-
-    Where plain torch is faster still, at the sizes of ``torch_us``, torch serves.
-
-    ``finals`` are of the tuned sizes. ``between``, the sizes at which only the winners of those were raced, gets an
-    entry of its own where neither neighbour won. From one size to the next the switch is at their geometric mean:
-    times grow by ratios, not by differences.
-    """
-    ordered = sorted([*finals, *between], key=lambda final: final.problem.dynamic_size)
-    signature = ordered[0].problem.signature
     entries: list[PlanEntry] = []
-    for final, following in zip(ordered, [*ordered[1:], None], strict=True):
-        size = final.problem.dynamic_size
-        bound = None if following is None else math.isqrt(size * following.problem.dynamic_size)
-        by_torch = None if torch_us is None else torch_us.get(size)
-        entry = PlanEntry(
-            max_tokens=bound,
-            kernel_key=final.winner.variant.key if by_torch is None else None,
-            median_us=final.winner_us.median_us if by_torch is None else by_torch,
-            default_us=final.default_us.median_us,
-            tuned_tokens=size,
-        )
-        last = entries[-1] if entries else None
-        if last is None or last.kernel_key != entry.kernel_key:
-            entries.append(entry)
-        elif final in between:
-            entries[-1] = replace(last, max_tokens=bound)
-        elif last.tuned_tokens in {each.problem.dynamic_size for each in between}:
-            entries[-1] = entry
-        else:
-            entries.append(entry)
-    return PlanRecord(
-        op=op,
-        signature_key=signature.key,
-        signature=signature.to_dict(),
-        device_key=device_key,
-        threads=threads,
-        layout=layout.key,
-        timing="measured",
-        checked="device",
-        entries=tuple(entries),
-        model=model,
-        precision=precision,
-        error=error,
-    )
-
-
-def probe_sizes(largest: int, known: Collection[int], count: int, seed: int) -> list[int]:
-    """Sizes in [1, largest] that are not ``known``, ascending; drawn so that every octave is as likely as any other."""
-    draw = random.Random(seed)
-    unknown = [size for size in range(1, largest + 1) if size not in known]
-    drawn: set[int] = set()
-    while len(drawn) < min(count, len(unknown)):
-        size = round(math.exp(draw.uniform(0, math.log(largest))))
-        if size not in known:
-            drawn.add(size)
-    return sorted(drawn)
+    first = 0
+    for position, (each, finalist) in enumerate(zip(grid, chosen, strict=True)):
+        last = position == len(grid) - 1
+        if not last and chosen[position + 1].key == finalist.key:
+            continue
+        run = grid[first : position + 1]
+        witnesses = [point for point in run if point.size in tuned] or [run[0]]
+        for witness, following in itertools.zip_longest(witnesses, witnesses[1:]):
+            mine = witness.of(finalist.key)
+            bound = None if last else switches[each.size]
+            entries.append(
+                PlanEntry(
+                    max_tokens=bound if following is None else math.isqrt(witness.size * following.size),
+                    kernel_key=finalist.key,
+                    median_us=mine.evaluation.median_us if mine else None,
+                    default_us=witness.default.evaluation.median_us,
+                    tuned_tokens=witness.size,
+                )
+            )
+        first = position + 1
+    return tuple(entries)
 
 
 def kept(result: ProblemResult, count: int) -> list[Candidate]:
@@ -271,5 +234,61 @@ def kept(result: ProblemResult, count: int) -> list[Candidate]:
     return fastest if default is None or default in fastest else [*fastest, default]
 
 
-def _geometric_mean(ratios: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+def geometric_mean(ratios: Sequence[float]) -> float:
+    """1 for none."""
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0
+
+
+def _pick(sizes: Sequence[Mapping[Bond, _Standing]], best_us: Sequence[float], copies: int) -> tuple[Bond, ...]:
+    """The best bond, then, up to ``copies`` of one order, those that are worth their memory."""
+
+    def loss(bonds: tuple[Bond, ...]) -> tuple[int, int, float]:
+        served = [[each[bond] for bond in bonds if bond in each] for each in sizes]
+        fastest = [min(some, key=lambda s: s.time_us) if some else None for some in served]
+        ratios = [mine.time_us / best for mine, best in zip(fastest, best_us, strict=True) if mine]
+        return fastest.count(None), sum(mine.slower for mine in fastest if mine), geometric_mean(ratios)
+
+    known = sorted({bond for each in sizes for bond in each})
+    if not known:
+        return ()
+    picked: tuple[Bond, ...] = (min(known, key=lambda bond: loss((bond,))),)
+    while len(picked) < copies:
+        others = [bond for bond in known if bond not in picked and bond.order == picked[0].order]
+        better = min(((*picked, bond) for bond in others), key=loss, default=picked)
+        missing, slower, cost = loss(picked)
+        if loss(better) >= (missing, slower, cost * (1 - _WORTH_A_COPY)):
+            break
+        picked = better
+    return picked
+
+
+def with_torch(entries: Sequence[PlanEntry], sizes: Collection[int], torch_us: Mapping[int, float]) -> list[PlanEntry]:
+    """``entries`` with plain torch around the sizes of ``torch_us``, its times: halfway, by ratio, to the next size.
+
+    ``sizes`` are all at which torch was raced.
+    """
+    ordered = sorted({*sizes, *torch_us})
+    ranges = []
+    for at, size in enumerate(ordered):
+        if size in torch_us:
+            low = 0 if at == 0 else math.isqrt(ordered[at - 1] * size)
+            high = None if at == len(ordered) - 1 else math.isqrt(size * ordered[at + 1])
+            ranges.append((low, high, size))
+    cuts = {bound for low, high, _ in ranges for bound in (low, high) if bound}
+    bounds = sorted(cuts | {entry.max_tokens for entry in entries if entry.max_tokens is not None})
+    made: list[PlanEntry] = []
+    for bound in (*bounds, None):
+        last = math.inf if bound is None else bound
+        mine = next((e for e in entries if e.max_tokens is None or e.max_tokens >= last), None)
+        if mine is None:
+            continue
+        around = next((s for low, high, s in ranges if low < last <= (math.inf if high is None else high)), None)
+        if around is not None:
+            default_us = mine.default_us if mine.tuned_tokens == around else None
+            mine = PlanEntry(bound, None, torch_us[around], default_us, around)
+        mine = replace(mine, max_tokens=bound)
+        if made and replace(made[-1], max_tokens=bound) == mine:
+            made[-1] = mine
+        else:
+            made.append(mine)
+    return made

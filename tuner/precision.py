@@ -12,7 +12,8 @@ from tilewright.errors import TilewrightError
 from tilewright.tuner.evaluation.checking import PrecisionError
 from tilewright.tuner.evaluation.evaluator import CpuEvaluator
 from tilewright.tuner.loop import ProblemResult
-from tilewright.tuner.plan import Final, choose_layout
+from tilewright.tuner.plan import Final, choose_bonds
+from tilewright.tuner.variants import Bond
 from tilewright.tuning_db.records import PlanRecord
 
 DEFAULT_MAX_ERROR = 0.01
@@ -80,11 +81,11 @@ def admit(
     return admitted
 
 
-def layout_by_precision(results: Sequence[ProblemResult]) -> dict[str, str]:
-    """The best layout of every precision in which all sizes have a candidate."""
+def bond_by_precision(results: Sequence[ProblemResult]) -> dict[str, Bond]:
+    """The best bond of every precision that some kernel reads weights in."""
     names = dict.fromkeys(c.kernel.recipe.precision for result in results for c in result.candidates.values())
-    chosen = {name: choose_layout(results, name) for name in names}
-    return {name: key for name, key in chosen.items() if key is not None}
+    chosen = {name: choose_bonds(results, precision=name) for name in names}
+    return {name: bonds[0] for name, bonds in chosen.items() if bonds}
 
 
 def front(points: Iterable[FrontPoint]) -> list[FrontPoint]:

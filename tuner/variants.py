@@ -19,6 +19,16 @@ from tilewright.tuner.evaluation.outcome import BuiltKernel
 from tilewright.tuning_db.records import ArtifactRecord, Checked, KernelRecord
 
 
+@dataclass(frozen=True, order=True)
+class Bond:
+    """What the kernels of a plan share."""
+
+    layout: str
+    """Weight layout, by its key, and with it the precision; empty for an op without packed weights."""
+    order: str = ""
+    """Order in which they add up; empty where results may depend on the batch."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One config of one signature, rendered; built or not."""
@@ -28,6 +38,8 @@ class Variant:
     recipe: Recipe
     key: str
     """Identity of the kernel: lists everything that would make another one of it."""
+    bond: Bond | None
+    """What it would share with the others of a plan; None: no plan that is asked for may use it."""
 
     @property
     def layout_key(self) -> str:
@@ -53,10 +65,19 @@ class BuildResult:
 
 
 class Workshop:
-    """Renders and builds the variants of one signature for one arch."""
+    """Renders and builds the variants of one signature for one arch; plans may have to be ``batch_invariant``."""
 
-    def __init__(self, op: OpDeclaration[Any, Any], signature: Signature, arch: Arch, builder: CppBuilder) -> None:
+    def __init__(
+        self,
+        op: OpDeclaration[Any, Any],
+        signature: Signature,
+        arch: Arch,
+        builder: CppBuilder,
+        *,
+        batch_invariant: bool = False,
+    ) -> None:
         self.op = op
+        self._batch_invariant = batch_invariant
         self.signature = signature
         self.arch = arch
         self._builder = builder
@@ -65,6 +86,14 @@ class Workshop:
     def toolchain(self) -> str:
         """What builds: compiler and flags."""
         return self._builder.toolchain
+
+    def bond(self, config: Config) -> Bond | None:
+        """What the config's kernel would share with the others of a plan; see :attr:`Variant.bond`."""
+        layout = self.op.layout_key(self.signature, config, self.arch)
+        if not self._batch_invariant:
+            return Bond(layout)
+        order = self.op.order_key(self.signature, config, self.arch)
+        return None if order is None else Bond(layout, order)
 
     def variant(self, config: Config) -> Variant:
         """Render ``config``."""
@@ -79,7 +108,7 @@ class Workshop:
             "source": hashlib.sha256(source.encode()).hexdigest(),
             "recipe": recipe.to_dict(),
         }
-        return Variant(config, source, recipe, stable_key(identity))
+        return Variant(config, source, recipe, stable_key(identity), self.bond(config))
 
     def build(self, configs: Sequence[Config], progress: Callable[[int], None] | None = None) -> list[BuildResult]:
         """Render and build ``configs`` side by side, one result each, in order."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from tilewright.codegen.ops.attention import Attention
 from tilewright.codegen.ops.base import OpDeclaration
 from tilewright.codegen.ops.gating import Gating
 from tilewright.codegen.ops.moe_gemm import MoeGemm
 from tilewright.errors import TilewrightError
 
-OPS: dict[str, OpDeclaration[Any, Any]] = {op.name: op for op in (MoeGemm(), Gating())}
+OPS: dict[str, OpDeclaration[Any, Any]] = {op.name: op for op in (MoeGemm(), Gating(), Attention())}
 
 
 def find_op(name: str) -> OpDeclaration[Any, Any]:

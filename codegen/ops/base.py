@@ -72,6 +72,11 @@ class Problem:
         return stable_key(self.to_dict())
 
 
+def _no_fixed_order(signature: Any, config: Config, arch: Arch) -> None:
+    """Nothing is known of the order of sums."""
+    del signature, config, arch
+
+
 @dataclass(frozen=True)
 class Template(Generic[S]):
     """One Jinja file and the space of configs that it can render.
@@ -98,6 +103,9 @@ class Template(Generic[S]):
     """Knobs whose values tell its kernels apart in a table, beside the template's name."""
     precisions: tuple[str, ...] = ()
     """That it can read weights in (codegen/precisions.py); empty: only as the op declares them."""
+    order: Callable[[S, Config, Any], str | None] = _no_fixed_order
+    """Name of the order in which a config's kernel adds up. Kernels of one order, whatever their templates, give a
+    token the same bits, on any number of threads and whatever else is in the batch. None: not so, or not known."""
     entries: Callable[[S, Config, Any], tuple[EntrySpec, ...]] | None = None
     """What the builder has to know of every entry point, in the order of the recipe's launches; None for ``cpp``."""
     work: Callable[[S, Config, Any, Any], tuple[LaunchWork, ...]] | None = None
@@ -128,6 +136,11 @@ class OpDeclaration(ABC, Generic[S, P]):
     @abstractmethod
     def signatures(self, model: ModelShape) -> tuple[S, ...]:
         """Signatures that ``model`` calls this op with, in the order in which a layer calls them."""
+
+    def ladder(self, signature: S) -> tuple[int, ...]:
+        """Dynamic sizes to tune where the user names none."""
+        del signature
+        return (1, 4, 16, 64, 256)
 
     @abstractmethod
     def signature_from_dict(self, fields: Mapping[str, Any]) -> S:
@@ -253,6 +266,10 @@ class OpDeclaration(ABC, Generic[S, P]):
         """Name of the weight layout that the config's kernel reads; empty where weights are not packed."""
         layout = self.template(config).layout(signature, config, arch)
         return layout.key if layout else ""
+
+    def order_key(self, signature: S, config: Config, arch: Arch) -> str | None:
+        """Name of the order in which the config's kernel adds up; see :attr:`Template.order`."""
+        return self.template(config).order(signature, config, arch)
 
     def template(self, config: Config) -> Template[Any]:
         """Template that ``config`` belongs to."""

@@ -145,6 +145,12 @@ def _context(signature: GatingSignature, config: Config, arch: CpuArch) -> dict[
     }
 
 
+def _order(signature: GatingSignature, config: Config, arch: CpuArch) -> str:
+    """Weights of a token are summed over vectors of its experts, or one by one where every token has a lane."""
+    del signature, arch
+    return "lanes" if config["template"] == LANES else "rows"
+
+
 def default_config(signature: GatingSignature) -> dict[str, Value]:
     """Insertion, as one would write it by hand."""
     return {
@@ -165,6 +171,7 @@ TEMPLATES = (
         _recipe,
         _context,
         label=("check", "insertion", "grain"),
+        order=_order,
     ),
     Template(
         THRESHOLD,
@@ -176,6 +183,7 @@ TEMPLATES = (
         _context,
         applies=lambda signature, arch: bool(_columns(signature, arch)),
         label=("columns", "grain"),
+        order=_order,
     ),
     Template(
         LANES,
@@ -187,5 +195,6 @@ TEMPLATES = (
         _context,
         applies=_fits_lanes,
         label=("vectors", "skip", "grain"),
+        order=_order,
     ),
 )

@@ -191,6 +191,19 @@ def _layout(signature: MoeGemmSignature, config: Config, arch: CpuArch) -> Weigh
     return WeightLayout(columns=columns, halves=signature.halves, run=run, precision=_stored(config).name)
 
 
+def _order(signature: MoeGemmSignature, config: Config, arch: CpuArch) -> str:
+    """Both templates go through k step by step with one sum for each output, whatever their tiles and blocks of k.
+
+    What differs: scales of a group come before or after its sum, and a token's experts are added up as rows lie
+    (``direct``) or as they were chosen (``partials``). Either order is the token's own.
+    """
+    del arch
+    stored = _stored(config)
+    scaled = config["template"] if stored.scales else ""
+    combined = config["combine"] if signature.stage == "down" else ""
+    return " ".join(part for part in (stored.name, scaled, combined) if part)
+
+
 def _groups(signature: MoeGemmSignature, vectors: int, arch: CpuArch) -> int:
     """Panels as the templates count them: ``vectors`` vectors, gate and up columns of the same outputs together."""
     out_columns = vectors * arch.lanes(4) // signature.halves
@@ -322,9 +335,27 @@ _LABEL = ("precision", "block_rows", "streams", "vectors")
 
 TEMPLATES = (
     Template(
-        BLOCKED, "cpp", ("cpu",), _blocked_space, _layout, _recipe, _context, label=_LABEL, precisions=tuple(PRECISIONS)
+        BLOCKED,
+        "cpp",
+        ("cpu",),
+        _blocked_space,
+        _layout,
+        _recipe,
+        _context,
+        label=_LABEL,
+        precisions=tuple(PRECISIONS),
+        order=_order,
     ),
     Template(
-        STREAM, "cpp", ("cpu",), _stream_space, _layout, _recipe, _context, label=_LABEL, precisions=tuple(PRECISIONS)
+        STREAM,
+        "cpp",
+        ("cpu",),
+        _stream_space,
+        _layout,
+        _recipe,
+        _context,
+        label=_LABEL,
+        precisions=tuple(PRECISIONS),
+        order=_order,
     ),
 )

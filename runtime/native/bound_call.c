@@ -137,22 +137,41 @@ static PyObject *outputs_of(const tw_description *d, PyObject *const *args) {
     return tuple;
 }
 
+/* Whether the values of tensor i keep its rule, whose bound is `end`. */
+static bool value_fits(const tw_tensor_rule *rule, const call_frame *frame, int i, int64_t end) {
+    const DLTensor *tensor = &frame->tensors[i];
+    const void *data = tensor->data;
+    int64_t count = frame->elements[i];
+    switch (rule->values) {
+    case TW_OFFSETS:
+        return count > 0 && tw_are_offsets(data, count, end);
+    case TW_RISING:
+        return count > 0 && tw_are_rising(data, count, end);
+    case TW_FINITE:
+        return tw_are_finite(data, count);
+    case TW_LOGITS:
+        return tw_are_logits(data, count, rule->dims[rule->ndim - 1]);
+    case TW_LENGTH:
+        return tw_are_within(data, count, 1, end + 1);
+    case TW_PAGES:
+        return tw_are_pages(data, tensor->shape[0], tensor->shape[1], frame->tensors[rule->lengths].data,
+                            rule->page_size, end);
+    default:
+        return tw_are_within(data, count, rule->values == TW_SLOT ? -1 : 0, end);
+    }
+}
+
 static bool values_fit(const tw_description *d, const call_frame *frame) {
     for (int i = 0; i < d->tensor_count; i++) {
         const tw_tensor_rule *rule = &d->tensors[i];
-        const void *data = frame->tensors[i].data;
-        int64_t count = frame->elements[i], end = 0;
+        int64_t end = 0;
         if (rule->values == TW_ANY || !frame->present[i]) {
             continue;
         }
         if (rule->bound.length > 0 && !tw_evaluate(&rule->bound, frame->symbols, &end)) {
             return false;
         }
-        bool fits = rule->values == TW_OFFSETS  ? count > 0 && tw_are_offsets(data, count, end)
-                    : rule->values == TW_FINITE ? tw_are_finite(data, count)
-                    : rule->values == TW_LOGITS ? tw_are_logits(data, count, rule->dims[rule->ndim - 1])
-                                                : tw_are_within(data, count, rule->values == TW_SLOT ? -1 : 0, end);
-        if (!fits) {
+        if (!value_fits(rule, frame, i, end)) {
             return false;
         }
     }

@@ -61,11 +61,18 @@ static int parse_program(tw_description *description, PyObject *tuple, tw_progra
 }
 
 static int parse_tensor(tw_description *description, PyObject *tuple, tw_tensor_rule *rule) {
-    int code, bits, optional, values;
+    int code, bits, optional, values, lengths;
+    long long page_size;
     PyObject *dims, *bound;
-    if (!PyArg_ParseTuple(tuple, "iipiOO", &code, &bits, &optional, &values, &dims, &bound)) {
+    if (!PyArg_ParseTuple(tuple, "iipiOOiL", &code, &bits, &optional, &values, &dims, &bound, &lengths, &page_size)) {
         return -1;
     }
+    if (values == TW_PAGES && (lengths < 0 || lengths >= description->tensor_count || page_size < 1)) {
+        PyErr_SetString(PyExc_ValueError, "a table of pages needs lengths and the size of a page");
+        return -1;
+    }
+    rule->lengths = lengths;
+    rule->page_size = page_size;
     rule->code = (uint8_t)code;
     rule->bits = (uint8_t)bits;
     rule->optional = optional;

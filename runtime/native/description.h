@@ -11,7 +11,7 @@
 
 enum { TW_MAX_TENSORS = 16, TW_MAX_DIMS = 6, TW_MAX_SYMBOLS = 16, TW_MAX_ARGUMENTS = 32 };
 
-typedef enum { TW_ANY, TW_OFFSETS, TW_INDEX, TW_SLOT, TW_FINITE, TW_LOGITS } tw_value_check;
+typedef enum { TW_ANY, TW_OFFSETS, TW_INDEX, TW_SLOT, TW_FINITE, TW_LOGITS, TW_RISING, TW_LENGTH, TW_PAGES } tw_value_check;
 typedef enum { TW_POSITIONAL, TW_ADDRESS, TW_WORKSPACE, TW_SIZE } tw_argument_kind;
 
 /* What a tensor of a call must be. */
@@ -20,6 +20,8 @@ typedef struct {
     bool optional;
     tw_value_check values;
     tw_program bound; /* empty: none */
+    int lengths;      /* of TW_PAGES: position of the tensor that says how much of each row is in use */
+    int64_t page_size;
     int ndim;
     int64_t dims[TW_MAX_DIMS]; /* a constant, or -1 - index of a symbol */
 } tw_tensor_rule;

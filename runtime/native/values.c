@@ -14,6 +14,14 @@ TW_WIDEST bool tw_are_offsets(const int32_t *values, int64_t count, int64_t end)
     return values[0] == 0 && values[count - 1] == end && !decreases;
 }
 
+TW_WIDEST bool tw_are_rising(const int32_t *values, int64_t count, int64_t end) {
+    int32_t falls = 0;
+    for (int64_t i = 1; i < count; i++) {
+        falls |= values[i] <= values[i - 1];
+    }
+    return values[0] == 0 && values[count - 1] == end && !falls;
+}
+
 TW_WIDEST bool tw_are_within(const int32_t *values, int64_t count, int64_t lowest, int64_t end) {
     int64_t span = end - lowest;
     if (span <= 0) {
@@ -27,6 +35,17 @@ TW_WIDEST bool tw_are_within(const int32_t *values, int64_t count, int64_t lowes
         outside |= (uint32_t)values[i] - base >= limit;
     }
     return !outside;
+}
+
+bool tw_are_pages(const int32_t *values, int64_t rows, int64_t width, const int32_t *lengths, int64_t page_size,
+                  int64_t end) {
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t used = lengths[row] > 0 ? (lengths[row] - 1) / page_size + 1 : 0;
+        if (!tw_are_within(values + row * width, used < width ? used : width, 0, end)) {
+            return false;
+        }
+    }
+    return true;
 }
 
 /* Over each row: 0 * largest is NaN for an infinity, and a NaN anywhere differs from itself. */

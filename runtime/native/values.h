@@ -23,8 +23,16 @@
 /* Starts at 0, never decreases, ends at `end`. `count` is at least 1. */
 bool tw_are_offsets(const int32_t *values, int64_t count, int64_t end);
 
+/* Starts at 0, rises with every value, ends at `end`. `count` is at least 1. */
+bool tw_are_rising(const int32_t *values, int64_t count, int64_t end);
+
 /* Every value lies in [lowest, end). */
 bool tw_are_within(const int32_t *values, int64_t count, int64_t lowest, int64_t end);
+
+/* Of each of `rows` rows of `width` values, the first ones, one for `page_size` of the row's length (rounded up) and at
+ * most all of them, lie in [0, end). */
+bool tw_are_pages(const int32_t *values, int64_t rows, int64_t width, const int32_t *lengths, int64_t page_size,
+                  int64_t end);
 
 /* No value is NaN or infinite. */
 bool tw_are_finite(const float *values, int64_t count);

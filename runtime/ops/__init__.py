@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from tilewright.errors import TilewrightError
+from tilewright.runtime.ops.attention import ServedAttention
 from tilewright.runtime.ops.base import ServedOp
 from tilewright.runtime.ops.gating import ServedGating
 from tilewright.runtime.ops.moe_gemm import ServedMoeGemm
 
-SERVED_OPS: dict[str, ServedOp[Any]] = {op.name: op for op in (ServedMoeGemm(), ServedGating())}
+SERVED_OPS: dict[str, ServedOp[Any]] = {op.name: op for op in (ServedMoeGemm(), ServedGating(), ServedAttention())}
 
 
 def served_op(name: str) -> ServedOp[Any]:

@@ -12,6 +12,7 @@ import pytest
 from tilewright import __version__
 from tilewright.codegen.archs import ARCHS
 from tilewright.codegen.ops import OPS, find_op
+from tilewright.codegen.ops.attention_signature import AttentionSignature as Attention
 from tilewright.codegen.ops.gating_signature import GatingSignature as Gating
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature as MoeGemm
 from tilewright.codegen.ops.signature import Signature
@@ -30,6 +31,8 @@ RAGGED_DOWN = MoeGemm(stage="down", experts=128, n=2050, k=768, top_k=8, bias=Tr
 MIXTRAL_BLOCKS = Gating(experts=8, top_k=2, order="blocks", block_size=64)
 DEEPSEEK_V3 = Gating(experts=256, top_k=8, score="sigmoid", bias=True, groups=8, top_groups=4, scale=2.5, order="rows")
 SHARES = Gating(experts=60, top_k=4, renormalize=False)
+SLIDING = Attention(stage="decode", heads=64, kv_heads=8, head_dim=64, window=128, sinks=True)
+PROMPT = Attention(stage="prefill", heads=32, kv_heads=8, head_dim=80)
 PLAIN = MoeGemm(stage="plain", experts=8, n=24, k=64)
 
 
@@ -64,6 +67,29 @@ def knobs(**values: Value) -> tuple[tuple[str, Value], ...]:
 
 
 GOLDEN = [
+    Golden(
+        "attention_decode_window_sinks_avx512",
+        SLIDING,
+        "x86_64_avx512",
+        "attention/cpu_decode",
+        knobs(
+            tile_rows=4,
+            tile_keys=4,
+            tile_values=4,
+            block=64,
+            chunk=512,
+            unroll=1,
+            prefetch="second",
+            grain=64,
+        ),
+    ),
+    Golden(
+        "attention_prefill_neon",
+        PROMPT,
+        "aarch64_neon",
+        "attention/cpu_prefill",
+        knobs(tile_rows=8, key_panel=2, value_panel=3, block_rows=64, block_keys=128, unroll=1),
+    ),
     Golden("default_up_swiglu_avx2", UP, "x86_64_avx2"),
     Golden("default_plain_avx512", PLAIN, "x86_64_avx512"),
     Golden(

@@ -95,3 +95,12 @@ def test_this_machine_is_read() -> None:
     assert cpu.features
     assert cpu.memory_bytes > 1 << 28
     assert usable_cores() >= 1
+
+
+def test_a_virtual_machine_does_not_own_the_cache_of_its_host() -> None:
+    guest = replace(ZEN, l3_bytes=504 << 20, cores=2)
+    assert guest.own_cache_bytes == 128 << 20
+    assert replace(guest, cores=128).own_cache_bytes == guest.l3_bytes
+    assert replace(ZEN, cores=4).own_cache_bytes == ZEN.l3_bytes
+    assert replace(ZEN, l3_bytes=0).own_cache_bytes == ZEN.l2_bytes
+    assert replace(ZEN, l3_bytes=0, l2_bytes=0).own_cache_bytes > 0

@@ -1,5 +1,6 @@
 """From measured times to a plan: layout, winner, switch points. Times are made up; nothing is built."""
 
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,18 +15,19 @@ from tilewright.codegen.ops.base import Problem
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.codegen.space import Config
+from tilewright.tuner.distil import Crossing, assign, cost_of, distil, probe_sizes, sizes_between
 from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation
-from tilewright.tuner.evaluation.statistics import Ratio
 from tilewright.tuner.loop import Candidate, ProblemResult
-from tilewright.tuner.plan import Final, Finalist, Layout, Raced, choose_layout, distil, settle_layout, sizes_between
-from tilewright.tuner.variants import BuildResult, Workshop
-from tilewright.tuning_db.records import Outcome, PlanRecord
+from tilewright.tuner.plan import Finalist, Raced, choose_bonds, plan_entries, settle, with_torch
+from tilewright.tuner.variants import Bond, BuildResult, Workshop
+from tilewright.tuning_db.records import Outcome, PlanEntry
 
 OP = find_op("moe_gemm")
 ARCH = ARCHS["x86_64_avx2"]
 SIGNATURE = MoeGemmSignature(stage="plain", experts=4, n=64, k=64)
 DEFAULT = OP.default_config(SIGNATURE, ARCH)
 WIDE, NARROW = "panel16_fp32", "panel8_fp32"
+WIDE_ONES, NARROW_ONES = (Bond(WIDE),), (Bond(NARROW),)
 ROUNDS = 20
 
 by_layout: dict[str, list[Config]] = {WIDE: [DEFAULT], NARROW: []}
@@ -48,7 +50,7 @@ def result(workshop: Workshop, times: Mapping[Config, float], rows: int = 16) ->
     for config, time_us in times.items():
         variant = workshop.variant(config)
         kernel = BuiltKernel(variant.key, Path("never-loaded"), variant.recipe)
-        made.candidates[config] = Candidate(config, kernel, time_us)
+        made.candidates[config] = Candidate(config, kernel, time_us, variant.bond)
     return made
 
 
@@ -68,30 +70,51 @@ def test_the_layout_to_search_in_loses_least_over_all_sizes(workshop: Workshop) 
     wide, narrow = by_layout[WIDE][1], by_layout[NARROW][0]
     few = result(workshop, {DEFAULT: 100, wide: 90, narrow: 50})
     many = result(workshop, {DEFAULT: 100, wide: 80, narrow: 95})
-    assert choose_layout([few, many]) == NARROW
-    assert choose_layout([many]) == WIDE
-    assert choose_layout([ProblemResult(problem(1), DEFAULT)]) is None
+    assert choose_bonds([few, many]) == NARROW_ONES
+    assert choose_bonds([many]) == WIDE_ONES
+    assert choose_bonds([few, many], copies=2) == (*NARROW_ONES, *WIDE_ONES)
+    assert choose_bonds([many], copies=2) == WIDE_ONES
+    assert choose_bonds([ProblemResult(problem(1), DEFAULT)]) == ()
 
 
 def test_no_size_is_searched_on_in_a_layout_slower_than_its_default(workshop: Workshop) -> None:
     narrow = by_layout[NARROW][0]
     few = result(workshop, {DEFAULT: 100, narrow: 40})
     many = result(workshop, {DEFAULT: 100, narrow: 110})
-    assert choose_layout([few, many]) == WIDE
+    assert choose_bonds([few, many]) == WIDE_ONES
 
 
 def test_the_last_race_settles_the_layout(workshop: Workshop) -> None:
     narrow = by_layout[NARROW][0]
     faster, slower = raced(workshop, {DEFAULT: 100, narrow: 40}), raced(workshop, {DEFAULT: 100, narrow: 110}, 256)
-    assert settle_layout([faster]) == Layout(NARROW, 1.0)
-    assert settle_layout([faster, slower]).key == WIDE
-    assert settle_layout([faster, slower]).cost == pytest.approx((100 / 40) ** 0.5)
+    assert (settle([faster]).bonds, settle([faster]).cost) == (NARROW_ONES, 1.0)
+    assert settle([faster, slower]).bonds == WIDE_ONES
+    assert settle([faster, slower]).cost == pytest.approx((100 / 40) ** 0.5)
+    assert settle([faster, slower], copies=2).cost == pytest.approx(1.0)
 
 
 def test_a_size_that_only_another_layout_solves_is_not_lost(workshop: Workshop) -> None:
     narrow = by_layout[NARROW][0]
     both, wide_only = raced(workshop, {DEFAULT: 100, narrow: 40}), raced(workshop, {DEFAULT: 100}, 256)
-    assert settle_layout([both, wide_only]).key == WIDE
+    assert settle([both, wide_only]).bonds == WIDE_ONES
+
+
+def test_an_order_of_sums_is_shared_and_its_cost_told(tmp_path: Path) -> None:
+    signature = MoeGemmSignature(stage="down", experts=4, n=64, k=64, top_k=2)
+    shop = Workshop(
+        OP, signature, ARCH, CppBuilder(ARCH, Compiler("no-compiler", "none"), tmp_path), batch_invariant=True
+    )
+    default = OP.default_config(signature, ARCH)
+    direct = Config({**default, "combine": "direct"})
+    one, two = finalist(shop, default, 100), finalist(shop, direct, 50)
+    assert one.bond
+    assert two.bond
+    assert one.bond.layout == two.bond.layout
+    assert one.bond != two.bond
+    only_default = Raced(problem(1), (one,), one)
+    settled = settle([Raced(problem(8), (one, two), one), only_default])
+    assert settled.bonds == (one.bond,)
+    assert settled.order_cost == pytest.approx(2**0.5)
 
 
 @given(st.lists(st.integers(1, 1 << 20), min_size=1, max_size=8, unique=True).map(sorted))
@@ -102,38 +125,79 @@ def test_sizes_between_lie_between(sizes: Sequence[int]) -> None:
     assert len(between) <= len(sizes) - 1
 
 
-def final(workshop: Workshop, rows: int, config: Config) -> Final:
-    winner, default = finalist(workshop, config, rows * 1.0), finalist(workshop, DEFAULT, rows * 2.0)
-    even = Ratio(1.0, 0.99, 1.01, ROUNDS)
-    return Final(problem(rows), winner.built, winner.evaluation, default.built, default.evaluation, even, even)
+@given(st.integers(1, 300), st.sets(st.integers(1, 300)), st.integers(0, 9))
+def test_probes_are_new_sizes(largest: int, known: set[int], count: int) -> None:
+    drawn = probe_sizes(largest, known, count, random.Random(0))
+    assert len(drawn) == len(set(drawn)) == min(count, len(set(range(1, largest + 1)) - known))
+    assert not set(drawn) & known
+    assert all(1 <= size <= largest for size in drawn)
 
 
-def plan(finals: Sequence[Final], between: Sequence[Final]) -> PlanRecord:
-    return distil(finals, between, Layout(WIDE, 1.0), op="moe_gemm", device_key="cpu", threads=2, model="")
-
-
-def entries(made: PlanRecord) -> list[tuple[int | None, int | None]]:
-    return [(entry.max_tokens, entry.tuned_tokens) for entry in made.entries]
-
-
-def test_kernels_switch_at_the_geometric_mean(workshop: Workshop) -> None:
-    one, two = by_layout[WIDE][1:3]
-    made = plan([final(workshop, 64, two), final(workshop, 4, one)], [])
-    assert entries(made) == [(16, 4), (None, 64)]
-    assert [entry.kernel_key for entry in made.entries] == [workshop.variant(c).key for c in (one, two)]
-    assert made.entries[0].median_us == 4.0
-    assert made.entries[0].default_us == 8.0
-
-
-def test_a_race_between_moves_the_switch_to_where_the_better_kernel_begins(workshop: Workshop) -> None:
+def test_few_kernels_do_for_sizes_that_they_are_as_good_at(workshop: Workshop) -> None:
     one, two, three = by_layout[WIDE][1:4]
-    finals = [final(workshop, 4, one), final(workshop, 64, two)]
-    assert entries(plan(finals, [final(workshop, 16, one)])) == [(32, 4), (None, 64)]
-    assert entries(plan(finals, [final(workshop, 16, two)])) == [(8, 4), (None, 64)]
-    assert entries(plan(finals, [final(workshop, 16, three)])) == [(8, 4), (32, 16), (None, 64)]
+    grid = [
+        raced(workshop, {DEFAULT: 100, one: 50, two: 50.5, three: 90}, 1),
+        raced(workshop, {DEFAULT: 100, one: 80, two: 50.5, three: 50}, 8),
+        raced(workshop, {DEFAULT: 100, one: 99, two: 50, three: 80}, 64),
+    ]
+    keys = distil(grid, WIDE_ONES)
+    assert keys == [workshop.variant(two).key]
+    chosen = assign(grid, keys, WIDE_ONES)
+    assert [each.key for each in chosen] == keys * 3
+    assert cost_of(grid, chosen, WIDE_ONES) == pytest.approx((1.01 * 1.01) ** (1 / 3))
 
 
-def test_a_kernel_that_wins_everywhere_keeps_the_evidence_of_every_tuned_size(workshop: Workshop) -> None:
+def test_nobody_serves_where_the_default_is_faster(workshop: Workshop) -> None:
     one = by_layout[WIDE][1]
-    made = plan([final(workshop, 4, one), final(workshop, 64, one)], [final(workshop, 16, one)])
-    assert entries(made) == [(32, 4), (None, 64)]
+    grid = [raced(workshop, {DEFAULT: 100, one: 50}, 1), raced(workshop, {DEFAULT: 100, one: 150}, 8)]
+    keys = [workshop.variant(config).key for config in (one, DEFAULT)]
+    assert [each.key for each in assign(grid, keys, WIDE_ONES)] == keys
+
+
+def test_a_switch_must_be_worth_it(workshop: Workshop) -> None:
+    one, two = by_layout[WIDE][1:3]
+    keys = [workshop.variant(config).key for config in (one, two)]
+    grid = [raced(workshop, {DEFAULT: 100, one: 50, two: time}, rows) for rows, time in ((1, 60), (4, 49.9), (16, 60))]
+    assert [each.key for each in assign(grid, keys, WIDE_ONES)] == [keys[0]] * 3
+
+
+def test_a_crossing_is_narrowed_by_races(workshop: Workshop) -> None:
+    one, two = by_layout[WIDE][1:3]
+    below, above = (workshop.variant(config).key for config in (one, two))
+    crossing = Crossing(below, above, 4, 64)
+    assert (crossing.middle, crossing.last_below) == (16, 16)
+    later = crossing.narrowed(raced(workshop, {DEFAULT: 100, one: 40, two: 50}, 16))
+    assert (later.low, later.high) == (16, 64)
+    earlier = crossing.narrowed(raced(workshop, {DEFAULT: 100, one: 50, two: 40}, 16))
+    assert (earlier.low, earlier.high) == (4, 16)
+    here = crossing.narrowed(raced(workshop, {DEFAULT: 100, one: 50, two: 50}, 16))
+    assert (here.last_below, here.middle) == (16, None)
+
+
+def test_a_plan_switches_where_it_was_measured_and_keeps_the_evidence_of_tuned_sizes(workshop: Workshop) -> None:
+    one, two = by_layout[WIDE][1:3]
+    grid = [raced(workshop, {DEFAULT: 100, one: 50 + rows, two: 110 - rows}, rows) for rows in (4, 16, 32, 64)]
+    keys = [workshop.variant(config).key for config in (one, two)]
+    chosen = [each.of(key) for each, key in zip(grid, [keys[0], keys[0], keys[1], keys[1]], strict=True)]
+    entries = plan_entries(grid, [each for each in chosen if each], {16: 21}, {4, 16, 64})
+    assert [(e.max_tokens, e.tuned_tokens, e.kernel_key) for e in entries] == [
+        (8, 4, keys[0]),
+        (21, 16, keys[0]),
+        (None, 64, keys[1]),
+    ]
+    assert (entries[0].median_us, entries[0].default_us) == (54, 100)
+
+
+def test_torch_serves_around_the_sizes_where_it_is_faster() -> None:
+    entries = [PlanEntry(20, "a", 5.0, 9.0, 4), PlanEntry(None, "b", 50.0, 90.0, 64)]
+    made = with_torch(entries, [1, 4, 16, 64], {16: 7.0})
+    assert [(e.max_tokens, e.kernel_key, e.median_us) for e in made] == [
+        (8, "a", 5.0),
+        (32, None, 7.0),
+        (None, "b", 50.0),
+    ]
+    assert with_torch(entries, [1, 4, 16, 64], {}) == entries
+    last = with_torch(entries, [1, 4, 16, 64], {64: 40.0})
+    assert [(e.max_tokens, e.kernel_key) for e in last] == [(20, "a"), (32, "b"), (None, None)]
+    first = with_torch(entries, [1, 4], {1: 1.0})
+    assert [(e.max_tokens, e.kernel_key) for e in first] == [(2, None), (20, "a"), (None, "b")]

@@ -96,4 +96,6 @@ def test_tensors_of_an_op_are_well_formed(op) -> None:
         assert len(set(names)) == len(names)
         assert "output" in [tensor.role for tensor in tensors]
         for tensor in tensors:
-            assert (tensor.bound in sizes) == (tensor.values in ("offsets", "index", "slot"))
+            bounded = tensor.values in ("offsets", "index", "slot", "rising", "length", "pages")
+            assert bool(tensor.bound) == bounded
+            assert not bounded or set() < IntExpr(tensor.bound).symbols <= sizes

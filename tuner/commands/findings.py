@@ -43,8 +43,7 @@ class Findings:
         lines = [""]
         for mine in report.signatures:
             lines += [format_shape(mine.signature.to_dict()), *self._table(mine)]
-            if mine.layout is not None and mine.layout.cost > 1.005:
-                lines.append(f"one weight layout for all sizes ({mine.layout.key}) costs {mine.layout.cost - 1:.1%}")
+            lines += self._restrictions(mine)
             lines += [*self._front(mine), *self._plan(mine)]
             lines.append("")
         lines += [
@@ -123,19 +122,37 @@ class Findings:
         kernels = len({entry.kernel_key for entry in entries if entry.kernel_key})
         by_torch = [str(entry.tuned_tokens) for entry in entries if entry.kernel_key is None]
         line = f"plan: {kernels} kernels over {len(entries)} ranges of sizes"
+        if mine.verdict is not None:
+            line += f", distilled from {mine.verdict.candidates}, which costs {mine.verdict.distilling_cost - 1:.1%}"
+            measured = [str(crossing.last_below) for crossing in mine.verdict.crossings]
+            line += f"; they hand over after {', '.join(measured)} (raced there)" if measured else ""
         line += f"; torch is faster around {', '.join(by_torch)} and serves there" if by_torch else ""
-        return [line, *(self._probed(mine) if mine.probes else [])]
+        return [*wrapped(line, terminal_width()), *(self._probed(mine) if mine.probed.last else [])]
+
+    def _restrictions(self, mine: SignatureReport) -> list[str]:
+        """What it costs that kernels share a weight layout, and an order of sums where they must."""
+        settled, lines = mine.settled, []
+        if settled is not None and settled.cost > 1.005:
+            lines.append(f"one weight layout for all sizes ({settled.layout}) costs {settled.cost - 1:.1%}")
+        if settled is not None and settled.order:
+            lines.append(
+                f"batch-invariant: one order of sums ({settled.order}) for all sizes, "
+                f"{settled.order_cost - 1:+.1%} time against any order"
+            )
+        return lines
 
     def _probed(self, mine: SignatureReport) -> list[str]:
         worse = [
             f"{probe.problem.dynamic_size} ({format_ratio(*probe.interval)} the default)"
-            for probe in mine.probes
+            for probe in mine.probed.last
             if probe.slower
         ]
         worse += [f"{row.tokens} ({row.speedup:.2f}x torch)" for row in self._slower_than_torch(mine)]
-        sizes = ", ".join(str(probe.problem.dynamic_size) for probe in mine.probes)
+        sizes = ", ".join(str(probe.problem.dynamic_size) for probe in mine.probed.last)
         found = f"slower at {', '.join(worse)}" if worse else "at none slower than the default or torch"
-        text = f"probed at {len(mine.probes)} sizes drawn at random ({sizes}): {found} beyond the noise"
+        if mine.probed.mended:
+            found += f", after it was mended for {mine.probed.mended} of {mine.probed.count} sizes probed"
+        text = f"probed at {len(mine.probed.last)} sizes drawn at random ({sizes}): {found} beyond the noise"
         return wrapped(text, terminal_width())
 
     def _slower_than_torch(self, mine: SignatureReport) -> list[Deployed]:
@@ -144,7 +161,7 @@ class Findings:
             return []
         by_kernel = {
             probe.problem.dynamic_size
-            for probe in mine.probes
+            for probe in mine.probed.last
             if (entry := mine.plan.entry_for(probe.problem.dynamic_size)) and entry.kernel_key
         }
         rows = self.deployed.get(mine.signature.key, [])
@@ -176,14 +193,18 @@ class Findings:
     def _signature_document(self, mine: SignatureReport) -> dict[str, Any]:
         return {
             "signature": mine.signature.to_dict(),
-            "layout": mine.layout.key if mine.layout else None,
-            "layout_cost": mine.layout.cost if mine.layout else None,
+            "layout": mine.plan.layout if mine.plan else None,
+            "batch_invariant": self.request.batch_invariant,
+            "order_cost": mine.settled.order_cost if mine.settled else None,
+            "distilling_cost": mine.verdict.distilling_cost if mine.verdict else None,
+            "layout_cost": mine.settled.cost if mine.settled else None,
+            "switches": [asdict(crossing) for crossing in mine.verdict.crossings] if mine.verdict else [],
             "problems": [self._final_document(final) for final in mine.finals],
             "precision": mine.plan.precision if mine.plan else None,
             "error": mine.plan.error if mine.plan else None,
             "front": [_point_document(point) for point in mine.front],
             "plan": [asdict(entry) for entry in mine.plan.entries] if mine.plan else [],
-            "probes": [self._probe_document(probe) for probe in mine.probes],
+            "probes": [self._probe_document(probe) for probe in mine.probed.last],
             "unsolved": len(mine.results) - len(mine.finals),
         }
 

@@ -27,7 +27,6 @@ from tilewright.tuning_db.integrity import UntrustedFile, check_private
 from tilewright.tuning_db.store import Store
 
 DEFAULT_MODEL = "mixtral-8x7b"
-DEFAULT_TOKENS = (1, 4, 16, 64, 256)
 DEFAULT_TRIALS = 60
 DEFAULT_TIME_S = 120.0
 DEFAULT_PROBES = 4
@@ -43,10 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks")
     what.add_argument("--ep", type=int, default=1, metavar="N", help="expert-parallel ranks")
     what.add_argument("--problem", action="append", metavar="KEY=VALUE,...", help="one problem instead of a model")
-    ladder = ",".join(map(str, DEFAULT_TOKENS))
-    what.add_argument("--tokens", metavar="N,N,...", help=f"token counts (default {ladder})")
     what.add_argument(
-        "--routing", default="balanced", metavar="KIND", help="balanced, power-law[:ALPHA] or recorded:FILE"
+        "--tokens",
+        metavar="N,N,...",
+        help="tokens of a call (default 1,4,16,64,256; of attention: "
+        "sequences that decode together, 1,4,16,64, or tokens of prompts, 64,256,1024)",
+    )
+    what.add_argument(
+        "--routing",
+        default="balanced",
+        metavar="KIND",
+        help="balanced, power-law[:ALPHA] or recorded:FILE; of attention: how uneven sequences are",
     )
     what.add_argument("--template", metavar="NAME,...", help="search these alone, beside the default config")
     how = parser.add_argument_group("how hard")
@@ -62,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="random sizes at which a plan is put to the test",
     )
     how.add_argument("--seed", type=int, default=0, metavar="N")
+    how.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="one order of sums for all sizes: what a token gets does not depend on what else is in the batch",
+    )
     how.add_argument("--resume", action="store_true", help="count and use earlier trials of the same problems")
     how.add_argument(
         "--precision",
@@ -148,8 +159,12 @@ def _request(arguments: argparse.Namespace) -> Request:
             DEFAULT_MODEL if arguments.model is None else arguments.model, tp=arguments.tp, ep=arguments.ep
         )
         model_name = model.name
-        ladder = _tokens(arguments.tokens) if arguments.tokens is not None else DEFAULT_TOKENS
-        problems = [op.problem(s, tokens, routing, model) for s in op.signatures(model) for tokens in ladder]
+        asked = None if arguments.tokens is None else _tokens(arguments.tokens)
+        problems = [
+            op.problem(signature, tokens, routing, model)
+            for signature in op.signatures(model)
+            for tokens in asked or op.ladder(signature)
+        ]
     if not 0 <= arguments.seed <= _MAX_SEED:
         raise TilewrightError(f"--seed {arguments.seed} is impossible; give a number from 0 to {_MAX_SEED}")
     trials, time_s = _budget(arguments)
@@ -168,6 +183,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         templates=op.template_names(_names(arguments.template), arch) if arguments.template is not None else (),
         precisions=parse_precisions(arguments.precision),
         max_error=_max_error(arguments.max_error),
+        batch_invariant=arguments.batch_invariant,
     )
 
 
@@ -250,17 +266,18 @@ def _race_deployed(
         progress.say("the runtime reads SQLite only, so the plan is not raced against torch")
         return []
     progress.say("racing the stored plan, as the runtime serves it, against plain torch")
-    planned = [final.problem for final in (*mine.verdict.finals, *mine.verdict.between)]
+    planned = {each.size: each.problem for each in mine.verdict.grid}
     rows = race_against_torch(
-        [*planned, *(probe.problem for probe in mine.probes)],
+        [*planned.values(), *(probe.problem for probe in mine.probed.last)],
         database=str(store.path),
         threads=request.threads,
         max_error=mine.plan.error if mine.plan else 0.0,
         seed=request.seed,
         budget_s=min(12.0, 0.1 * request.time_s),
+        batch_invariant=request.batch_invariant,
     )
-    sizes = {problem.dynamic_size for problem in planned}
-    torch_us = {row.tokens: row.torch.median for row in rows if row.tokens in sizes and row.slower_than_torch}
-    if torch_us:
-        mine.plan = campaign.store_plan(mine.verdict, torch_us)
+    # Torch adds up in other orders for other batches, so it has no part in a plan that must not.
+    torch_us = {row.tokens: row.torch.median for row in rows if row.slower_than_torch}
+    if torch_us and not request.batch_invariant:
+        mine.plan = campaign.store_plan(mine.verdict, [row.tokens for row in rows], torch_us)
     return rows

@@ -34,8 +34,6 @@ _MEMORY_SHARE = 0.6
 """Of this machine's memory that weights and inputs may take together."""
 _PROBLEM_SHARE = 0.1
 """Of memory for problems that are kept for when they are asked for again."""
-_FALLBACK_CACHE_BYTES = 32 << 20
-"""Of the last-level cache, where the system does not tell."""
 
 
 class CpuEvaluator:
@@ -79,7 +77,7 @@ class CpuEvaluator:
         self._verdicts: dict[tuple[str, str], Evaluation] = {}
         self._problems: dict[str, ProblemData] = {}
         cpu = read_cpu_info()
-        self._cache_bytes = cpu.l3_bytes or cpu.l2_bytes or _FALLBACK_CACHE_BYTES
+        self._cache_bytes = cpu.own_cache_bytes
         self._memory_bytes = cpu.memory_bytes
         tensors = op.tensors(signature)
         weight_bytes = declared_bytes(tensors)

@@ -1,0 +1,89 @@
+"""What attention is measured and checked on: lengths of sequences, where their pages lie, and the tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilewright.codegen.ops.attention_signature import AttentionSignature
+from tilewright.codegen.routing import RoutingSpec
+from tilewright.errors import TilewrightError
+
+_DRAWN = (1 << 20) - 3
+"""Values that are drawn; larger tensors repeat them. A prime, so that no two pages or heads begin alike."""
+_STEEP = 30.0
+"""Factor of the queries of steep problems: exp of their scores overflows unless the largest is subtracted."""
+_FREE_PAGES = 2
+_SPARE_COLUMNS = 1
+
+
+def split_tokens(spec: RoutingSpec, total: int, count: int, seed: int) -> NDArray[np.int32]:
+    """Lengths [count], each at least 1, that add up to ``total``: even for ``balanced``, skewed for ``power-law``.
+
+    Raises:
+        TilewrightError: for recorded routing, which says nothing of lengths.
+
+    """
+    if spec.kind == "recorded":
+        raise TilewrightError("attention knows no recorded routing; give --routing balanced or power-law[:ALPHA]")
+    shares = np.ones(count)
+    if spec.alpha is not None:
+        random = np.random.default_rng((seed, 6))
+        shares = random.permutation(np.arange(1, count + 1, dtype=float) ** -spec.alpha)
+    ends = np.floor(np.cumsum(shares) / shares.sum() * (total - count) + 0.5).astype(np.int64)
+    lengths: NDArray[np.int32] = (np.diff(ends, prepend=0) + 1).astype(np.int32)
+    return lengths
+
+
+def draw(shape: tuple[int, ...], random: np.random.Generator) -> NDArray[np.float32]:
+    """Normally distributed values, as projections of normalised hidden states are."""
+    size = int(np.prod(shape))
+    values = random.standard_normal(min(size, _DRAWN), np.float32)
+    return np.resize(values, size).reshape(shape)
+
+
+def draw_queries(
+    signature: AttentionSignature, tokens: int, random: np.random.Generator, *, steep: bool
+) -> NDArray[np.float32]:
+    """``q`` [tokens, heads, head_dim], whose scores are normally distributed, or far apart with ``steep``."""
+    q = draw((tokens, signature.heads, signature.head_dim), random)
+    # Scores of unit variance whatever the scale, as training leaves them.
+    usual = np.float32(signature.head_dim**-0.5 / signature.scale)
+    return q * (usual * np.float32(_STEEP if steep else 1.0))
+
+
+def draw_cache(
+    signature: AttentionSignature, lengths: NDArray[np.int32], random: np.random.Generator
+) -> dict[str, NDArray[np.float32] | NDArray[np.int32]]:
+    """``k_cache``, ``v_cache``, ``block_table``: pages in random order, as a server leaves them that has run a while.
+
+    What no sequence uses is NaN, and -1 in the table: a result tells whether it was read.
+    """
+    pages_of = -(-lengths.astype(np.int64) // signature.page_size)
+    used = int(pages_of.sum())
+    order = random.permutation(used + _FREE_PAGES).astype(np.int32)
+    table = np.full((len(lengths), int(pages_of.max()) + _SPARE_COLUMNS), -1, np.int32)
+    in_use = np.arange(table.shape[1]) < pages_of[:, None]
+    table[in_use] = order[:used]
+    by_head = signature.kv_layout == "hnd"
+    page = (signature.kv_heads, signature.page_size) if by_head else (signature.page_size, signature.kv_heads)
+    caches = {}
+    for name, dim in (("k_cache", signature.head_dim), ("v_cache", signature.value_dim)):
+        cache = draw((len(order), *page, dim), random)
+        cache[order[used:]] = np.nan
+        for row, length in enumerate(lengths.tolist()):
+            if rest := length % signature.page_size:
+                last = cache[table[row, pages_of[row] - 1]]
+                (last[:, rest:] if by_head else last[rest:])[...] = np.nan
+        caches[name] = cache
+    return {**caches, "block_table": table, "lengths": lengths}
+
+
+def gather_cache(
+    signature: AttentionSignature, cache: NDArray[np.float32], table_row: NDArray[np.int32], length: int
+) -> NDArray[np.float32]:
+    """[length, kv_heads, dim]: what a sequence has in the cache, in order."""
+    pages = cache[table_row[: -(-length // signature.page_size)]]
+    if signature.kv_layout == "hnd":
+        pages = pages.swapaxes(1, 2)
+    return pages.reshape(-1, *pages.shape[2:])[:length]

@@ -1,0 +1,241 @@
+"""The static part of an attention problem, and the tensors of its calls. Light to import: the runtime needs it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, Literal, get_args
+
+from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.recipe import TensorSpec
+from tilewright.errors import TilewrightError
+
+Stage = Literal["decode", "prefill"]
+KvLayout = Literal["hnd", "nhd"]
+
+DEFAULT_PAGE_SIZE = 16
+
+_DTYPES = {"q_dtype": ("fp32",), "kv_dtype": ("fp32",), "out_dtype": ("fp32",)}
+_HEAD_STEP = 8
+"""Head dims are multiples of it: of every arch's vectors, or of half of one."""
+_MIN_DIM = 16
+_MAX_DIM = 1024
+_MAX_HEADS = 1 << 12
+_MAX_PAGE = 1 << 16
+_MAX_WINDOW = 1 << 30
+_WHOLE = ("heads", "kv_heads", "head_dim", "value_dim", "page_size", "window")
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSignature(Signature):
+    """Causal attention of query heads that share key/value heads in groups, over sequences of various lengths.
+
+    ``decode``: one query per sequence, its last token's; keys and values lie in pages, which a block table finds.
+    ``prefill``: all tokens of some sequences at once, packed one after the other.
+
+    Raises:
+        TilewrightError: when a field is impossible; the sentence names it.
+
+    """
+
+    op: ClassVar[str] = "attention"
+
+    stage: Stage
+    heads: int
+    """Query heads on this rank. Head h reads the key/value head h // (heads / kv_heads)."""
+    kv_heads: int
+    head_dim: int
+    """Elements of a query and of a key: a multiple of 8, at least 16."""
+    value_dim: int = 0
+    """Elements of a value and of an output; 0, and afterwards :attr:`head_dim`, where they are as long as keys."""
+    scale: float = 0.0
+    """Factor of q . k before the softmax; 0, and afterwards 1 / sqrt(head_dim), for the usual one."""
+    window: int = 0
+    """Tokens that a query sees, its own and those before it; 0: all."""
+    sinks: bool = False
+    """Whether each query head has a learned logit that takes part in the softmax's denominator only (gpt-oss)."""
+    page_size: int = 0
+    """``decode``: tokens of a page of the cache; 0, and afterwards 16, for the usual size. ``prefill``: 0."""
+    kv_layout: str = ""
+    """``decode``: order within a page, heads before tokens (``hnd``) or after them (``nhd``); "", and afterwards
+    ``hnd``, for what CPUs read best. ``prefill``: "", its tensors are [tokens, heads, dim]."""
+    q_dtype: str = "fp32"
+    kv_dtype: str = "fp32"
+    out_dtype: str = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.stage not in get_args(Stage):
+            raise TilewrightError(
+                f"attention: unknown stage {self.stage!r}; choose one of {', '.join(get_args(Stage))}"
+            )
+        self._fill_in()
+        paged = self.stage == "decode"
+        bounds = {
+            "heads": (1, _MAX_HEADS),
+            "kv_heads": (1, _MAX_HEADS),
+            "head_dim": (_MIN_DIM, _MAX_DIM),
+            "value_dim": (_MIN_DIM, _MAX_DIM),
+            "window": (0, _MAX_WINDOW),
+            "page_size": (1, _MAX_PAGE) if paged else (0, 0),
+        }
+        for name, (least, most) in bounds.items():
+            value = getattr(self, name)
+            if not _is_whole(value) or not least <= value <= most:
+                expected = str(least) if least == most else f"a whole number from {least} to {most}"
+                raise TilewrightError(f"attention: {name}={value!r} is impossible; give {expected}")
+        for name in ("head_dim", "value_dim"):
+            if getattr(self, name) % _HEAD_STEP:
+                raise TilewrightError(
+                    f"attention: {name}={getattr(self, name)} is not supported; give a multiple of {_HEAD_STEP}"
+                )
+        if self.heads % self.kv_heads:
+            raise TilewrightError(
+                f"attention: heads={self.heads} is not a multiple of kv_heads={self.kv_heads}, which they share evenly"
+            )
+        if self.kv_layout not in (get_args(KvLayout) if paged else ("",)):
+            expected = (
+                f"choose one of {', '.join(get_args(KvLayout))}" if paged else "leave it out, for it has no pages"
+            )
+            raise TilewrightError(f"attention: {self.stage} has no kv_layout {self.kv_layout!r}; {expected}")
+        if not isinstance(self.sinks, bool):
+            raise TilewrightError(f"attention: sinks={self.sinks!r} is neither true nor false")
+        if not isinstance(self.scale, float) or not math.isfinite(self.scale) or self.scale <= 0:
+            raise TilewrightError(f"attention: scale={self.scale!r} is impossible; give a number above 0")
+        for name, supported in _DTYPES.items():
+            if getattr(self, name) not in supported:
+                raise TilewrightError(f"attention: {name}={getattr(self, name)!r} is not supported; use {supported[0]}")
+
+    def _fill_in(self) -> None:
+        """Replace what stands for the usual by what that is, so that equal signatures have equal fields."""
+        usual: dict[str, Any] = {}
+        if self.value_dim == 0:
+            usual["value_dim"] = self.head_dim
+        if _is_whole(self.scale):
+            usual["scale"] = float(self.scale)
+        if self.scale == 0 and _is_whole(self.head_dim) and self.head_dim > 0:
+            usual["scale"] = self.head_dim**-0.5
+        if self.stage == "decode":
+            usual |= {"page_size": self.page_size or DEFAULT_PAGE_SIZE, "kv_layout": self.kv_layout or "hnd"}
+        for name, value in usual.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AttentionSignature:
+        """Signature from its JSON form.
+
+        Raises:
+            TilewrightError: for a missing, unknown or impossible field.
+
+        """
+        own = {name: value for name, value in values.items() if name != "op"}
+        known = fields(cls)
+        if unknown := sorted(own.keys() - {f.name for f in known}):
+            raise TilewrightError(f"an attention signature has no field {unknown[0]!r}; this tilewright may be too old")
+        if missing := [f.name for f in known if f.default is MISSING and f.name not in own]:
+            raise TilewrightError(
+                f"an attention signature lacks the field {missing[0]!r}; it was not written by to_dict"
+            )
+        return cls(**own)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, str]) -> AttentionSignature:
+        """Signature from ``key=value`` texts; the stage is ``decode`` where none is given.
+
+        Raises:
+            TilewrightError: for a missing, unknown or impossible field.
+
+        """
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise TilewrightError(
+                f"attention has no field {unknown[0]!r}; --problem takes tokens, context, {', '.join(known)}"
+            )
+        if missing := [name for name in ("heads", "kv_heads", "head_dim") if name not in values]:
+            raise TilewrightError(
+                f"--problem lacks {', '.join(missing)}; give for example heads=32,kv_heads=8,head_dim=128"
+            )
+        typed: dict[str, Any] = {"stage": "decode", **values}
+        for name, text in values.items():
+            try:
+                typed[name] = int(text) if name in _WHOLE else float(text) if name == "scale" else text
+            except ValueError as error:
+                raise TilewrightError(f"{name}={text!r} in --problem is not a number") from error
+        if "sinks" in values:
+            if values["sinks"].lower() not in _TRUTH:
+                raise TilewrightError(f"sinks={values['sinks']!r} in --problem is neither true nor false")
+            typed["sinks"] = _TRUTH[values["sinks"].lower()]
+        return cls(**typed)
+
+    @property
+    def title(self) -> str:
+        """The op and its stage."""
+        return f"{self.op} {self.stage}"
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.heads // self.kv_heads
+
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """Tensors of a call, in order.
+
+        ``decode``, in which ``tokens`` is the number of sequences:
+
+        * ``q`` [tokens, heads, head_dim]
+        * ``k_cache``, ``v_cache`` [pages, kv_heads, page_size, dim] (``hnd``) or [pages, page_size, kv_heads, dim]
+        * ``block_table`` [tokens, table_pages]: the page of each ``page_size`` tokens of a sequence; what lies beyond
+          the sequence's length is not looked at
+        * ``lengths`` [tokens]: tokens of each sequence that are in the cache, that of the query included
+
+        ``prefill``:
+
+        * ``q`` [tokens, heads, head_dim], ``k``, ``v`` [tokens, kv_heads, dim]: sequences one after the other
+        * ``cu_seqlens`` [sequences + 1]: where each sequence begins, and the end of the last
+
+        Both: ``sinks`` [heads] where the signature has them; ``out`` [tokens, heads, value_dim].
+        """
+        keys, values = (self._paged if self.stage == "decode" else self._packed)()
+        specs = [TensorSpec("q", self.q_dtype, ("tokens", self.heads, self.head_dim)), keys, values]
+        if self.stage == "decode":
+            room = f"table_pages * {self.page_size}"
+            specs += [
+                TensorSpec(
+                    "block_table",
+                    "int32",
+                    ("tokens", "table_pages"),
+                    values="pages",
+                    bound="pages",
+                    lengths="lengths",
+                    page_size=self.page_size,
+                ),
+                TensorSpec("lengths", "int32", ("tokens",), values="length", bound=room),
+            ]
+        else:
+            specs.append(TensorSpec("cu_seqlens", "int32", ("boundaries",), values="rising", bound="tokens"))
+        if self.sinks:
+            specs.append(TensorSpec("sinks", "fp32", (self.heads,), role="weight"))
+        return (*specs, TensorSpec("out", self.out_dtype, ("tokens", self.heads, self.value_dim), role="output"))
+
+    def _paged(self) -> tuple[TensorSpec, TensorSpec]:
+        page = (self.kv_heads, self.page_size) if self.kv_layout == "hnd" else (self.page_size, self.kv_heads)
+        return (
+            TensorSpec("k_cache", self.kv_dtype, ("pages", *page, self.head_dim)),
+            TensorSpec("v_cache", self.kv_dtype, ("pages", *page, self.value_dim)),
+        )
+
+    def _packed(self) -> tuple[TensorSpec, TensorSpec]:
+        return (
+            TensorSpec("k", self.kv_dtype, ("tokens", self.kv_heads, self.head_dim)),
+            TensorSpec("v", self.kv_dtype, ("tokens", self.kv_heads, self.value_dim)),
+        )
+
+    @property
+    def dynamic_size(self) -> str:
+        """The size by which plans pick a kernel: tokens of a call, which under ``decode`` are its sequences."""
+        return "tokens"
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,133 @@
+"""Kernels of one order give a token the same bits: alone, in any batch, on any number of threads, from any of them.
+
+A template that declares an order (``Template.order``) is covered without a change here; an op needs a line in
+``batch_parts.PARTS``.
+"""
+
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from awkward import SIGNATURES, problems, space_of, weights
+from batch_parts import PARTS, part_of, tokens_of
+from guarded_calls import Call, forking, run_kernel, tensors_for
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tilewright.codegen.archs import native_arch
+from tilewright.codegen.building.cpp import CppBuilder, find_compiler
+from tilewright.codegen.ops import OPS, find_op
+from tilewright.codegen.ops.base import Arrays
+from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.precisions import LOSSLESS
+from tilewright.codegen.recipe import Recipe
+from tilewright.codegen.rendering import render
+from tilewright.codegen.space import Config
+
+PER_TEMPLATE = 2
+"""Variants of every template and order, drawn at random."""
+CALLS = (Call("one thread", 1), Call("two threads", 2, forking(2)))
+ARCH = native_arch()
+
+
+def orders(op_name: str, signature: Signature, seed: int) -> dict[str, list[Config]]:
+    """By order: variants of every template that has it."""
+    op, random = find_op(op_name), np.random.default_rng(seed)
+    found: dict[str, list[Config]] = defaultdict(list)
+    possible = tuple(name for name, refusal in op.precisions(signature).items() if refusal is None) or (LOSSLESS,)
+    lifted = op.space(signature, ARCH, precisions=possible)
+    for template in op.templates_for(signature, ARCH):
+        space = space_of(op_name, template, signature, ARCH)
+        drawn: dict[str, int] = defaultdict(int)
+        for index in random.permutation(len(space))[:400]:
+            config = lifted.lift(template.name, space[int(index)])
+            order = op.order_key(signature, config, ARCH)
+            if order is not None and drawn[order] < PER_TEMPLATE:
+                drawn[order] += 1
+                found[order].append(config)
+    return found
+
+
+def _cases() -> Iterator[tuple[str, Signature, str]]:
+    """Every signature with its weights as declared; other precisions with the last signature of each stage."""
+    for op_name in OPS:
+        signatures = SIGNATURES[op_name]
+        last = {getattr(signature, "stage", ""): signature for signature in signatures}
+        for seed, signature in enumerate(signatures):
+            for order in orders(op_name, signature, seed):
+                if order.startswith(LOSSLESS) or op_name != "moe_gemm" or signature in last.values():
+                    yield op_name, signature, order
+
+
+CASES = list(_cases())
+
+
+class Kernels:
+    """Built variants of one signature and order, to be called on any part of a batch."""
+
+    def __init__(self, op_name: str, signature: Any, configs: list[Config], folder: Path) -> None:
+        op = find_op(op_name)
+        self.op_name, self.signature = op_name, signature
+        sources = [render(op.template(config), signature, config, ARCH) for config in configs]
+        builds = CppBuilder(ARCH, find_compiler(), folder).build_all(sources)
+        recipes = [op.template(config).recipe(signature, config, ARCH) for config in configs]
+        self._kernels: list[tuple[Path, Recipe]] = []
+        for build, recipe in zip(builds, recipes, strict=True):
+            assert build.path is not None, build.message
+            self._kernels.append((build.path, recipe))
+
+    def __len__(self) -> int:
+        return len(self._kernels)
+
+    def run(self, number: int, inputs: Arrays, call: Call) -> Arrays:
+        path, recipe = self._kernels[number]
+        stored = weights(self.op_name, self.signature)
+        expected = find_op(self.op_name).reference(self.signature, stored, inputs)
+        return run_kernel(path, recipe, tensors_for(recipe, stored, inputs), expected, call)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]} {SIGNATURES[case[0]].index(case[1])} {case[2]}")
+def kernels(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kernels]:
+    op_name, signature, order = request.param
+    configs = orders(op_name, signature, SIGNATURES[op_name].index(signature))[order]
+    yield Kernels(op_name, signature, configs, tmp_path)
+    shutil.rmtree(tmp_path)
+
+
+def test_every_op_with_an_order_has_parts() -> None:
+    assert {op_name for op_name, _, _ in CASES} <= PARTS.keys()
+
+
+@settings(
+    max_examples=8,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_a_token_gets_the_same_bits_in_every_batch(kernels: Kernels, data: st.DataObject) -> None:
+    op_name, signature = kernels.op_name, kernels.signature
+    every = problems(op_name, signature)
+    problem = every[data.draw(st.integers(0, len(every) - 1), label="problem")]
+    inputs = find_op(op_name).inputs(problem, seed=1)
+    tokens = tokens_of(op_name, signature, inputs)
+    if not tokens:
+        return
+    chosen = data.draw(
+        st.one_of(
+            st.integers(0, tokens - 1).map(lambda token: {token}),
+            st.sets(st.integers(0, tokens - 1), min_size=1, max_size=min(tokens, 40)),
+        ),
+        label="tokens",
+    )
+    number, other = (data.draw(st.integers(0, len(kernels) - 1), label=each) for each in ("kernel", "other kernel"))
+    whole = kernels.run(number, inputs, data.draw(st.sampled_from(CALLS), label="call"))
+    part = part_of(op_name, signature, inputs, sorted(chosen))
+    alone = kernels.run(other, part.inputs, data.draw(st.sampled_from(CALLS), label="other call"))
+    for name, rows in part.rows.items():
+        assert whole[name][rows].tobytes() == alone[name][: len(rows)].tobytes(), name

@@ -1,0 +1,74 @@
+"""`tune --batch-invariant` and `batch_invariant=True`: what a token gets, to the bit, whatever else is in the batch."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from batch_parts import part_of
+from naive_kernels import needs_compiler
+
+from tilewright.codegen.ops import find_op
+from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.routing import RoutingSpec
+from tilewright.errors import TilewrightError
+from tilewright.runtime import prepare
+from tilewright.tuner.cli import main as tune
+
+pytestmark = needs_compiler
+
+SIGNATURE = MoeGemmSignature(stage="down", experts=4, n=72, k=96, top_k=2)
+PROBLEM = "stage=down,experts=4,top_k=2,n=72,k=96"
+INPUTS = ("x", "expert_offsets", "slot_row", "topk_weights")
+
+
+def tuned(database: Path, *options: str) -> Path:
+    words = ["--arch", "native", "--op", "moe_gemm", "--problem", PROBLEM, "--db", str(database), "--trials", "8"]
+    assert tune([*words, "--tokens", "1,8,40", "--time", "8s", "--probes", "1", *options]) == 0
+    return database
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tuned(tmp_path_factory.mktemp("invariant") / "tuning.db", "--batch-invariant")
+
+
+def serve(database: Path, inputs: dict, tokens: int, threads: int) -> np.ndarray:
+    weight = torch.from_numpy(find_op("moe_gemm").weights(SIGNATURE, 0)["weight"])
+    call = prepare(weight, stage="down", top_k=2, threads=threads, database=database, batch_invariant=True)
+    out = torch.empty(tokens, SIGNATURE.n)
+    return call(*(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in INPUTS), out).numpy().copy()
+
+
+def test_a_token_gets_the_same_bits_from_every_kernel_of_the_plan(database: Path) -> None:
+    op = find_op("moe_gemm")
+    inputs = op.inputs(op.problem(SIGNATURE, 130, RoutingSpec.parse("power-law")), 3)
+    whole = serve(database, inputs, 130, threads=2)
+    random = np.random.default_rng(0)
+    for count in (1, 1, 2, 3, 5, 7, 8, 9, 20, 33, 40, 41, 64, 100, 129):
+        tokens = sorted(random.choice(130, count, replace=False).tolist())
+        part = part_of("moe_gemm", SIGNATURE, inputs, tokens)
+        for threads in (1, 2):
+            alone = serve(database, part.inputs, count, threads)
+            assert alone.tobytes() == whole[tokens].tobytes(), (count, threads)
+
+
+@pytest.mark.filterwarnings("ignore:.*is not contiguous")
+def test_what_no_kernel_takes_is_refused(database: Path) -> None:
+    weight = torch.from_numpy(find_op("moe_gemm").weights(SIGNATURE, 0)["weight"])
+    call = prepare(weight, stage="down", top_k=2, database=database, batch_invariant=True)
+    op = find_op("moe_gemm")
+    inputs = op.inputs(op.problem(SIGNATURE, 4, RoutingSpec.parse("balanced")), 3)
+    tensors = [torch.from_numpy(inputs[name]) for name in INPUTS]
+    tensors[0] = tensors[0].t().contiguous().t()
+    with pytest.raises(TilewrightError, match="pass contiguous ones"):
+        call(*tensors, torch.empty(4, SIGNATURE.n))
+
+
+def test_other_plans_are_refused(tmp_path: Path) -> None:
+    database = tuned(tmp_path / "tuning.db")
+    weight = torch.from_numpy(find_op("moe_gemm").weights(SIGNATURE, 0)["weight"])
+    with pytest.raises(TilewrightError, match="tune with --batch-invariant"):
+        prepare(weight, stage="down", top_k=2, database=database, batch_invariant=True)
+    with pytest.raises(TilewrightError, match="cannot be served batch-invariantly"):
+        prepare(weight, stage="down", top_k=2, database=tmp_path / "none.db", batch_invariant=True)
