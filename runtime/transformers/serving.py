@@ -117,7 +117,9 @@ def experts_forward(module: nn.Module, x: Tensor, topk_ids: Tensor, topk_weights
 
 
 def _wants_gradients(module: nn.Module, x: Tensor) -> bool:
-    return module.training or (torch.is_grad_enabled() and x.requires_grad)
+    if module.training:
+        return True
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
 
 
 def _run(layer: Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
