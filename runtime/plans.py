@@ -114,15 +114,18 @@ def resolve(
     return Resolution(signature, device_key, database, plan, ranges)
 
 
-def is_planned(signature: Signature, database: Database | None) -> bool:
-    """Whether the database holds a plan for ``signature`` on this machine; False, too, where it cannot be read."""
+def is_planned(signature: Signature, database: Database | None, max_error: float = math.inf) -> bool:
+    """Whether the database holds a plan for ``signature`` on this machine, of at most ``max_error``.
+
+    False, too, where it cannot be read.
+    """
     try:
         plans = Reader.open(os.fspath(default_url() if database is None else database)).plans_for(
             signature.op, signature.key
         )
     except TilewrightError:
         return False
-    return any(plan.device_key == read_cpu_info().key for plan in plans)
+    return any(plan.device_key == read_cpu_info().key and plan.error <= max_error for plan in plans)
 
 
 def _batch_invariant(plans: Sequence[PlanRecord]) -> list[PlanRecord]:
