@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from tilewright.codegen.cpu_info import CpuInfo, read_cpu_info
@@ -53,7 +53,7 @@ class GpuArch(Arch):
     capabilities: frozenset[str]
     """What templates ask for: ``tma``, ``tma_gather``, ``warp_specialize``, ``wgmma``, ``tcgen05``, ``fp8_mma``,
     ``fp8_fnuz`` (its e4m3 is AMD's own), ``dot_scaled`` (block scales in the matrix unit), ``async_copy``."""
-    mma: Mapping[str, str]
+    mma: Mapping[str, str] = field(hash=False)
     """What the name of the matrix instruction begins with in the disassembly, by type of the operands."""
     smem_bytes_per_block: int
     """Most shared memory of one block, opted in to where that is needed."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tilewright.codegen.precisions import LOSSLESS, Precision, find_precision
+
+_SCALE_ALIGNMENT = 256
+"""Of the address of scales behind elements: what GPU allocators align to."""
 
 
 @dataclass(frozen=True)
@@ -60,3 +64,77 @@ class WeightLayout:
         """Layout from its JSON form; one without a precision has a ``dtype`` instead, which was always fp32."""
         own = {name: value for name, value in fields.items() if name not in ("dtype", "scales")}
         return cls(**{"precision": fields.get("dtype", LOSSLESS), **own})
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Weights [experts, n, k] as GPU kernels read them: rows of elements as the op declares them, then all scales.
+
+    The elements of a row lie in order of k, row after row. Two elements of 4 bits share a byte: steps k and k + 16 of
+    32 (``runs``), so that a kernel takes the halves of a tile as two tiles without a shuffle, or steps k and k + 1
+    (``pairs``), as block-scaled matrix units take them; the first in the lower half.
+
+    Scales begin at the next multiple of 256 bytes: fp32 [experts] (``tensor``), fp32 [experts, n] (``channel``),
+    [experts, groups of k, n] for groups that a kernel multiplies with itself (int8: fp32, int4: a word of two bf16, the
+    scale in the lower half, mxfp4: e8m0), e8m0 [experts, n, groups of k] for ``pairs``, or fp32 [experts,
+    ceil(k / 128), ceil(n / 128)] (``block``).
+
+    Raises:
+        TilewrightError: for a precision that this release does not know.
+
+    """
+
+    precision: str
+    nibbles: Literal["none", "runs", "pairs"] = "none"
+    form: Literal["rows"] = "rows"
+    """Tells its JSON from a :class:`WeightLayout`'s."""
+
+    def __post_init__(self) -> None:
+        find_precision(self.precision)
+
+    @property
+    def stored(self) -> Precision:
+        """What :attr:`precision` means."""
+        return find_precision(self.precision)
+
+    @property
+    def key(self) -> str:
+        """Short name; equal keys mean the same bytes."""
+        return f"rows_{self.precision}" + (f"_{self.nibbles}" if self.nibbles != "none" else "")
+
+    def element_bytes(self, experts: int, n: int, k: int) -> int:
+        """Bytes of all elements."""
+        return experts * n * k * self.stored.bits // 8
+
+    def scale_shape(self, experts: int, n: int, k: int) -> tuple[int, ...]:
+        """Shape of the scales; empty without any."""
+        scales = self.stored.scales
+        if scales is None:
+            return ()
+        match scales.granularity:
+            case "tensor":
+                return (experts,)
+            case "channel":
+                return (experts, n)
+            case "block":
+                return (experts, -(-k // scales.group), -(-n // scales.group))
+            case _:
+                groups = k // scales.group
+                return (experts, n, groups) if self.nibbles == "pairs" else (experts, groups, n)
+
+    def scale_offset(self, experts: int, n: int, k: int) -> int:
+        """Where the scales begin, in bytes."""
+        return -(-self.element_bytes(experts, n, k) // _SCALE_ALIGNMENT) * _SCALE_ALIGNMENT
+
+    def packed_bytes(self, experts: int, n: int, k: int) -> int:
+        """Bytes of elements and scales together."""
+        scales = self.stored.scales
+        if scales is None:
+            return self.element_bytes(experts, n, k)
+        itemsize = 1 if scales.dtype == "e8m0" else 4
+        return self.scale_offset(experts, n, k) + itemsize * math.prod(self.scale_shape(experts, n, k))
+
+
+def layout_from_dict(fields: Mapping[str, Any]) -> WeightLayout | RowLayout:
+    """Layout of either kind from its JSON form."""
+    return RowLayout(**fields) if fields.get("form") == "rows" else WeightLayout.from_dict(fields)

@@ -75,7 +75,8 @@ _FAMILIES = {
 _UNKNOWN_FAMILY = _Family()
 
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_TOP_K_KEYS = ("num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_topk", "moe_top_k")
+TOP_K_KEYS = ("num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_topk", "moe_top_k")
+"""Where configs say how many experts a token picks."""
 
 
 def shape_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def shape_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "experts": _experts(fields),
         "hidden": hidden,
         "inter": fields.size(*family.width_keys),
-        "top_k": fields.size(*_TOP_K_KEYS),
+        "top_k": fields.size(*TOP_K_KEYS),
         "activation": _activation(fields, family),
         "expert_bias": family.expert_bias,
         "scoring": _scoring(fields, family),

@@ -1,8 +1,10 @@
 """Precisions that weights are stored in: elements of few bits, and the scales that they share.
 
-Sums and activations stay fp32 throughout, so a precision says what is read from memory. Elements lie in words of 32
-bits, the same column's consecutive steps of k in one word, the first in the lowest bits: a kernel takes them apart
-with shifts, on any instruction set.
+On CPUs sums and activations stay fp32 throughout, so a precision says what is read from memory. Elements lie in words
+of 32 bits, the same column's consecutive steps of k in one word, the first in the lowest bits: a kernel takes them
+apart with shifts, on any instruction set. On GPUs they lie row by row (codegen/layouts.py, ``RowLayout``), weights are
+at most as exact as the signature's dtype, and some precisions round the activations, too, so that both sides of the
+product go to the matrix unit as they are.
 
 * ``bf16``: the upper half of an fp32, rounded to nearest even.
 * ``int8``: ``scale * q``, q in [-127, 127], the scale being max |w| / 127.
@@ -26,18 +28,20 @@ WORD_BITS = 32
 LOSSLESS = "fp32"
 """The precision of the weights as the op declares them."""
 
-_ELEMENT_BITS = {"fp32": 32, "bf16": 16, "int8": 8, "fp8_e4m3": 8, "int4": 4, "fp4_e2m1": 4}
+_ELEMENT_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "fp8_e4m3": 8, "int4": 4, "fp4_e2m1": 4}
 _GROUPS_PER_WORD = {"fp32": 1, "bf16_pair": 1, "e8m0": 4}
 """Groups whose scales share a word: an fp32 scale, a bf16 scale (low half) and offset, four exponents."""
 
 
 @dataclass(frozen=True)
 class ScaleSpec:
-    """Scales of quantised weights, along k."""
+    """Scales of quantised weights or activations, along k."""
 
     dtype: str
     """``fp32``, ``bf16_pair`` (scale and offset) or ``e8m0``."""
-    granularity: Literal["channel", "group"]
+    granularity: Literal["tensor", "channel", "group", "block"]
+    """What shares a scale: the weights of an expert (all activations), a row, ``group`` steps of k of a row, or a
+    square of ``group`` rows and steps."""
     group: int = 0
     """Steps of k that share a scale; 0: all of them."""
 
@@ -54,6 +58,9 @@ class Precision:
     name: str
     dtype: str
     scales: ScaleSpec | None = None
+    x_dtype: str = ""
+    """What activations are rounded to before the product; empty: they are taken as they come."""
+    x_scales: ScaleSpec | None = None
 
     @property
     def bits(self) -> int:
@@ -64,6 +71,11 @@ class Precision:
     def steps(self) -> int:
         """Steps of k in a word."""
         return WORD_BITS // self.bits
+
+    @property
+    def lossless_for(self) -> str:
+        """Dtype of weights that are stored without loss: its own name, for elements without scales."""
+        return "" if self.scales else self.name
 
     @property
     def quantised(self) -> bool:
@@ -101,19 +113,41 @@ def _groups(dtype: str, scale_dtype: str) -> list[Precision]:
     return [Precision(f"{dtype}g{g}", dtype, ScaleSpec(scale_dtype, "group", g)) for g in (128, 64, 32)]
 
 
-PRECISIONS: dict[str, Precision] = {
-    precision.name: precision
-    for precision in (
-        Precision(LOSSLESS, "fp32"),
-        Precision("bf16", "bf16"),
-        Precision("int8", "int8", ScaleSpec("fp32", "channel")),
-        *_groups("int8", "fp32"),
-        Precision("fp8_e4m3", "fp8_e4m3", ScaleSpec("fp32", "channel")),
-        *_groups("int4", "bf16_pair"),
-        Precision("mxfp4", "fp4_e2m1", ScaleSpec("e8m0", "group", 32)),
-    )
-}
-"""By name, the most exact first."""
+_FP8 = "fp8_e4m3"
+
+_CPU = (
+    Precision(LOSSLESS, "fp32"),
+    Precision("bf16", "bf16"),
+    Precision("int8", "int8", ScaleSpec("fp32", "channel")),
+    *_groups("int8", "fp32"),
+    Precision("fp8_e4m3", "fp8_e4m3", ScaleSpec("fp32", "channel")),
+    *_groups("int4", "bf16_pair"),
+    Precision("mxfp4", "fp4_e2m1", ScaleSpec("e8m0", "group", 32)),
+)
+_GPU_ONLY = (
+    Precision("fp16", "fp16"),
+    Precision(
+        "fp8_e4m3_block128",
+        _FP8,
+        ScaleSpec("fp32", "block", 128),
+        x_dtype=_FP8,
+        x_scales=ScaleSpec("fp32", "group", 128),
+    ),
+    Precision(
+        "fp8_e4m3_token", _FP8, ScaleSpec("fp32", "channel"), x_dtype=_FP8, x_scales=ScaleSpec("fp32", "channel")
+    ),
+    Precision("fp8_e4m3_tensor", _FP8, ScaleSpec("fp32", "tensor"), x_dtype=_FP8, x_scales=ScaleSpec("fp32", "tensor")),
+    Precision(
+        "mxfp4_a8", "fp4_e2m1", ScaleSpec("e8m0", "group", 32), x_dtype=_FP8, x_scales=ScaleSpec("e8m0", "group", 32)
+    ),
+)
+
+PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in (*_CPU, *_GPU_ONLY)}
+"""By name: those that CPU kernels know, the most exact first, then those that only GPU kernels do."""
+
+CPU_PRECISIONS = tuple(precision.name for precision in _CPU)
+GPU_PRECISIONS = tuple(name for name in PRECISIONS if name not in (LOSSLESS, _FP8))
+"""Those that weights of GPU kernels are stored in; ``bf16`` and ``fp16`` are lossless for signatures of that dtype."""
 
 
 def find_precision(name: str) -> Precision:

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from tilewright.codegen.expressions import IntExpr
-from tilewright.codegen.layouts import WeightLayout
+from tilewright.codegen.layouts import RowLayout, WeightLayout, layout_from_dict
 from tilewright.codegen.precisions import LOSSLESS
+from tilewright.errors import TilewrightError
 
 ABI_VERSION = 1
 """Of the C entry point that a ``host_so`` artifact exports (templates/shared/abi.jinja); the runtime refuses others."""
@@ -45,11 +46,16 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Argument:
-    """One 8-byte argument of an entry: the address of a tensor or of the workspace, or the value of an expression."""
+    """One argument of an entry: the address of a tensor or of the workspace, or the value of an expression.
 
-    kind: Literal["tensor", "workspace", "size"]
+    Of ``host_so`` artifacts all take 8 bytes; of GPU artifacts a size takes what the entry declares.
+    """
+
+    kind: Literal["tensor", "workspace", "size", "scales"]
+    """``scales``: those of the packed weight, behind its elements."""
     source: str = ""
-    """Tensor name for ``tensor`` (0 when it is optional and absent), :class:`IntExpr` text for ``size``."""
+    """Tensor name for ``tensor`` (0 when it is optional and absent), :class:`IntExpr` text for ``size``, and for
+    ``workspace`` and ``scales`` that of an offset in bytes (empty: 0)."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Guard:
-    """A property that was compiled in: ``expression`` must be a multiple of ``multiple`` at dispatch."""
+    """A property that was compiled in: ``expression`` must be a multiple of ``multiple`` at dispatch.
+
+    In an expression the name of a tensor, or ``workspace``, stands for its address.
+    """
 
     expression: str
     multiple: int
@@ -90,10 +99,24 @@ class Recipe:
     workspace_bytes: str = "0"
     workspace_zeroed: bool = False
     guards: tuple[Guard, ...] = ()
-    weight_layout: WeightLayout | None = None
+    weight_layout: WeightLayout | RowLayout | None = None
     """Layout in which the weight tensor [experts, n, k] is passed; None: as the op declares it."""
     abi_version: int = ABI_VERSION
     format_version: int = field(default=1)
+
+    @property
+    def panels(self) -> WeightLayout | None:
+        """The layout of a kernel that CPUs call; None: weights are passed as the op declares them.
+
+        Raises:
+            TilewrightError: for a GPU kernel's.
+
+        """
+        if isinstance(self.weight_layout, RowLayout):
+            raise TilewrightError(
+                f"weights in the layout {self.weight_layout.key} are for GPU kernels; tune for this CPU"
+            )
+        return self.weight_layout
 
     @property
     def precision(self) -> str:
@@ -141,7 +164,7 @@ class Recipe:
             workspace_bytes=data["workspace_bytes"],
             workspace_zeroed=data["workspace_zeroed"],
             guards=tuple(Guard(**g) for g in data["guards"]),
-            weight_layout=None if layout is None else WeightLayout.from_dict(layout),
+            weight_layout=None if layout is None else layout_from_dict(layout),
             abi_version=data["abi_version"],
             format_version=data["format_version"],
         )

@@ -53,4 +53,7 @@ def render(template: Template[Any], signature: Signature, config: Config, arch: 
         for text in (made_by, signature.describe(), knobs)
         for line in textwrap.wrap(text, 117, break_long_words=False, break_on_hyphens=False)
     ]
-    return re.sub(r"\n{3,}", "\n\n", "".join(head) + body.lstrip("\n"))
+    source = re.sub(r"\n{3,}", "\n\n", "".join(head) + body.lstrip("\n"))
+    if template.language == "triton":
+        source = re.sub(r"\n+(@triton\.jit\n)", r"\n\n\n\1", source).rstrip("\n") + "\n"
+    return source

@@ -16,8 +16,10 @@ from tilewright.runtime.calls import softmax_topk_into, sort_tokens_into
 from tilewright.runtime.explanation import Explanation
 from tilewright.runtime.gate import Gate
 from tilewright.runtime.gemm import prepare
+from tilewright.runtime.handles import held, hold
 from tilewright.runtime.plain_torch import spare_torch_threads
 from tilewright.runtime.plans import Database, is_planned
+from tilewright.runtime.torch_ops import define_operator
 from tilewright.runtime.weights import checked_weight
 
 _REMEMBERED_SIZES = 64
@@ -110,6 +112,7 @@ class Experts:
         # A gate's plan may compute the same weights in several orders.
         self.gate = None if batch_invariant else self._tuned_gate(threads, database)
         self._local = threading.local()
+        self.handle = hold(self)
 
     def __call__(self, x: Tensor, router_logits: Tensor, out: Tensor | None = None) -> Tensor:
         """Route by ``router_logits`` and compute.
@@ -128,6 +131,8 @@ class Experts:
                 f"this rank holds {self.experts} of {self.all_experts} experts and cannot route by itself; "
                 "choose experts over all ranks and call run(x, topk_ids, topk_weights) with -1 for those of others"
             )
+        if torch.compiler.is_compiling():
+            return _into(out, torch.ops.tilewright.expert_ffn(x, router_logits, self.handle))
         logits = _rows(router_logits, self.experts, "router_logits", "experts")
         buffers = self._buffers(logits.shape[0])
         if self.gate is None:
@@ -156,6 +161,8 @@ class Experts:
             TilewrightError: for tensors that do not fit, an expert id out of range, and weights that are not finite.
 
         """
+        if torch.compiler.is_compiling():
+            return _into(out, torch.ops.tilewright.routed_experts(x, topk_ids, topk_weights, self.handle))
         ids = _rows(topk_ids, self.top_k, "topk_ids", "top_k")
         return self._compute(x, ids, _rows(topk_weights, self.top_k, "topk_weights", "top_k"), out)
 
@@ -165,9 +172,18 @@ class Experts:
         buffers: _Buffers | None = getattr(self._local, "buffers", None)
         return self.up.memory_bytes + self.down.memory_bytes + (0 if buffers is None else buffers.nbytes)
 
+    def weights(self) -> dict[str, Tensor]:
+        """``w_up`` and ``w_down``; see :meth:`tilewright.runtime.PreparedCall.weights`."""
+        return {"w_up": self.up.weights()["weight"], "w_down": self.down.weights()["weight"]}
+
     def explain(self) -> tuple[Explanation, Explanation]:
         """What serves ``up`` and ``down``; see :meth:`tilewright.runtime.PreparedGemm.explain`."""
         return self.up.explain(), self.down.explain()
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether a tuned kernel serves some size of either stage."""
+        return self.up.is_tuned or self.down.is_tuned
 
     def _tuned_gate(self, threads: int | None, database: Database | None) -> Gate | None:
         """What routes and sorts at once, where it was tuned for; else the runtime's own softmax and sort do."""
@@ -296,3 +312,20 @@ def _rows(tensor: Tensor, columns: int, name: str, last: str) -> Tensor:
         return tensor
     spare_torch_threads()
     return tensor.reshape(-1, columns).contiguous()
+
+
+def _into(out: Tensor | None, result: Tensor) -> Tensor:
+    """``result``, copied to ``out`` where one was passed: operators write no argument."""
+    return result if out is None else out.copy_(result)
+
+
+define_operator(
+    "expert_ffn(Tensor x, Tensor router_logits, int handle) -> Tensor",
+    compute=lambda x, router_logits, handle: held(handle, Experts)(x, router_logits),
+    fake=lambda x, _router_logits, _handle: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+define_operator(
+    "routed_experts(Tensor x, Tensor topk_ids, Tensor topk_weights, int handle) -> Tensor",
+    compute=lambda x, topk_ids, topk_weights, handle: held(handle, Experts).run(x, topk_ids, topk_weights),
+    fake=lambda x, _topk_ids, _topk_weights, _handle: torch.empty_like(x, memory_format=torch.contiguous_format),
+)

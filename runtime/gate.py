@@ -9,9 +9,11 @@ from torch import Tensor
 
 from tilewright.codegen.ops.gating_signature import GatingSignature, Order, Score
 from tilewright.errors import TilewrightError
+from tilewright.runtime.handles import held
 from tilewright.runtime.ops.gating import checked_bias
 from tilewright.runtime.plans import Database
 from tilewright.runtime.prepared import PreparedCall
+from tilewright.runtime.torch_ops import define_operator
 
 
 class Gated(NamedTuple):
@@ -92,12 +94,14 @@ class Gate(PreparedCall):
             TilewrightError: for tensors that do not fit, and logits without a softmax: NaN, +inf, or nothing but -inf.
 
         """
-        passed = tensors if len(tensors) > 1 else (*tensors, *self._outputs(*tensors))
+        if torch.compiler.is_compiling() and len(tensors) == 1:
+            return Gated(*torch.ops.tilewright.gate(*tensors, self.handle))
+        passed = tensors if len(tensors) > 1 else (*tensors, *self.outputs(*tensors))
         gated = Gated(*self.call(*passed))
         return gated if gated.row_token is None else gated._replace(row_token=gated.row_token.view(-1))
 
-    def _outputs(self, logits: Tensor) -> list[Tensor]:
-        """New outputs for ``logits``."""
+    def outputs(self, logits: Tensor) -> list[Tensor]:
+        """New outputs for ``logits``, as ``call`` takes them."""
         signature = self.signature
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             found = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else f"type {type(logits).__name__}"
@@ -114,3 +118,18 @@ class Gate(PreparedCall):
             padded = signature.padded_rows(tokens)
             shapes += [(padded,), (padded // signature.block_size,), (1,)]
         return [ids, weights, *(torch.empty(shape, dtype=torch.int32) for shape in shapes)]
+
+
+def _gate(logits: Tensor, handle: int) -> list[Tensor]:
+    """The fields of :class:`Gated` that the gate's order makes."""
+    return [output for output in held(handle, Gate)(logits) if output is not None]
+
+
+def _fake_gate(logits: Tensor, handle: int) -> list[Tensor]:
+    outputs = held(handle, Gate).outputs(logits)
+    return [output.view(-1) if place == _ROW_TOKEN else output for place, output in enumerate(outputs)]
+
+
+_ROW_TOKEN = Gated._fields.index("row_token")
+
+define_operator("gate(Tensor logits, int handle) -> Tensor[]", compute=_gate, fake=_fake_gate)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tilewright.codegen.recipe import Argument, TensorSpec
+from tilewright.errors import TilewrightError
 from tilewright.runtime.binding import THREADS, Binding, CallVariant
 from tilewright.runtime.pure import PureCall
 
@@ -91,3 +92,5 @@ def _argument(binding: Binding, argument: Argument) -> tuple[int, int, tuple[int
                 return _ADDRESS, binding.addresses[argument.source], ()
             positions = [spec.name for spec in binding.positional]
             return _POSITIONAL, positions.index(argument.source), ()
+        case "scales":
+            raise TilewrightError("a kernel that takes scales by themselves is for GPUs; tune for this CPU")

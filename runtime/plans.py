@@ -70,7 +70,7 @@ class Resolution:
     @property
     def layout(self) -> WeightLayout | None:
         """The layout that every served kernel takes its weight in; None: as declared."""
-        return self.kernels[0].recipe.weight_layout if self.kernels else None
+        return self.kernels[0].recipe.panels if self.kernels else None
 
 
 def resolve(
@@ -114,15 +114,18 @@ def resolve(
     return Resolution(signature, device_key, database, plan, ranges)
 
 
-def is_planned(signature: Signature, database: Database | None) -> bool:
-    """Whether the database holds a plan for ``signature`` on this machine; False, too, where it cannot be read."""
+def is_planned(signature: Signature, database: Database | None, max_error: float = math.inf) -> bool:
+    """Whether the database holds a plan for ``signature`` on this machine, of at most ``max_error``.
+
+    False, too, where it cannot be read.
+    """
     try:
         plans = Reader.open(os.fspath(default_url() if database is None else database)).plans_for(
             signature.op, signature.key
         )
     except TilewrightError:
         return False
-    return any(plan.device_key == read_cpu_info().key for plan in plans)
+    return any(plan.device_key == read_cpu_info().key and plan.error <= max_error for plan in plans)
 
 
 def _batch_invariant(plans: Sequence[PlanRecord]) -> list[PlanRecord]:
@@ -175,7 +178,7 @@ def _load_ranges(reader: Reader, plan: PlanRecord, signature: Signature) -> tupl
         if entry.kernel_key is not None:
             try:
                 kernel = _load_kernel(reader, entry.kernel_key, signature)
-                layouts.append(kernel.recipe.weight_layout)
+                layouts.append(kernel.recipe.panels)
                 _require_one_layout(layouts, kernel)
             except TilewrightError as error:
                 kernel, why_torch = None, str(error)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.precisions import LOSSLESS
 from tilewright.errors import TilewrightError
 from tilewright.runtime.calls import BoundCall, CallVariant, bind_call
 from tilewright.runtime.explanation import Explanation, MemoryUse
+from tilewright.runtime.handles import hold
 from tilewright.runtime.locks import fork_safe_lock
 from tilewright.runtime.ops import served_op
 from tilewright.runtime.plain_torch import spare_torch_threads
@@ -31,16 +33,24 @@ class PreparedCall:
     which a microsecond counts. Values are those that the weights had when they were prepared.
     """
 
-    __slots__ = ("__weakref__", "_memory", "_resolution", "call", "signature", "threads")
+    __slots__ = ("__weakref__", "_memory", "_resolution", "_weights", "call", "handle", "signature", "threads")
 
     def __init__(
-        self, signature: Signature, threads: int, call: BoundCall, resolution: Resolution, memory: MemoryUse
+        self,
+        signature: Signature,
+        threads: int,
+        call: BoundCall,
+        resolution: Resolution,
+        memory: MemoryUse,
+        weights: Callable[[], Mapping[str, Tensor]],
     ) -> None:
         self.signature = signature
         self.threads = threads
         self.call = call
         self._resolution = resolution
         self._memory = memory
+        self._weights = weights
+        self.handle = hold(self)
         with _listing:
             _live.add(self)
 
@@ -97,7 +107,7 @@ class PreparedCall:
             name=signature.title,
         )
         memory = MemoryUse(signature.describe(), bound.copied_bytes, bound.weight_bytes)
-        return cls(signature, threads, call, resolution, memory)
+        return cls(signature, threads, call, resolution, memory, bound.declared)
 
     def __call__(self, *tensors: Any) -> Any:
         """Compute into the outputs and return them."""
@@ -112,6 +122,24 @@ class PreparedCall:
     def memory(self) -> MemoryUse:
         """Line of :func:`tilewright.runtime.memory_report`."""
         return self._memory
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Weights as the op declares them, in fp32: those that were passed, where they were kept.
+
+        Else they are unpacked into new tensors, with the values that kernels compute with.
+        """
+        return self._weights()
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether a tuned kernel serves some size."""
+        return bool(self._resolution.kernels)
+
+    @property
+    def precision(self) -> str:
+        """What the weights are stored in."""
+        layout = self._resolution.layout
+        return LOSSLESS if layout is None else layout.precision
 
     def explain(self) -> Explanation:
         """Which kernel serves which sizes, on what evidence, and where torch does and why."""

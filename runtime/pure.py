@@ -233,6 +233,8 @@ def _argument(argument: Argument, addresses: dict[str, int], workspace: int, siz
             return workspace
         case "size":
             return expression(argument.source).evaluate(sizes)
+        case "scales":
+            raise TilewrightError("a kernel that takes scales by themselves is for GPUs; tune for this CPU")
 
 
 def _wrong_values(

@@ -36,7 +36,7 @@ def quantise(weights: _Floats, precision: Precision) -> _Words:
     """Words [n, rows] of ``weights`` [n, k], all of which are :func:`quantisable`; row by row as a panel holds them."""
     n, k = weights.shape
     group, groups, rows = precision.group(k), precision.groups(k), precision.group_rows(k)
-    codes, scales = _ENCODERS[precision.dtype](np.ascontiguousarray(weights).reshape(n, groups, group))
+    codes, scales = encode(np.ascontiguousarray(weights).reshape(n, groups, group), precision.dtype)
     padded = np.zeros((n, groups, rows * precision.steps), np.uint32)
     padded[:, :, :group] = codes
     shifts = np.arange(precision.steps, dtype=np.uint32) * np.uint32(precision.bits)
@@ -52,6 +52,11 @@ def quantise(weights: _Floats, precision: Precision) -> _Words:
             out[:, at] |= scales[:, first + place] << np.uint32(32 // per_row * place)
         out[:, at + 1 : at + 1 + here * rows] = words[:, first : first + here].reshape(n, here * rows)
     return out
+
+
+def encode(groups: _Floats, dtype: str) -> tuple[_Words, _Words]:
+    """Codes [n, groups, group] of elements of type ``dtype``, and the bits of the scale of each group [n, groups]."""
+    return _ENCODERS[dtype](groups)
 
 
 def _nearest_bf16(bits: _Words) -> _Words:

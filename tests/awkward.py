@@ -18,7 +18,7 @@ from tilewright.codegen.ops.attention_signature import AttentionSignature as Att
 from tilewright.codegen.ops.base import Arrays, Problem, Template
 from tilewright.codegen.ops.gating import GatingProblem
 from tilewright.codegen.ops.gating_signature import GatingSignature as Gating
-from tilewright.codegen.ops.moe_gemm import MoeGemmProblem
+from tilewright.codegen.ops.moe_gemm_problem import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature as MoeGemm
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.precisions import LOSSLESS, Precision, find_precision

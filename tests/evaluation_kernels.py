@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.ops.moe_gemm import MoeGemm, MoeGemmProblem
+from tilewright.codegen.ops.moe_gemm import MoeGemm
+from tilewright.codegen.ops.moe_gemm_problem import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.recipe import ABI_VERSION, Argument, Guard, Launch, Recipe
 from tilewright.codegen.routing import RoutingSpec

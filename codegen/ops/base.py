@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tilewright.codegen.archs import Arch
 from tilewright.codegen.building.entry import EntrySpec
-from tilewright.codegen.layouts import WeightLayout
+from tilewright.codegen.layouts import RowLayout, WeightLayout
 from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops.signature import Signature, stable_key
 from tilewright.codegen.precisions import LOSSLESS, PRECISIONS
@@ -92,7 +92,7 @@ class Template(Generic[S]):
     """Families of archs that it is for."""
     space: Callable[..., Space]
     """``space(signature, arch)``; with :attr:`precisions` also ``space(signature, arch, some of them)``."""
-    layout: Callable[[S, Config, Any], WeightLayout | None]
+    layout: Callable[[S, Config, Any], WeightLayout | RowLayout | None]
     """Weight layout that a config's kernel reads; None for an op without packed weights."""
     recipe: Callable[[S, Config, Any], Recipe]
     context: Callable[[S, Config, Any], dict[str, Any]]
@@ -103,11 +103,18 @@ class Template(Generic[S]):
     """Knobs whose values tell its kernels apart in a table, beside the template's name."""
     precisions: tuple[str, ...] = ()
     """That it can read weights in (codegen/precisions.py); empty: only as the op declares them."""
+    dtypes: tuple[str, ...] = (LOSSLESS,)
+    """Of activations that it computes with."""
+    exclusion: Callable[[str, Arch], str | None] = lambda _precision, _arch: None
+    """``exclusion(precision, arch)``: why it cannot read weights in a precision there, in words; None: it can."""
     order: Callable[[S, Config, Any], str | None] = _no_fixed_order
     """Name of the order in which a config's kernel adds up. Kernels of one order, whatever their templates, give a
     token the same bits, on any number of threads and whatever else is in the batch. None: not so, or not known."""
     entries: Callable[[S, Config, Any], tuple[EntrySpec, ...]] | None = None
     """What the builder has to know of every entry point, in the order of the recipe's launches; None for ``cpp``."""
+    emulated_problems: Callable[[S, Config, Any], tuple[Problem, ...]] | None = None
+    """``emulated_problems(signature, config, arch)``: small problems of signatures of the same kind, with sizes that
+    divide tiles or not as this one's do, on which an interpreter runs a config; None where none can."""
     work: Callable[[S, Config, Any, Any], tuple[LaunchWork, ...]] | None = None
     """``work(signature, config, arch, problem)``: what every launch has to do; None where kernels are only measured."""
 
@@ -190,6 +197,10 @@ class OpDeclaration(ABC, Generic[S, P]):
     def inputs(self, problem: P, seed: int) -> Arrays:
         """Realistic tensors of the other inputs; the same for the same seed."""
 
+    def rounded_inputs(self, signature: S, inputs: Arrays, precision: str) -> Arrays:  # noqa: ARG002
+        """``inputs`` with the values that kernels of ``precision`` compute with, where it rounds activations, too."""
+        return inputs
+
     @abstractmethod
     def reference(self, signature: S, weights: Arrays, inputs: Arrays) -> Arrays:
         """Every output by name, in the shape of its tensor: floats in float64, integers as they must be."""
@@ -212,13 +223,28 @@ class OpDeclaration(ABC, Generic[S, P]):
 
     def precisions(self, signature: S) -> dict[str, str | None]:
         """Precisions that some template can read weights in; each with why this signature's cannot be stored so."""
-        names = dict.fromkeys(name for template in self.templates for name in template.precisions)
         weight = packable(self.tensors(signature))
-        return {name: PRECISIONS[name].refusal(int(weight.dims[2])) for name in names} if weight else {}
+        if weight is None:
+            return {}
+        templates = [template for template in self.templates if weight.dtype in template.dtypes]
+        names = dict.fromkeys(name for template in templates for name in template.precisions)
+        floats = {name for t in self.templates for name in t.dtypes} - {LOSSLESS}
+        # bf16 says "as they are" of a signature in bf16, "rounded" of one in fp32, and nothing of one in fp16.
+        other = floats - {weight.dtype} if weight.dtype != LOSSLESS else set()
+        return {name: PRECISIONS[name].refusal(int(weight.dims[2])) for name in names if name not in other}
+
+    def lossless(self, signature: S) -> str:
+        """The precision in which the weights are stored as the op declares them."""
+        weight = packable(self.tensors(signature))
+        return weight.dtype if weight else LOSSLESS
 
     def templates_for(self, signature: S, arch: Arch) -> tuple[Template[Any], ...]:
         """Templates for ``arch`` that can compute ``signature``."""
-        return tuple(t for t in self.templates if arch.family in t.families and t.applies(signature, arch))
+        weight = packable(self.tensors(signature))
+        dtype = weight.dtype if weight else LOSSLESS
+        return tuple(
+            t for t in self.templates if arch.family in t.families and dtype in t.dtypes and t.applies(signature, arch)
+        )
 
     def space(
         self, signature: S, arch: Arch, templates: Collection[str] = (), precisions: Sequence[str] = (LOSSLESS,)
@@ -227,19 +253,27 @@ class OpDeclaration(ABC, Generic[S, P]):
 
         ``templates`` restricts it to those, by their full names. Knobs stay those of all templates, so that a config
         is the same config in the whole space and in a part of it. ``precisions`` are what weights may be stored in; a
-        knob of the templates that know several.
+        knob of the templates that know several. :data:`LOSSLESS` means :meth:`lossless` there.
 
         Raises:
-            TilewrightError: when no template stores the signature's weights in one of ``precisions``.
+            TilewrightError: when no template stores the signature's weights in one of ``precisions`` on ``arch``.
 
         """
-        spaces = {}
+        asked = dict.fromkeys(self.lossless(signature) if name == LOSSLESS else name for name in precisions)
+        spaces, reasons = {}, []
         for template in self.templates_for(signature, arch):
-            known = tuple(name for name in precisions if name in (template.precisions or (LOSSLESS,)))
+            excluded = {name: template.exclusion(name, arch) for name in asked if name in template.precisions}
+            reasons += [f"precision {name}: {reason}" for name, reason in excluded.items() if reason]
+            known = tuple(
+                name for name in asked if name in (template.precisions or (LOSSLESS,)) and not excluded.get(name)
+            )
             if known:
                 spaces[template.name] = (
                     template.space(signature, arch, known) if template.precisions else template.space(signature, arch)
                 )
+        if not spaces:
+            why = reasons[0] if reasons else f"no template computes {signature.describe()} in {', '.join(asked)}"
+            raise TilewrightError(f"{self.name} cannot be generated for {arch.name} so: {why}")
         union = Space.union(spaces)
         return union.of_templates(templates) if templates else union
 

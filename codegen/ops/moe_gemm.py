@@ -12,26 +12,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from tilewright.codegen.activation_rounding import round_activations
 from tilewright.codegen.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
-from tilewright.codegen.archs import Arch, CpuArch
+from tilewright.codegen.archs import Arch, CpuArch, GpuArch
 from tilewright.codegen.cpu_info import usable_cores
+from tilewright.codegen.dtypes import ITEMSIZE, round_to
 from tilewright.codegen.models import ModelShape
-from tilewright.codegen.ops import moe_gemm_cpu
-from tilewright.codegen.ops.base import Arrays, OpDeclaration, Problem, Template, Workload
+from tilewright.codegen.ops import moe_gemm_cpu, moe_gemm_triton
+from tilewright.codegen.ops.base import Arrays, OpDeclaration, Template, Workload
+from tilewright.codegen.ops.moe_gemm_problem import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.precisions import find_precision
 from tilewright.codegen.recorded_routing import read_recorded_ids
 from tilewright.codegen.routing import (
     RoutingSpec,
-    TokenOrder,
-    generate_topk_ids,
     generate_topk_weights,
-    sort_tokens,
 )
 from tilewright.codegen.space import Config
 from tilewright.errors import TilewrightError
@@ -39,57 +39,15 @@ from tilewright.errors import TilewrightError
 if TYPE_CHECKING:
     import torch
 
-MAX_TOKENS = 1 << 20
-
-
-@dataclass(frozen=True)
-class MoeGemmProblem(Problem):
-    """A signature with ``tokens`` tokens, routed as ``routing`` says over ``all_experts`` experts.
-
-    For ``plain``, which knows no tokens, they are rows. ``all_experts`` exceeds the signature's experts under expert
-    parallelism; choices that fall on other ranks make no row here.
-    """
-
-    signature: MoeGemmSignature
-    tokens: int
-    routing: RoutingSpec
-    all_experts: int
-
-    def __post_init__(self) -> None:
-        tokens, choices = self.tokens, self.all_experts
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= MAX_TOKENS:
-            raise TilewrightError(f"tokens={tokens!r} is impossible; give a whole number from 1 to {MAX_TOKENS}")
-        if not isinstance(choices, int) or isinstance(choices, bool) or choices < self.signature.experts:
-            raise TilewrightError(
-                f"all_experts={choices!r} is impossible; give at least the {self.signature.experts} of this rank"
-            )
-        if self.signature.top_k > choices:
-            raise TilewrightError(
-                f"top_k={self.signature.top_k} is impossible; a token cannot pick more than "
-                f"the {choices} experts there are"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON."""
-        return {
-            "signature": self.signature.to_dict(),
-            "tokens": self.tokens,
-            "routing": str(self.routing),
-            "all_experts": self.all_experts,
-        }
-
-    def order(self, seed: int) -> tuple[NDArray[np.int32], TokenOrder]:
-        """Chosen experts [tokens, top_k] and the order of rows that they make; the same for the same seed."""
-        topk_ids = generate_topk_ids(self.routing, self.tokens, self.all_experts, self.signature.top_k, seed)
-        local = np.where(topk_ids < self.signature.experts, topk_ids, -1).astype(np.int32)
-        return local, sort_tokens(local, self.signature.experts)
+_ROUNDING = {"fp32": 0.0, "bf16": 2.0**-8, "fp16": 2.0**-11}
+"""Half the distance between neighbours, relative to the lower of them."""
 
 
 class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
     """The declaration of moe_gemm."""
 
     name: ClassVar[str] = "moe_gemm"
-    templates: ClassVar[tuple[Template[Any], ...]] = moe_gemm_cpu.TEMPLATES
+    templates: ClassVar[tuple[Template[Any], ...]] = (*moe_gemm_cpu.TEMPLATES, *moe_gemm_triton.TEMPLATES)
     problem_example: ClassVar[str] = "experts=8,n=2048,k=1024,top_k=2"
 
     def signatures(self, model: ModelShape) -> tuple[MoeGemmSignature, ...]:
@@ -137,7 +95,8 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
     def weights(self, signature: MoeGemmSignature, seed: int) -> Arrays:
         """Normal weights scaled so that sums are of the inputs' magnitude, and a small bias.
 
-        Where sums are clamped, some have to be: three times larger, about one in a hundred lies beyond the limit.
+        As float32, holding values of the weights' dtype. Where sums are clamped, some have to be: three times larger,
+        about one in a hundred lies beyond the limit.
         """
         rows, k = signature.halves * signature.n, signature.k
         scale = k**-0.5 * (3 if signature.activation == "swiglu_clamped" else 1)
@@ -148,6 +107,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
             rng = np.random.Generator(np.random.SFC64(streams[expert]))
             rng.standard_normal(out=weight[expert], dtype=np.float32)
             weight[expert] *= np.float32(scale)
+            weight[expert] = round_to(weight[expert], signature.w_dtype)
 
         with ThreadPoolExecutor(usable_cores()) as pool:
             list(pool.map(fill, range(signature.experts)))
@@ -158,13 +118,13 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         return arrays
 
     def inputs(self, problem: MoeGemmProblem, seed: int) -> Arrays:
-        """Normal activations and routing as the problem's spec draws it."""
+        """Normal activations (float32, of the dtype's values) and routing as the problem's spec draws it."""
         signature = problem.signature
         topk_ids, order = problem.order(seed)
         rng = np.random.default_rng([seed, 3])
         x_rows = problem.tokens if signature.stage == "up" else len(order.row_token)
         arrays: Arrays = {
-            "x": rng.standard_normal((x_rows, signature.k), dtype=np.float32),
+            "x": round_to(rng.standard_normal((x_rows, signature.k), dtype=np.float32), signature.x_dtype),
             "expert_offsets": order.expert_offsets,
         }
         if signature.stage == "up":
@@ -173,6 +133,10 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
             arrays["slot_row"] = order.slot_row
             arrays["topk_weights"] = generate_topk_weights(topk_ids, seed)
         return arrays
+
+    def rounded_inputs(self, signature: MoeGemmSignature, inputs: Arrays, precision: str) -> Arrays:  # noqa: ARG002
+        """``inputs`` with the values that kernels of ``precision`` compute with, where it rounds activations, too."""
+        return {**inputs, "x": round_activations(inputs["x"], find_precision(precision))}
 
     def reference(self, signature: MoeGemmSignature, weights: Arrays, inputs: Arrays) -> Arrays:
         """The result in float64, computed by plain torch."""
@@ -202,12 +166,14 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         return {"out": torch.einsum("tj,tjn->tn", scale, picked).numpy()}
 
     def tolerance(self, signature: MoeGemmSignature) -> float:
-        """Fp32 sums of k terms in any order: the error grows like sqrt(k) rounding steps.
+        """Fp32 sums of k terms in any order: the error grows like sqrt(k) rounding steps. Then the output is rounded.
 
-        It is compared with the largest output; clamps hold that down, but not the error of a sum.
+        It is compared with the largest output; clamps hold that down, but not the error of a sum. Rows of ``down`` may
+        be rounded before they are added up, too.
         """
         clamped = 3.0 if signature.activation == "swiglu_clamped" else 1.0
-        return 2e-6 * clamped * max(1.0, math.sqrt(signature.k) / 16)
+        roundings = 2 if signature.stage == "down" else 1
+        return 2e-6 * clamped * max(1.0, math.sqrt(signature.k) / 16) + roundings * _ROUNDING[signature.out_dtype]
 
     def workload(self, problem: MoeGemmProblem, inputs: Arrays) -> Workload:
         """Two flops per multiply-add; every active expert's weights, the inputs and the output move once."""
@@ -216,8 +182,9 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         rows = int(counts.sum())
         columns = signature.halves * signature.n
         out_rows = problem.tokens if signature.stage == "down" else rows
-        elements = int((counts > 0).sum()) * columns * signature.k + inputs["x"].size + out_rows * signature.n
-        return Workload(flops=2.0 * rows * columns * signature.k, min_bytes=4.0 * elements)
+        elements = int((counts > 0).sum()) * columns * signature.k + inputs["x"].size
+        nbytes = ITEMSIZE[signature.x_dtype] * elements + ITEMSIZE[signature.out_dtype] * out_rows * signature.n
+        return Workload(flops=2.0 * rows * columns * signature.k, min_bytes=float(nbytes))
 
     def awkward_problems(self, signature: MoeGemmSignature) -> tuple[MoeGemmProblem, ...]:
         """One token (empty experts), odd counts of which other ranks compute a part, and one hot expert."""
@@ -231,7 +198,9 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         )
 
     def default_config(self, signature: MoeGemmSignature, arch: Arch) -> Config:
-        """A packed, cache-blocked GEMM with the register tile that textbooks give for the arch."""
+        """CPUs: a packed, cache-blocked GEMM with the register tile that textbooks give for the arch. GPUs: vLLM's."""
+        if isinstance(arch, GpuArch):
+            return moe_gemm_triton.default_config(signature, arch)
         assert isinstance(arch, CpuArch)
         return moe_gemm_cpu.default_config(signature, arch)
 

@@ -11,7 +11,7 @@ from tilewright.codegen.archs import CpuArch
 from tilewright.codegen.layouts import WeightLayout
 from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.precisions import LOSSLESS, PRECISIONS, Precision, find_precision
+from tilewright.codegen.precisions import CPU_PRECISIONS, LOSSLESS, Precision, find_precision
 from tilewright.codegen.recipe import Argument, Launch, Recipe, TensorSpec
 from tilewright.codegen.space import Config, Constraint, Parameter, Space, Value
 from tilewright.errors import TilewrightError
@@ -32,6 +32,9 @@ _STREAM_OPERANDS = 2
 _VECTORS = Parameter("vectors", (1, 2), "vectors in a row of a weight panel: the weight layout")
 _CHUNK = Parameter("chunk_groups", (1, 2, 4, 8), "groups of streams in a task: cache block in n, grain of the schedule")
 _SCHEDULE = Parameter("schedule", ("dynamic", "static"), "threads claim tasks one by one, or get equal shares")
+_CACHE_LINE = 64
+_SHORT_K = 1024
+"""Steps of k of which 384 rows take 1.5 MiB, as much as second caches of servers spare today."""
 _PREFETCH = Parameter("prefetch", (0, 16, 64), "software prefetch distance in rows of a weight panel; 0: none")
 _UNROLL = Parameter("unroll", (1, 4), "steps of k (rows of words, where weights are quantised) unrolled")
 _MOST_UNROLLED = 8
@@ -88,6 +91,11 @@ def _chunks_exist(signature: MoeGemmSignature, arch: CpuArch) -> Constraint:
     return Constraint("chunk_fits_n", holds, "a task covers no more panels than there are", knobs)
 
 
+def _row_blocks(signature: MoeGemmSignature) -> tuple[int, ...]:
+    """Rows of a task: short rows fit the second cache in larger numbers."""
+    return (96, 192, 384) if signature.k <= _SHORT_K else (48, 96, 192)
+
+
 @lru_cache(maxsize=64)
 def _blocked_space(signature: MoeGemmSignature, arch: CpuArch, precisions: tuple[str, ...] = (LOSSLESS,)) -> Space:
     """Register tile x cache blocks x order x packing."""
@@ -98,13 +106,13 @@ def _blocked_space(signature: MoeGemmSignature, arch: CpuArch, precisions: tuple
         Parameter("block_rows", (2, 3, 4, 6, 8, 12), "rows of a register tile"),
         Parameter("streams", (1, 2, 3), "neighbouring weight panels of a register tile"),
         Parameter("k_block", (*k_blocks, signature.k), "steps of k between visits to the accumulators"),
-        Parameter("block_m", (48, 96, 192), "rows of one task: cache block in m; whole register tiles"),
+        Parameter("block_m", _row_blocks(signature), "rows of one task: cache block in m; whole register tiles"),
         _CHUNK,
         Parameter("order", ("panel_outer", "rows_outer"), "what the inner loop reuses: a weight panel or a block of x"),
         Parameter("pack_x", (False, True), "copy x k-major first, so that a step of k reads neighbouring floats"),
         _UNROLL,
         _PREFETCH,
-        Parameter("fetch_next", (False, True), "while a panel is in use, fetch the next one into the second cache"),
+        Parameter("fetch_next", (0, 1, 2, 4), "cache lines of the next panels that a step of k fetches; 0: none"),
         _SCHEDULE,
         _gate_up(signature),
         _combine(signature),
@@ -122,9 +130,20 @@ def _blocked_space(signature: MoeGemmSignature, arch: CpuArch, precisions: tuple
         _whole_pairs(signature),
         Constraint(
             "fetch_order",
-            lambda c: not c["fetch_next"] or (c["order"] == "panel_outer" and c["prefetch"] == 0),
-            "one kind of prefetch, and a next panel to fetch while rows are gone through",
-            ("order", "prefetch", "fetch_next"),
+            lambda c: (
+                c["fetch_next"] == 0
+                or (c["order"] == "panel_outer" and c["prefetch"] == 0 and c["k_block"] == signature.k)
+            ),
+            "one kind of prefetch, and whole next panels to fetch while rows are gone through",
+            ("order", "prefetch", "k_block", "fetch_next"),
+        ),
+        Constraint(
+            "fetch_rate",
+            lambda c: bool(
+                c["fetch_next"] * _CACHE_LINE <= max(_CACHE_LINE, c["streams"] * c["vectors"] * arch.vector_bytes)
+            ),
+            "a step of k needs no more of the next panels than it reads of these",
+            ("vectors", "streams", "fetch_next"),
         ),
         Constraint("registers", enough_registers, "accumulators and operands fit the registers", tile),
         Constraint("latency", busy_units, "enough accumulators to hide the latency of a multiply-add", tile),
@@ -132,7 +151,8 @@ def _blocked_space(signature: MoeGemmSignature, arch: CpuArch, precisions: tuple
         Constraint(
             "unpacked_once",
             lambda c: (
-                not _stored(c).quantised or (c["order"] == "panel_outer" and c["prefetch"] == 0 and not c["fetch_next"])
+                not _stored(c).quantised
+                or (c["order"] == "panel_outer" and c["prefetch"] == 0 and c["fetch_next"] == 0)
             ),
             "quantised panels are unpacked into the cache before many rows read them there",
             ("precision", "order", "prefetch", "fetch_next"),
@@ -322,7 +342,7 @@ def default_config(signature: MoeGemmSignature, arch: CpuArch) -> Config:
         "pack_x": True,
         "unroll": 4,
         "prefetch": 0,
-        "fetch_next": False,
+        "fetch_next": 0,
         "schedule": "dynamic",
         "gate_up": "interleaved" if signature.halves == 2 else "none",
         "combine": "partials" if signature.stage == "down" else "none",
@@ -343,7 +363,7 @@ TEMPLATES = (
         _recipe,
         _context,
         label=_LABEL,
-        precisions=tuple(PRECISIONS),
+        precisions=CPU_PRECISIONS,
         order=_order,
     ),
     Template(
@@ -355,7 +375,7 @@ TEMPLATES = (
         _recipe,
         _context,
         label=_LABEL,
-        precisions=tuple(PRECISIONS),
+        precisions=CPU_PRECISIONS,
         order=_order,
     ),
 )

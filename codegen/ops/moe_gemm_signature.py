@@ -17,7 +17,7 @@ Activation = Literal["none", "swiglu", "geglu", "swiglu_clamped"]
 into halves when they are loaded."""
 
 
-_DTYPES = {"x_dtype": ("fp32",), "w_dtype": ("fp32",), "out_dtype": ("fp32",)}
+_DTYPES = ("fp32", "bf16", "fp16")
 _MAX_SIZE = 1 << 24
 
 
@@ -43,10 +43,16 @@ class MoeGemmSignature(Signature):
     activation: Activation = "none"
     bias: bool = False
     x_dtype: str = "fp32"
-    w_dtype: str = "fp32"
-    out_dtype: str = "fp32"
+    """``fp32`` for CPUs, ``bf16`` or ``fp16`` for GPUs; weights are of the same, outputs of the same or fp32."""
+    w_dtype: str = ""
+    """Empty: as ``x_dtype``."""
+    out_dtype: str = ""
+    """Empty: as ``x_dtype``."""
 
     def __post_init__(self) -> None:
+        for name in ("w_dtype", "out_dtype"):
+            if getattr(self, name) == "":
+                object.__setattr__(self, name, self.x_dtype)
         for name in ("experts", "n", "k", "top_k"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_SIZE:
@@ -66,9 +72,14 @@ class MoeGemmSignature(Signature):
             raise TilewrightError(f"moe_gemm: stage 'plain' knows no routing; leave top_k={self.top_k} out")
         if not isinstance(self.bias, bool):
             raise TilewrightError(f"moe_gemm: bias={self.bias!r} is neither true nor false")
-        for name, supported in _DTYPES.items():
+        for name, supported in (
+            ("x_dtype", _DTYPES),
+            ("w_dtype", (self.x_dtype,)),
+            ("out_dtype", tuple(dict.fromkeys((self.x_dtype, "fp32")))),
+        ):
             if getattr(self, name) not in supported:
-                raise TilewrightError(f"moe_gemm: {name}={getattr(self, name)!r} is not supported; use {supported[0]}")
+                choices = " or ".join(filter(None, (", ".join(supported[:-1]), supported[-1])))
+                raise TilewrightError(f"moe_gemm: {name}={getattr(self, name)!r} is not supported; use {choices}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MoeGemmSignature:

@@ -34,7 +34,10 @@ class ServedAttention(ServedOp[AttentionSignature]):
         del resolution, keep_weights
         sinks = weights.get("sinks")
         return BoundWeights(
-            dict(weights), fallback_for(signature, sinks), weight_bytes=0 if sinks is None else sinks.nbytes
+            dict(weights),
+            fallback_for(signature, sinks),
+            lambda: dict(weights),
+            weight_bytes=0 if sinks is None else sinks.nbytes,
         )
 
 

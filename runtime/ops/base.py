@@ -23,6 +23,9 @@ class BoundWeights:
     """By name, as the kernels of the plan take them. 0 stands for a weight that no kernel reads."""
     fallback: Callable[..., None]
     """Plain torch: called with the other tensors of a call, in order; writes all outputs. Correct, never fast."""
+    declared: Callable[[], Mapping[str, Tensor]]
+    """Gives the weights as the op declares them: the originals where they were kept, else copies with the values that
+    kernels read."""
     copied_bytes: int = 0
     """What is held beside the weights that were passed."""
     weight_bytes: int = 0

@@ -29,7 +29,10 @@ class ServedGating(ServedOp[GatingSignature]):
         del resolution, keep_weights
         bias = weights.get("bias")
         return BoundWeights(
-            dict(weights), fallback_for(signature, bias), weight_bytes=0 if bias is None else bias.nbytes
+            dict(weights),
+            fallback_for(signature, bias),
+            lambda: dict(weights),
+            weight_bytes=0 if bias is None else bias.nbytes,
         )
 
 

@@ -34,10 +34,12 @@ class ServedMoeGemm(ServedOp[MoeGemmSignature]):
     ) -> BoundWeights:
         """See :class:`ServedOp`. Without a kernel the weight stays as it is, and may be strided."""
         weight, bias = weights["weight"], weights.get("bias")
+        weight_shape = weight.shape  # by itself, so that nothing here keeps the weight alive
         served, readable = _lay_out(weight, resolution, keep_weights)
         return BoundWeights(
             {"weight": 0 if served is None else served.view(torch.float32), **({} if bias is None else {"bias": bias})},
             fallback_for(signature, readable, bias),
+            lambda: {"weight": _read_all(readable, weight_shape), **({} if bias is None else {"bias": bias})},
             copied_bytes=0 if served is None or served.data_ptr() == weight.data_ptr() else served.nbytes,
             weight_bytes=weight.nbytes,
         )
@@ -54,6 +56,16 @@ def _lay_out(weight: Tensor, resolution: Resolution, keep_weight: bool) -> tuple
     if keep_weight:
         return packed, DeclaredWeights(weight)
     return packed, PackedWeights(packed, resolution.layout, weight.shape[1], weight.shape[2])
+
+
+def _read_all(weights: ExpertWeights, shape: torch.Size) -> Tensor:
+    """Weights [experts, n, k] as declared."""
+    if isinstance(weights, DeclaredWeights):
+        return weights.weight
+    out = torch.empty(shape)
+    for index in range(shape[0]):
+        out[index] = weights.expert(index)
+    return out
 
 
 def fallback_for(signature: MoeGemmSignature, weights: ExpertWeights, bias: Tensor | None) -> Callable[..., None]:
@@ -98,10 +110,10 @@ def _active(expert_offsets: Tensor) -> Iterator[tuple[int, slice]]:
 def _linear(x: Tensor, weights: ExpertWeights, bias: Tensor | None, expert: int, activation: str, out: Tensor) -> None:
     """``out`` = activation(x @ weight^T + bias) of one expert."""
     y = functional.linear(x, weights.expert(expert), None if bias is None else bias[expert])
-    out.copy_(_activate(y, activation))
+    out.copy_(activate(y, activation))
 
 
-def _activate(y: Tensor, activation: str) -> Tensor:
+def activate(y: Tensor, activation: str) -> Tensor:
     """``y`` [rows, n], or the gated half of it when ``activation`` takes a gate and an up half."""
     match activation:
         case "none":

@@ -1,7 +1,7 @@
 // Made by tilewright VERSION from templates/moe_gemm/cpu_blocked.cpp.jinja for aarch64_neon.
 // moe_gemm stage=down experts=128 n=2050 k=768 top_k=8 activation=none bias=True x_dtype=fp32 w_dtype=fp32
 // out_dtype=fp32
-// block_m=48 block_rows=4 chunk_groups=8 combine=direct fetch_next=True gate_up=none k_block=768 order=panel_outer
+// block_m=96 block_rows=4 chunk_groups=8 combine=direct fetch_next=1 gate_up=none k_block=768 order=panel_outer
 // pack_x=False precision=fp32 prefetch=0 schedule=static streams=2 unroll=1 vectors=2
 // Blocked grouped GEMM: register tiles of 4 rows by 4 vectors.
 
@@ -42,7 +42,7 @@ constexpr int kOutPanel = kOutVectors * kLanes;  // output columns of a panel
 constexpr int64_t kPanels = (kN + kOutPanel - 1) / kOutPanel;
 constexpr int64_t kChunkPanels = 16;  // panels of one task
 constexpr int64_t kChunks = (kPanels + kChunkPanels - 1) / kChunkPanels;
-constexpr int64_t kBlockM = 48;  // rows of one task
+constexpr int64_t kBlockM = 96;  // rows of one task
 constexpr int kRows = 4;  // rows of a register tile
 constexpr int kStreams = 2;  // neighbouring panels of a register tile
 
@@ -64,6 +64,7 @@ struct Job {
   Segment *segments;
   int32_t *row_slot;
   int64_t segment_count, tasks, units;
+  int64_t others;  // panels that other threads take between two tasks of one thread
   // Counters that threads claim work from; each on a cache line of its own.
   alignas(64) int64_t threads_started;
   alignas(64) int64_t next_unit;
@@ -123,15 +124,17 @@ INLINE void finish_tile(const Job &job, int64_t expert, int64_t row, int64_t pan
   finish(job, expert, row, M, panel, tile);
 }
 
-// The panel that comes next, of which each pass over the present one fetches its part.
-struct Next { const char *from; int64_t bytes_per_step; };
+constexpr int64_t kLine = 64;  // bytes
+constexpr int64_t kFetched = 1;  // cache lines that a step of k fetches of the panels that come next
 
-// Fetches one step of a panel into the second-level cache.
-INLINE void fetch(const char *from) {
+// What a pass over the rows fetches of the panels that come next: lines from `from` on, in its first steps of k.
+struct Next { const char *from; int64_t steps; };
+
+// Into the second-level cache. Where the panels end earlier, the lines behind them, which does no harm.
+INLINE void fetch(const Next &next, int64_t k) {
+  if (k >= next.steps) return;
 #pragma GCC unroll 16
-  for (int j = 0; j < kVectors; j += 16 / kLanes) {  // one per cache line
-    __builtin_prefetch(from + j * kStepVector * sizeof(float), 0, 2);
-  }
+  for (int64_t l = 0; l < kFetched; l++) __builtin_prefetch(next.from + (k * kFetched + l) * kLine, 0, 2);
 }
 
 // sums[s][i][j] += x[i][k] * panels[s][k][j] over `depth` steps of k.
@@ -145,8 +148,8 @@ INLINE void multiply(vec (&sums)[S][M][kVectors], const float *const (&x)[M], co
       const float *w = panel + s * kK * kPanel;
 #pragma GCC unroll 16
       for (int j = 0; j < kVectors; j++) b[s][j] = load(w + k * kStepK + j * kStepVector);
-      fetch(next.from + s * kK * kPanel * sizeof(float) + k * next.bytes_per_step);
     }
+    fetch(next, k);
 #pragma GCC unroll 16
     for (int i = 0; i < M; i++) {
       const vec a = splat(x[i][k]);
@@ -181,25 +184,28 @@ void tile_of(int64_t rows, const Job &job, int64_t expert, int64_t row, int64_t 
   }
 }
 
-// What comes after panel p of [panel, end): the part that the pass over the rows from r on fetches.
-INLINE Next next_after(const Job &job, const Segment &segment, int64_t p, int64_t panel, int64_t end, int64_t r) {
-  const int64_t passes = (segment.rows + kRows - 1) / kRows;
-  const int64_t step = kStepK * sizeof(float) / passes;
-  const int64_t k = p + kStreams < end ? 0 : kK;
-  const int64_t depth = kK;
-  // After the last one, nothing that is known: the first bytes again, which are there.
-  if (k >= kK) return Next{(const char *)weight_panel(job, segment.expert, p), 0};
-  const float *from = weight_panel(job, segment.expert, p + kStreams < end ? p + kStreams : panel) + k * kStepK;
-  return Next{(const char *)from + r / kRows * depth * step, step};
+// First weights of what this thread probably computes after panels [panel, end) of a segment; null: nothing that is known.
+INLINE const float *weights_after(const Job &job, const Segment &segment, int64_t panel, int64_t end) {
+  const Segment *next = &segment + 1 < job.segments + job.segment_count ? &segment + 1 : nullptr;
+  if (next) return weight_panel(job, next->expert, panel);
+  return end + job.others < kPanels ? weight_panel(job, job.segments[0].expert, end + job.others) : nullptr;
+}
+
+// The part of the next panels that the given pass over the rows fetches.
+INLINE Next part_of(const float *panels, int64_t pass, int64_t passes) {
+  const int64_t lines = (kStreams * kK * kPanel * (int64_t)sizeof(float) / kLine + passes - 1) / passes;
+  return Next{(const char *)panels + pass * lines * kLine, panels ? (lines + kFetched - 1) / kFetched : 0};
 }
 
 // Panels [panel, end) of a segment.
 INLINE void compute_block(const Job &job, const Segment &segment, int64_t panel, int64_t end) {
+  const int64_t passes = (segment.rows + kRows - 1) / kRows;
+  const float *const after = weights_after(job, segment, panel, end);
   for (int64_t p = panel; p < end; p += kStreams) {
     for (int64_t r = 0; r < segment.rows; r += kRows) {
       const int64_t rows = segment.rows - r < kRows ? segment.rows - r : kRows;
       const int64_t row = segment.row + r;
-      const Next next = next_after(job, segment, p, panel, end, r);
+      const Next next = part_of(p + kStreams < end ? weight_panel(job, segment.expert, p + kStreams) : after, r / kRows, passes);
       if (p + kStreams > end) {
         for (int64_t q = p; q < end; q++) tile_of<1>(rows, job, segment.expert, row, q, next);
         continue;
@@ -249,7 +255,7 @@ extern "C" __attribute__((visibility("default"))) int32_t tilewright_moe_gemm(co
   job.rows = (int64_t)args[8];
   char *workspace = (char *)args[9];
   job.segments = (Segment *)workspace;
-  workspace += (12 * (128 + job.rows / 48) + 63) / 64 * 64;
+  workspace += (12 * (128 + job.rows / 96) + 63) / 64 * 64;
   job.row_slot = (int32_t *)workspace;
   for (int64_t r = 0; r < job.rows; r++) job.row_slot[r] = -1;
   for (int64_t s = 0; s < job.tokens * kTopK; s++) {
@@ -264,6 +270,7 @@ extern "C" __attribute__((visibility("default"))) int32_t tilewright_moe_gemm(co
   const int32_t threads = host->fork && host->threads > 1 ? host->threads : 1;
   job.tasks = kChunks;
   job.units = job.tasks < threads ? job.tasks : threads;
+  job.others = 0;
   if (threads > 1) {
     host->fork(run, &job, threads, 0);
   } else {

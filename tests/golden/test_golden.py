@@ -3,7 +3,7 @@
 After a change that is meant: ``pytest tests/golden --update-golden``, then read the diff.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature as MoeGem
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.precisions import LOSSLESS
 from tilewright.codegen.rendering import render
-from tilewright.codegen.space import Value
+from tilewright.codegen.space import Config, Value
 
 HERE = Path(__file__).parent
-SUFFIX = ".golden.cpp"
+SUFFIX = {"cpp": ".golden.cpp", "triton": ".golden.triton"}
 
 UP = MoeGemm(stage="up", experts=8, n=1792, k=4096, top_k=2, activation="swiglu")
 GEGLU = MoeGemm(stage="up", experts=4, n=100, k=512, top_k=1, activation="geglu", bias=True)
@@ -48,16 +48,22 @@ class Golden:
 
     @property
     def path(self) -> Path:
-        return HERE / (self.name + SUFFIX)
+        return HERE / (self.name + SUFFIX[find_op(self.signature.op).template(self.config).language])
+
+    @property
+    def config(self) -> Config:
+        op, arch = find_op(self.signature.op), ARCHS[self.arch]
+        if not self.template:
+            return op.default_config(self.signature, arch)
+        own = dict(self.knobs)
+        space = op.space(self.signature, arch, precisions=(str(own.get("precision", LOSSLESS)),))
+        config = space.lift(self.template, own)
+        assert config in space
+        return config
 
     def render(self) -> str:
         op, arch = find_op(self.signature.op), ARCHS[self.arch]
-        config = op.default_config(self.signature, arch)
-        if self.template:
-            own = dict(self.knobs)
-            space = op.space(self.signature, arch, precisions=(str(own.get("precision", LOSSLESS)),))
-            config = space.lift(self.template, own)
-            assert config in space
+        config = self.config
         source = render(op.template(config), self.signature, config, arch)
         return source.replace(f"tilewright {__version__} ", "tilewright VERSION ", 1)
 
@@ -92,6 +98,25 @@ GOLDEN = [
     ),
     Golden("default_up_swiglu_avx2", UP, "x86_64_avx2"),
     Golden("default_plain_avx512", PLAIN, "x86_64_avx512"),
+    Golden("default_up_swiglu_sm_90", replace(UP, x_dtype="bf16", w_dtype="bf16", out_dtype="bf16"), "sm_90"),
+    Golden(
+        "grouped_down_mxfp4_bias_sm_80",
+        replace(RAGGED_DOWN, x_dtype="fp16", w_dtype="fp16", out_dtype="fp16"),
+        "sm_80",
+        "moe_gemm/triton_grouped",
+        knobs(
+            precision="mxfp4",
+            block_m=16,
+            block_n=64,
+            block_k=128,
+            group_m=1,
+            num_warps=4,
+            num_stages=4,
+            operands="weights_first",
+            gate_up="none",
+            partials="fp32",
+        ),
+    ),
     Golden(
         "blocked_down_direct_bias_neon",
         RAGGED_DOWN,
@@ -103,13 +128,13 @@ GOLDEN = [
             block_rows=4,
             streams=2,
             k_block=768,
-            block_m=48,
+            block_m=96,
             chunk_groups=8,
             order="panel_outer",
             pack_x=False,
             unroll=1,
             prefetch=0,
-            fetch_next=True,
+            fetch_next=1,
             schedule="static",
             gate_up="none",
             combine="direct",
@@ -208,7 +233,7 @@ GOLDEN = [
             pack_x=True,
             unroll=4,
             prefetch=0,
-            fetch_next=False,
+            fetch_next=0,
             schedule="dynamic",
             gate_up="none",
             combine="partials",
@@ -228,7 +253,7 @@ def test_source_is_the_one_that_was_read(golden: Golden, request: pytest.Fixture
 def test_every_template_has_a_golden_source_and_none_is_left_over() -> None:
     templates = {template.name for op in OPS.values() for template in op.templates}
     assert templates == {golden.template for golden in GOLDEN if golden.template}
-    assert {golden.path for golden in GOLDEN} == set(HERE.glob("*" + SUFFIX))
+    assert {golden.path for golden in GOLDEN} == set(HERE.glob("*.golden.*"))
 
 
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: golden.name)

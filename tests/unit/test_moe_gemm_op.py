@@ -21,7 +21,7 @@ from tilewright.codegen.model_presets import PRESETS
 from tilewright.codegen.models import load_model
 from tilewright.codegen.ops import find_op
 from tilewright.codegen.ops.base import Arrays
-from tilewright.codegen.ops.moe_gemm import MAX_TOKENS, MoeGemmProblem
+from tilewright.codegen.ops.moe_gemm_problem import MAX_TOKENS, MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.errors import TilewrightError
@@ -230,7 +230,8 @@ def test_keys_tell_problems_apart() -> None:
         ("activation", "swiglu", "stage 'down' has no activation"),
         ("stage", "plain", "stage 'plain' knows no routing; leave top_k=2 out"),
         ("bias", 1, "bias=1 is neither true nor false"),
-        ("x_dtype", "bf16", "x_dtype='bf16' is not supported; use fp32"),
+        ("x_dtype", "fp8", "x_dtype='fp8' is not supported; use fp32, bf16 or fp16"),
+        ("x_dtype", "bf16", "w_dtype='fp32' is not supported; use bf16"),
         ("w_dtype", "fp8", "w_dtype='fp8'"),
         ("out_dtype", "int32", "out_dtype='int32'"),
     ],

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.precisions import LOSSLESS, PRECISIONS
+from tilewright.codegen.precisions import CPU_PRECISIONS, LOSSLESS, PRECISIONS
 from tilewright.errors import TilewrightError
 from tilewright.runtime import packing
 from tilewright.runtime.calls import pack_weight
@@ -19,7 +19,7 @@ from tilewright.runtime.native_module import native_module
 from tilewright.runtime.packing import pack_array, packed_dtype, packed_shape
 from tilewright.runtime.weights import PackedWeights
 
-QUANTISED = [precision for precision in PRECISIONS.values() if precision.name != LOSSLESS]
+QUANTISED = [PRECISIONS[name] for name in CPU_PRECISIONS if name != LOSSLESS]
 LAYOUTS = [(8, 1, 0), (16, 2, 8), (8, 2, 8), (4, 1, 0)]
 
 # Subnormals, zeros and exact ties are what rounding gets wrong.

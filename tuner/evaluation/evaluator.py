@@ -143,7 +143,7 @@ class CpuEvaluator:
         data = self._data(problem)
         evaluations = [self._check(kernel, data) for kernel in batch]
         racers = [index for index, evaluation in enumerate(evaluations) if evaluation.outcome is Outcome.OK]
-        for group in self._workbench.weights.groups([batch[index].recipe.weight_layout for index in racers]):
+        for group in self._workbench.weights.groups([batch[index].recipe.panels for index in racers]):
             members = [racers[position] for position in group]
             raced = self._race(
                 [batch[index] for index in members],

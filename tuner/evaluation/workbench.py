@@ -43,7 +43,7 @@ class Workbench:
     def reserve(self, kernels: Iterable[BuiltKernel], data: ProblemData, threads: int) -> None:
         """Have weights and workspace ready, so that programs of all ``kernels`` can be made and run together."""
         kernels = list(kernels)
-        self.weights.require([kernel.recipe.weight_layout for kernel in kernels])
+        self.weights.require([kernel.recipe.panels for kernel in kernels])
         sizes = [{**inputs.sizes, "threads": threads} for inputs in data.sets]
         self._grow(max((kernel.recipe.workspace_for(s) for kernel in kernels for s in sizes), default=0))
 
@@ -54,7 +54,7 @@ class Workbench:
         inputs = data.sets[set_index]
         return bind(
             kernel,
-            {**self.weights.tensors(kernel.recipe.weight_layout, set_index), **inputs.tensors},
+            {**self.weights.tensors(kernel.recipe.panels, set_index), **inputs.tensors},
             self._workspace_block(kernel, data, set_index, mode),
             inputs.sizes,
             threads=mode.threads,

@@ -1,0 +1,38 @@
+"""What GPU kernels make of activations in precisions that round them to 8-bit floats before the product."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilewright.codegen.dtypes import E4M3_LARGEST, round_to
+from tilewright.codegen.precisions import Precision
+
+_Floats = NDArray[np.float32]
+
+_E4M3_TOP_EXPONENT = 8
+"""Of 448, the largest number."""
+
+
+def round_activations(x: _Floats, precision: Precision) -> _Floats:
+    """``x`` [rows, k] with the values that the product gets: elements times their scales (``precision.x_scales``)."""
+    if precision.x_scales is None:
+        return x
+    rows, k = x.shape
+    match precision.x_scales.granularity:
+        case "tensor":
+            grouped = x.reshape(1, 1, rows * k)
+        case "channel":
+            grouped = x.reshape(rows, 1, k)
+        case _:
+            grouped = x.reshape(rows, k // precision.x_scales.group, precision.x_scales.group)
+    if not x.size:
+        return x
+    peak = np.abs(grouped).max(axis=2, keepdims=True)
+    if precision.x_scales.dtype == "e8m0":
+        exponent = np.maximum((peak.view(np.uint32) >> 23).astype(np.int32) - _E4M3_TOP_EXPONENT, 1)
+        scale = (exponent.astype(np.uint32) << 23).view(np.float32)
+    else:
+        scale = np.where(peak > 0, peak, np.float32(1)) * np.float32(1 / E4M3_LARGEST)
+    rounded: _Floats = round_to(grouped / scale, precision.x_dtype) * scale
+    return rounded.reshape(rows, k)

@@ -1,0 +1,268 @@
+"""moe_gemm on GPUs: what its Triton templates print, how their entries are launched, and the declarations of both."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from tilewright.codegen.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
+from tilewright.codegen.archs import Arch, GpuArch
+from tilewright.codegen.building.entry import EntrySpec
+from tilewright.codegen.dtypes import ITEMSIZE
+from tilewright.codegen.layouts import RowLayout
+from tilewright.codegen.ops.base import Template
+from tilewright.codegen.ops.moe_gemm_problem import MoeGemmProblem
+from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.ops.moe_gemm_triton_space import GROUPED, decodes, default_knobs, grouped_space, stored
+from tilewright.codegen.precisions import GPU_PRECISIONS, Precision
+from tilewright.codegen.recipe import Argument, Recipe
+from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.space import Config, Space
+from tilewright.codegen.triton_launch import EntryLaunch, EntryParameter, Workspace, guards
+
+_MOST_COMBINED_COLUMNS = 1024
+"""Output columns that one program of the combination adds up: 8 for each of 128 threads."""
+
+_POINTERS = {
+    "fp32": "*fp32",
+    "bf16": "*bf16",
+    "fp16": "*fp16",
+    "int8": "*i8",
+    "int4": "*u8",
+    "fp4_e2m1": "*u8",
+    "fp8_e4m3": "*fp8e4nv",
+}
+_SCALE_POINTERS = {"fp32": "*fp32", "bf16_pair": "*u32", "e8m0": "*u8"}
+
+
+def layout(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> RowLayout:  # noqa: ARG001
+    """Rows of elements, the scales behind them."""
+    precision = stored(config)
+    if precision.bits != 4:
+        return RowLayout(precision.name)
+    return RowLayout(precision.name, "pairs" if precision.x_dtype else "runs")
+
+
+def launches(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> tuple[tuple[EntryLaunch, ...], Workspace]:  # noqa: ARG001
+    """Launches in order, and the workspace between them."""
+    precision, workspace = stored(config), Workspace()
+    before = _quantise_launches(signature, precision, workspace)
+    gemm = _gemm_parameters(signature, config, workspace)
+    if signature.stage != "down":
+        return (*before, _gemm_launch(signature, config, (*gemm, _out(signature)))), workspace
+    dtype = "fp32" if config["partials"] == "fp32" else signature.out_dtype
+    workspace.add("partials", f"{ITEMSIZE[dtype]} * rows * {signature.n}")
+    partials = EntryParameter("partials", _POINTERS[dtype], workspace.argument("partials"), aligned=True)
+    columns = combine_columns(signature)
+    combine = EntryLaunch(
+        "combine",
+        (partials, _tensor("slot_row", "*i32"), _tensor("topk_weights", "*fp32"), _out(signature)),
+        grid=("tokens", str(-(-signature.n // columns))),
+        num_warps=max(1, columns // 256),
+    )
+    return (*before, _gemm_launch(signature, config, (*gemm, partials)), combine), workspace
+
+
+def _gemm_launch(signature: MoeGemmSignature, config: Config, parameters: tuple[EntryParameter, ...]) -> EntryLaunch:
+    return EntryLaunch(
+        "moe_gemm",
+        parameters,
+        grid=(f"{most_tiles_m(signature, config)} * {tiles_n(signature, config)}",),
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+
+
+def most_tiles_m(signature: MoeGemmSignature, config: Config) -> str:
+    """Most tiles in m that rows can make, whatever experts they fall on: every expert may leave one nearly empty."""
+    return f"min(rows, rows // {config['block_m']} + {signature.experts})"
+
+
+def tiles_n(signature: MoeGemmSignature, config: Config) -> int:
+    """Tiles in n."""
+    return int(-(-signature.n // config["block_n"]))
+
+
+def combine_columns(signature: MoeGemmSignature) -> int:
+    """Output columns of one program of the combination."""
+    return min(_MOST_COMBINED_COLUMNS, max(256, power_of_two(signature.n)))
+
+
+def power_of_two(number: int) -> int:
+    """The least that is not below ``number``."""
+    return 1 << (number - 1).bit_length()
+
+
+def _tensor(name: str, pointer: str, *, aligned: bool = False) -> EntryParameter:
+    return EntryParameter(name, pointer, Argument("tensor", name), aligned)
+
+
+def _out(signature: MoeGemmSignature) -> EntryParameter:
+    return _tensor("out", _POINTERS[signature.out_dtype], aligned=True)
+
+
+def _quantise_launches(
+    signature: MoeGemmSignature, precision: Precision, workspace: Workspace
+) -> tuple[EntryLaunch, ...]:
+    """Activations to 8 bits, where the precision says so; elements and scales go to the workspace."""
+    if precision.x_scales is None:
+        return ()
+    rows = _x_rows(signature)
+    x = _tensor("x", _POINTERS[signature.x_dtype], aligned=True)
+    workspace.add("x_codes", f"{rows} * {signature.k}")
+    match precision.x_scales.granularity:
+        case "tensor":
+            size = "4"
+        case "channel":
+            size = f"4 * {rows}"
+        case _:
+            itemsize = 4 if precision.x_scales.dtype == "fp32" else 1
+            size = f"{itemsize * (signature.k // precision.x_scales.group)} * {rows}"
+    workspace.add("x_scales", size)
+    codes, scales = _x_operands(precision, workspace)
+    warps = min(8, max(1, power_of_two(signature.k) // 512))
+    if precision.x_scales.granularity != "tensor":
+        return (EntryLaunch("quantise", (x, codes, scales), grid=(rows,), num_warps=warps),)
+    workspace.add("peaks", f"4 * {rows}")
+    peaks = EntryParameter("peaks", "*fp32", workspace.argument("peaks"), aligned=True)
+    count = EntryParameter("x_rows", "i32", Argument("size", rows))
+    return (
+        EntryLaunch("row_peaks", (x, peaks), grid=(rows,), num_warps=warps),
+        EntryLaunch("quantise", (x, peaks, codes, scales, count), grid=(rows,), num_warps=warps),
+    )
+
+
+def _x_rows(signature: MoeGemmSignature) -> str:
+    return "tokens" if signature.stage == "up" else "rows"
+
+
+def _x_operands(precision: Precision, workspace: Workspace) -> tuple[EntryParameter, EntryParameter]:
+    assert precision.x_scales is not None
+    codes = EntryParameter("x_codes", _POINTERS[precision.x_dtype], workspace.argument("x_codes"), aligned=True)
+    pointer = _SCALE_POINTERS[precision.x_scales.dtype]
+    return codes, EntryParameter("x_scales", pointer, workspace.argument("x_scales"), aligned=True)
+
+
+def _gemm_parameters(signature: MoeGemmSignature, config: Config, workspace: Workspace) -> tuple[EntryParameter, ...]:
+    """Everything but where results go."""
+    precision = stored(config)
+    parameters = []
+    if precision.x_scales is None:
+        parameters.append(_tensor("x", _POINTERS[signature.x_dtype], aligned=True))
+    else:
+        codes, scales = _x_operands(precision, workspace)
+        parameters += [EntryParameter("x", codes.type, codes.argument, aligned=True), scales]
+    parameters.append(_tensor("weight", _POINTERS[precision.dtype], aligned=True))
+    if precision.scales is not None:
+        offset = RowLayout(precision.name).scale_offset(signature.experts, signature.halves * signature.n, signature.k)
+        pointer = _SCALE_POINTERS[precision.scales.dtype]
+        parameters.append(EntryParameter("scales", pointer, Argument("scales", str(offset)), aligned=True))
+    if signature.bias:
+        parameters.append(_tensor("bias", "*fp32", aligned=True))
+    if signature.stage == "up":
+        parameters.append(_tensor("row_token", "*i32"))
+    parameters.append(_tensor("expert_offsets", "*i32"))
+    return tuple(parameters)
+
+
+def entries(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> tuple[EntrySpec, ...]:
+    """For the builder, in the order of the recipe's launches."""
+    return tuple(launch.spec() for launch in launches(signature, config, arch)[0])
+
+
+def recipe(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> Recipe:
+    """How the kernel is called."""
+    steps, workspace = launches(signature, config, arch)
+    return Recipe(
+        tensors=signature.tensors(),
+        launches=tuple(step.launch(arch.warp_size) for step in steps),
+        dynamic_size=signature.dynamic_size,
+        workspace_bytes=workspace.size_bytes,
+        guards=guards(steps),
+        weight_layout=layout(signature, config, arch),
+    )
+
+
+def context(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> dict[str, Any]:  # noqa: ARG001
+    """Names that the templates use beside the signature and the config."""
+    precision = stored(config)
+    group = precision.group(signature.k) if precision.scales and precision.scales.group else 0
+    parts = {"none": (("out", ""),), "two_dots": (("gate", ""), ("up", " + N")), "interleaved": (("pair", ""),)}
+    return {
+        "halves": signature.halves,
+        "stored": precision,
+        "lossless": precision.scales is None,
+        "decodes": decodes(precision),
+        "group": group,
+        "groups": max(1, config["block_k"] // group) if group else 0,
+        "scale_rows": -(-signature.halves * signature.n // 128),
+        "gate_up": config["gate_up"],
+        "parts": parts[config["gate_up"]],
+        "fuses_activation": signature.activation != "none",
+        "target": "partials" if signature.stage == "down" else "out",
+        "tiles_n": tiles_n(signature, config),
+        "steps": -(-signature.k // config["block_k"]),
+        "experts_padded": power_of_two(signature.experts),
+        "k_padded": power_of_two(signature.k),
+        "x_groups_padded": power_of_two(max(1, signature.k // (precision.x_scales.group or signature.k)))
+        if precision.x_scales
+        else 0,
+        "combine_columns": combine_columns(signature),
+        "clamped_alpha": CLAMPED_ALPHA,
+        "clamped_limit": CLAMPED_LIMIT,
+    }
+
+
+def emulated_problems(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> tuple[MoeGemmProblem, ...]:  # noqa: ARG001
+    """Three tiles along k at least, two along n, an expert with two tiles of rows, one without any, ragged ends.
+
+    Sizes leave the same remainders as the signature's, so that the source takes the same branches.
+    """
+    group = stored(config).group(signature.k)
+    unit = math.lcm(config["block_k"], group if group < signature.k else 1)
+    splits = config.get("splits") or 1
+    whole = -(-3 * splits * config["block_k"] // unit) * unit
+    k = min(signature.k, whole + signature.k % unit)
+    ragged = signature.n % config["block_n"]
+    n = min(signature.n, config["block_n"] + ragged if ragged else 2 * config["block_n"])
+    experts = min(signature.experts, 4)
+    small = replace(signature, k=k, n=n, experts=experts, top_k=min(signature.top_k, 2, experts))
+    rows = config["block_m"] + 3
+    one_hot, few = RoutingSpec.parse("power-law:8"), RoutingSpec.parse("power-law")
+    return (
+        MoeGemmProblem(small, rows, one_hot, experts),
+        MoeGemmProblem(small, 2, few, 2 * experts),
+    )
+
+
+def default_config(signature: MoeGemmSignature, arch: GpuArch) -> Config:
+    """The grouped template with vLLM's untuned tile."""
+    spaces = {t.name: t.space(signature, arch, (signature.w_dtype,)) for t in templates_for(arch)}
+    return Space.union(spaces).lift(GROUPED, default_knobs(signature, arch))
+
+
+def templates_for(arch: Arch) -> tuple[Template[MoeGemmSignature], ...]:
+    """Those that have an exclusion neither for the arch nor for its lossless precisions."""
+    return tuple(t for t in TEMPLATES if arch.family in t.families)
+
+
+_LABEL = ("precision", "block_m", "block_n", "block_k", "num_warps", "num_stages")
+_DTYPES = ("bf16", "fp16")
+
+TEMPLATES = (
+    Template(
+        GROUPED,
+        "triton",
+        ("cuda", "hip"),
+        grouped_space,
+        layout,
+        recipe,
+        context,
+        label=_LABEL,
+        precisions=GPU_PRECISIONS,
+        dtypes=_DTYPES,
+        entries=entries,
+        emulated_problems=emulated_problems,
+    ),
+)

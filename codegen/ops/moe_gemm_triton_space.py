@@ -1,0 +1,172 @@
+"""moe_gemm on GPUs: knobs of the Triton templates, and the rules that valid configs keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from tilewright.codegen.archs import GpuArch
+from tilewright.codegen.dtypes import ITEMSIZE
+from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.precisions import Precision, find_precision
+from tilewright.codegen.space import Constraint, Parameter, Space, Value
+from tilewright.errors import TilewrightError
+
+GROUPED = "moe_gemm/triton_grouped"
+
+MOST_SUMS_PER_THREAD = 128
+"""fp32 sums of a tile that a thread may hold: half of its registers, so that operands and addresses fit beside them."""
+
+_WIDE_LOAD_BYTES = 16
+
+_TILE = ("block_m", "block_n", "num_warps")
+_ALL_TILES = (*_TILE, "block_k")
+
+
+def stored(config: Mapping[str, Any]) -> Precision:
+    """Precision of a config's weights."""
+    return find_precision(config["precision"])
+
+
+def tile_columns(signature: MoeGemmSignature, config: Mapping[str, Any]) -> int:
+    """Weight rows of a tile: gate and up rows of the same outputs together."""
+    return int(signature.halves * config["block_n"])
+
+
+def x_bytes(signature: MoeGemmSignature, precision: Precision) -> int:
+    """Bytes of an activation as the product takes it."""
+    return 1 if precision.x_dtype else ITEMSIZE[signature.x_dtype]
+
+
+def decodes(precision: Precision) -> bool:
+    """Whether elements and scales are multiplied before the product."""
+    if precision.x_dtype or precision.scales is None:
+        return False
+    return precision.scales.granularity == "group"
+
+
+def shared_memory_bytes(signature: MoeGemmSignature, config: Mapping[str, Any], arch: GpuArch) -> int:
+    """Of the tiles in flight; what is decoded goes there once more as the matrix unit takes it."""
+    precision = stored(config)
+    buffers = config["num_stages"] if arch.family == "cuda" else max(config["num_stages"] - 1, 1)
+    x_tile = config["block_m"] * config["block_k"] * x_bytes(signature, precision)
+    elements = tile_columns(signature, config) * config["block_k"]
+    total = buffers * (x_tile + elements * precision.bits // 8)
+    if decodes(precision) or precision.dtype == "int8":
+        total += elements * ITEMSIZE[signature.x_dtype]
+    return int(total)
+
+
+def common_parameters(signature: MoeGemmSignature, arch: GpuArch, precisions: tuple[str, ...]) -> tuple[Parameter, ...]:
+    """Knobs that every template has.
+
+    Raises:
+        TilewrightError: for a precision whose groups do not divide k.
+
+    """
+    for name in precisions:
+        if refusal := find_precision(name).refusal(signature.k):
+            raise TilewrightError(f"{signature.describe()}: {refusal}")
+    gate_up = ("two_dots", "interleaved") if signature.halves == 2 else ("none",)
+    partials = ("fp32", "rounded") if signature.stage == "down" else ("none",)
+    return (
+        Parameter("precision", precisions, "how weights are stored: a part of the weight layout"),
+        Parameter("block_m", (16, 32, 64, 128), "rows of a tile"),
+        Parameter("block_n", (32, 64, 128, 256), "output columns of a tile"),
+        Parameter("block_k", (32, 64, 128, 256), "steps of k of an iteration"),
+        Parameter("group_m", (1, 8, 32), "tiles in m that are gone through before the next in n"),
+        Parameter("num_warps", (4, 8), "warps of a program"),
+        Parameter("num_stages", (2, 3, 4, 5) if arch.family == "cuda" else (1, 2), "tiles in flight"),
+        Parameter(
+            "operands",
+            ("rows_first", "weights_first"),
+            "whose rows are the rows of the matrix unit's tile: few rows leave most of it idle unless weights are",
+        ),
+        Parameter("gate_up", gate_up, "gate and up columns in two products, or side by side in one"),
+        Parameter("partials", partials, "rows are added up from fp32, or from values of the output's dtype"),
+    )
+
+
+def common_constraints(signature: MoeGemmSignature, arch: GpuArch) -> tuple[Constraint, ...]:
+    """Rules that every template keeps."""
+    k = signature.k
+
+    def sums_per_thread(c: Mapping[str, Any]) -> float:
+        return float(c["block_m"] * tile_columns(signature, c) / (c["num_warps"] * arch.warp_size))
+
+    def sums_fit(c: Mapping[str, Any]) -> bool:
+        scales = stored(c).scales
+        twice = 2 if scales is not None and scales.granularity == "block" else 1
+        return 4 <= twice * sums_per_thread(c) <= MOST_SUMS_PER_THREAD
+
+    def scales_fit(c: Mapping[str, Any]) -> bool:
+        group = stored(c).group(k)
+        if group == k:
+            return True
+        whole = c["block_k"] % group == 0 or group % c["block_k"] == 0
+        scales = stored(c).scales
+        if scales is not None and scales.granularity == "block":
+            return bool(whole and c["block_k"] <= group and k % c["block_k"] == 0)
+        return bool(whole and not (stored(c).x_dtype and k % c["block_k"]))
+
+    def wide_loads(c: Mapping[str, Any]) -> bool:
+        rows = c["block_n"] * (2 if c["gate_up"] == "interleaved" else 1)
+        row_bytes = c["block_k"] * stored(c).bits // 8
+        threads = c["num_warps"] * arch.warp_size
+        return bool(row_bytes >= _WIDE_LOAD_BYTES and rows * row_bytes >= _WIDE_LOAD_BYTES * threads)
+
+    return (
+        Constraint(
+            "registers", sums_fit, "sums of a tile fit the registers, and keep every thread busy", (*_TILE, "precision")
+        ),
+        Constraint(
+            "scales", scales_fit, "an iteration holds whole groups of k, or a part of one", ("precision", "block_k")
+        ),
+        Constraint(
+            "wide_loads",
+            wide_loads,
+            "every thread reads 16 bytes of weights at a time",
+            ("precision", "block_n", "block_k", "num_warps", "gate_up"),
+        ),
+        Constraint(
+            "shared_memory",
+            lambda c: shared_memory_bytes(signature, c, arch) <= arch.smem_bytes_per_block,
+            "tiles in flight fit the shared memory of a block",
+            ("precision", *_ALL_TILES, "num_stages"),
+        ),
+        Constraint(
+            "k_tile",
+            lambda c: c["block_k"] <= 64 or c["block_k"] < 2 * k,
+            "an iteration is not mostly padding",
+            ("block_k",),
+        ),
+        Constraint(
+            "n_tile",
+            lambda c: c["block_n"] <= 64 or c["block_n"] < 2 * signature.n,
+            "a tile is not mostly padding",
+            ("block_n",),
+        ),
+    )
+
+
+@lru_cache(maxsize=64)
+def grouped_space(signature: MoeGemmSignature, arch: GpuArch, precisions: tuple[str, ...]) -> Space:
+    """One tile per program."""
+    return Space.enumerate(common_parameters(signature, arch, precisions), common_constraints(signature, arch))
+
+
+def default_knobs(signature: MoeGemmSignature, arch: GpuArch) -> dict[str, Value]:
+    """What vLLM's fused_moe takes where nobody tuned (``get_default_config``), for many tokens: 64 x 64 x 32."""
+    return {
+        "precision": signature.w_dtype,
+        "block_m": 64,
+        "block_n": 64,
+        "block_k": 32,
+        "group_m": 8,
+        "num_warps": 4,
+        "num_stages": 3 if arch.family == "cuda" else 2,
+        "operands": "rows_first",
+        "gate_up": "two_dots" if signature.halves == 2 else "none",
+        "partials": "rounded" if signature.stage == "down" else "none",
+    }

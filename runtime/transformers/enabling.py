@@ -1,0 +1,252 @@
+"""Switch a Transformers model to tuned kernels, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tilewright.codegen.model_config import TOP_K_KEYS
+from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.errors import TilewrightError
+from tilewright.runtime.experts import Experts
+from tilewright.runtime.notices import warn_once
+from tilewright.runtime.plans import Database, is_planned
+from tilewright.runtime.prepared import PreparedCall
+from tilewright.runtime.transformers.interface import (
+    IMPLEMENTATION,
+    checked_model,
+    experts_modules,
+    implementation_of,
+    register,
+)
+from tilewright.runtime.transformers.recognition import ExpertWeights, Form, Refusal, read_form, read_weights
+from tilewright.runtime.transformers.reports import (
+    Disabled,
+    Enabled,
+    LeftAlone,
+    Memory,
+    ServedLayer,
+    describe_dequantised,
+    describe_left_alone,
+)
+from tilewright.runtime.transformers.serving import Layer, attach, detach, experts_forward, layer_of, remember
+
+_BEFORE = "_tilewright_experts_before"
+"""Attribute of an enabled model: the experts implementations that it had, as Transformers gives them."""
+_SERVED = "_tilewright_served"
+"""Attribute of an enabled model: its :class:`ServedLayer`, by module name."""
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What ``enable`` was asked for."""
+
+    database: Database | None
+    max_error: float
+    keep: bool
+    threads: int | None
+
+
+def enable(
+    model: Any,
+    *,
+    database: Database | None = None,
+    max_error: float = 0.0,
+    keep: bool = False,
+    threads: int | None = None,
+) -> Enabled:
+    """Serve the expert layers of ``model`` by this machine's tuned kernels.
+
+    Registers the experts implementation ``tilewright`` with Transformers and selects it. A layer is served where its
+    experts follow Transformers' experts interface, lie on the CPU and have a plan; every other layer runs as before,
+    and one warning says why. Weights and inputs in bf16 or fp16 are widened to fp32, which takes twice the memory
+    unless a plan stores fewer bits. Values are those that the weights have now. Inference only: in training mode, or
+    where gradients are recorded, a layer with ``keep`` runs as before; without, training mode is refused, and so is a
+    backward pass.
+
+    Args:
+        model: a ``PreTrainedModel`` in evaluation mode, of Transformers 5 or newer.
+        database: path or SQLite URL; None: ``$TILEWRIGHT_DB``, else the user's own.
+        max_error: largest relative error of one stage that storing weights in fewer bits may bring; see
+            :func:`tilewright.runtime.prepare`. 0: weights stay as they are.
+        keep: whether the weights that packed ones replace stay in memory. Else they are released layer by layer, so
+            that the peak is one layer above the larger of the two.
+        threads: threads of a call; None: ``torch.get_num_threads()``.
+
+    Returns:
+        What is served, what is not and why, and the memory before and after.
+
+    Raises:
+        TilewrightError: for anything but such a model, one that is enabled already, and weights that cannot be stored
+            in the precision of a plan. The model is then as it was.
+
+    """
+    model = checked_model(model)
+    if hasattr(model, _BEFORE):
+        raise TilewrightError("the model is enabled already; call disable(model) first to enable it in another way")
+    if model.training:
+        raise TilewrightError("the model is in training mode, and kernels compute no gradients; call model.eval()")
+    before = Memory.now()
+    implementations = model.get_experts_implementation()
+    modules = dict(experts_modules(model))
+    for module in modules.values():
+        remember(module, implementation_of(module))
+    register(experts_forward)
+    try:
+        model.set_experts_implementation(IMPLEMENTATION)
+        outcomes = _serve_all(modules, _Options(database, max_error, keep, threads))
+    except BaseException:
+        _undo(model, implementations)
+        raise
+    served = tuple(outcome for outcome in outcomes if isinstance(outcome, ServedLayer))
+    left_alone = tuple(outcome for outcome in outcomes if isinstance(outcome, LeftAlone))
+    if not served:
+        model.set_experts_implementation(implementations)
+    setattr(model, _BEFORE, implementations)
+    setattr(model, _SERVED, {layer.name: layer for layer in served})
+    _say_left_alone(type(model).__name__, modules, left_alone)
+    return Enabled(type(model).__name__, served, left_alone, before, Memory.now())
+
+
+def disable(model: Any) -> Disabled:
+    """Let ``model`` run as it did before :func:`enable`.
+
+    Released weights are made from what kernels read: the very values, except where a plan stored them in fewer bits;
+    then they are the rounded ones, and a warning says so.
+
+    Raises:
+        TilewrightError: for anything but a Transformers model that is enabled.
+
+    """
+    model = checked_model(model)
+    if not hasattr(model, _BEFORE):
+        raise TilewrightError("the model is not enabled; there is nothing to disable")
+    before = Memory.now()
+    served: Mapping[str, ServedLayer] = getattr(model, _SERVED)
+    layers = {name: layer for name, module in experts_modules(model) if (layer := layer_of(module)) is not None}
+    rounded = tuple(served[name] for name, layer in layers.items() if layer.released and layer.quantised)
+    _undo(model, getattr(model, _BEFORE))
+    if rounded:
+        warn_once(describe_dequantised(rounded))
+    lossy = {layer.name for layer in rounded}
+    restored = tuple(name for name in layers if name not in lossy)
+    return Disabled(type(model).__name__, restored, rounded, before, Memory.now())
+
+
+def _undo(model: Any, implementations: Mapping[str, str | None]) -> None:
+    """Bring back the weights and the implementations of ``model``, from any state that ``enable`` may leave it in."""
+    for _, module in experts_modules(model):
+        detach(module)
+    model.set_experts_implementation(implementations)
+    for attribute in (_BEFORE, _SERVED):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
+
+
+def _serve_all(modules: Mapping[str, nn.Module], options: _Options) -> list[ServedLayer | LeftAlone]:
+    """Serve one module after the other, so that never more than one has both its own weights and packed ones."""
+    forms = {name: read_form(module) for name, module in modules.items()}
+    outcomes: list[ServedLayer | LeftAlone] = []
+    finite = False
+    for name, module in modules.items():
+        form = forms[name]
+        made = _experts(module, form, options)
+        if isinstance(form, Refusal) or isinstance(made, Refusal):
+            reason = form.reason if isinstance(form, Refusal) else made.reason  # type: ignore[union-attr]
+            outcomes.append(LeftAlone(name, reason))
+            continue
+        layer = Layer.of(module, made, form, released=not options.keep)
+        if layer.quantised and layer.released and not finite:
+            # Before the first weights are lost: a later layer that cannot be quantised must leave all as it was.
+            for other, other_module in modules.items():
+                _require_finite(other, other_module)
+            finite = True
+        attach(module, layer)
+        outcomes.append(
+            ServedLayer(
+                name,
+                made.up.precision,
+                made.down.precision,
+                _replaced_bytes(form),
+                _held_bytes(made.up) + _held_bytes(made.down),
+                layer.released,
+            )
+        )
+    return outcomes
+
+
+def _experts(module: nn.Module, form: Form | Refusal, options: _Options) -> Experts | Refusal:
+    """The experts of ``module`` with tuned kernels, or why there are none."""
+    if isinstance(form, Refusal):
+        return form
+    if implementation_of(module) != IMPLEMENTATION:
+        return Refusal("its model does not let experts implementations be chosen")
+    top_k = next((k for key in TOP_K_KEYS if isinstance(k := getattr(module.config, key, None), int)), None)
+    if top_k is None:
+        return Refusal("its config does not say how many experts a token picks")
+    signatures = _signatures(form, top_k)
+    if not any(is_planned(signature, options.database, options.max_error) for signature in signatures):
+        return Refusal(
+            f"the database holds no plan for {signatures[0].describe()} on this machine within max_error="
+            f"{options.max_error:g}; run `tune --arch native --op all --model FOLDER`"
+        )
+    weights = read_weights(module, form)
+    experts = Experts(
+        weights.w_up,
+        weights.w_down,
+        top_k=top_k,
+        activation=form.activation,
+        bias_up=weights.bias_up,
+        bias_down=weights.bias_down,
+        threads=options.threads,
+        database=options.database,
+        max_error=options.max_error,
+        keep_weights=options.keep and _shares_memory(weights, module),
+    )
+    # Where a plan's kernels cannot be loaded, the runtime has said why.
+    return experts if experts.is_tuned else Refusal("none of its plan's kernels can be loaded")
+
+
+def _signatures(form: Form, top_k: int) -> tuple[MoeGemmSignature, MoeGemmSignature]:
+    """Of ``up`` and ``down``."""
+    common: dict[str, Any] = {"experts": form.experts, "top_k": top_k, "bias": form.bias}
+    return (
+        MoeGemmSignature(stage="up", n=form.inter, k=form.hidden, activation=form.activation, **common),
+        MoeGemmSignature(stage="down", n=form.hidden, k=form.inter, **common),
+    )
+
+
+def _shares_memory(weights: ExpertWeights, module: nn.Module) -> bool:
+    """Whether the weights as tilewright takes them are the module's own, and not copies that would be kept beside."""
+    pairs: tuple[tuple[Tensor, Any], ...] = (
+        (weights.w_up, module.gate_up_proj),
+        (weights.w_down, module.down_proj),
+    )
+    return all(ours.untyped_storage().data_ptr() == own.untyped_storage().data_ptr() for ours, own in pairs)
+
+
+def _require_finite(name: str, module: nn.Module) -> None:
+    for weight in ("gate_up_proj", "down_proj"):
+        values = getattr(module, weight)
+        if values.device.type == "cpu" and not bool(torch.isfinite(values).all()):
+            raise TilewrightError(f"{name}.{weight} holds NaN or an infinity and cannot be quantised; mend the weights")
+
+
+def _replaced_bytes(form: Form) -> int:
+    return 3 * form.experts * form.inter * form.hidden * form.dtype.itemsize
+
+
+def _held_bytes(stage: PreparedCall) -> int:
+    """Of the weights that ``stage`` reads: packed, or as they were passed."""
+    return stage.memory.bytes or stage.memory.weight_bytes
+
+
+def _say_left_alone(model: str, modules: Mapping[str, nn.Module], left_alone: tuple[LeftAlone, ...]) -> None:
+    if not modules:
+        warn_once(f"tilewright finds no expert layers that it knows in {model}, so the model runs as before")
+    elif left_alone:
+        warn_once(f"tilewright leaves layers of {model} as they were: {'; '.join(describe_left_alone(left_alone))}")

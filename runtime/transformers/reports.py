@@ -1,0 +1,123 @@
+"""What enabling and disabling did, for people (``str``) and for programs (fields)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tilewright.codegen.precisions import LOSSLESS
+
+_STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of this process, in bytes; None where the system does not tell."""
+
+    resident_bytes: int | None
+    """In main memory now."""
+    peak_bytes: int | None
+    """The most there ever was."""
+
+    @classmethod
+    def now(cls) -> Memory:
+        """What the system reports now."""
+        if _STATUS.exists():
+            fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
+            return cls(*(int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM")))
+        if sys.platform == "win32":
+            return cls(None, None)
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return cls(None, peak if sys.platform == "darwin" else peak * 1024)
+
+    def __str__(self) -> str:
+        return f"{_megabytes(self.resident_bytes)} resident, {_megabytes(self.peak_bytes)} at the peak"
+
+
+@dataclass(frozen=True)
+class ServedLayer:
+    """One module whose experts run on tuned kernels."""
+
+    name: str
+    precision_up: str
+    precision_down: str
+    replaced_bytes: int
+    """Of the module's own weights."""
+    packed_bytes: int
+    """Of what kernels read."""
+    released: bool
+    """Whether the module's own weights were given back to the system."""
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """One module that runs as before, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Enabled:
+    """What :func:`tilewright.runtime.transformers.enable` did."""
+
+    model: str
+    layers: tuple[ServedLayer, ...]
+    left_alone: tuple[LeftAlone, ...]
+    before: Memory
+    after: Memory
+
+    def __str__(self) -> str:
+        precisions = sorted({p for layer in self.layers for p in (layer.precision_up, layer.precision_down)})
+        replaced, packed = (sum(getattr(layer, f) for layer in self.layers) for f in ("replaced_bytes", "packed_bytes"))
+        released = "released" if all(layer.released for layer in self.layers) else "kept"
+        lines = [f"{self.model}: tilewright serves {len(self.layers)} expert layers"]
+        if self.layers:
+            lines[0] += f" in {', '.join(precisions)}"
+            lines.append(f"  weights: {_megabytes(packed)} packed, {_megabytes(replaced)} {released}")
+        lines += [f"  left alone: {text}" for text in describe_left_alone(self.left_alone)]
+        return "\n".join([*lines, f"  memory before: {self.before}", f"  memory after: {self.after}"])
+
+
+@dataclass(frozen=True)
+class Disabled:
+    """What :func:`tilewright.runtime.transformers.disable` did."""
+
+    model: str
+    restored: tuple[str, ...]
+    """Modules that run as before, with the weights that they had."""
+    dequantised: tuple[ServedLayer, ...]
+    """Modules whose released weights had been rounded: theirs are now the rounded values."""
+    before: Memory
+    after: Memory
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {len(self.restored) + len(self.dequantised)} expert layers run as before"]
+        if self.dequantised:
+            lines.append(f"  {describe_dequantised(self.dequantised)}")
+        return "\n".join([*lines, f"  memory before: {self.before}", f"  memory after: {self.after}"])
+
+
+def describe_left_alone(modules: Sequence[LeftAlone]) -> list[str]:
+    """One line per reason."""
+    names: dict[str, list[str]] = {}
+    for module in modules:
+        names.setdefault(module.reason, []).append(module.name)
+    return [f"{of[0]}{f' and {len(of) - 1} more' if len(of) > 1 else ''}, for {reason}" for reason, of in names.items()]
+
+
+def describe_dequantised(layers: Sequence[ServedLayer]) -> str:
+    """What the weights of ``layers`` are now."""
+    precisions = sorted({p for layer in layers for p in (layer.precision_up, layer.precision_down)} - {LOSSLESS})
+    return (
+        f"the weights of {len(layers)} expert layers were stored as {', '.join(precisions)} and their originals "
+        "released, so they hold the rounded values now; load the model again for the originals"
+    )
+
+
+def _megabytes(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 1e6:.0f} MB"

@@ -1,0 +1,142 @@
+"""One expert layer of a model, and the function that Transformers calls for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from tilewright.codegen.precisions import LOSSLESS
+from tilewright.errors import TilewrightError
+from tilewright.runtime.experts import Experts
+from tilewright.runtime.torch_ops import refuse_backward
+from tilewright.runtime.transformers.interface import forward_of
+from tilewright.runtime.transformers.recognition import Form, as_module_weights
+
+_LAYER = "_tilewright_layer"
+_BEFORE = "_tilewright_before"
+_REPLACED = ("gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What serves one module."""
+
+    experts: Experts
+    form: Form
+    released: bool
+    trainable: tuple[bool, ...]
+    """Whether each of the replaced weights required gradients."""
+
+    @classmethod
+    def of(cls, module: nn.Module, experts: Experts, form: Form, *, released: bool) -> Layer:
+        """``experts`` for ``module``, whose weights have the form ``form``."""
+        return cls(experts, form, released, tuple(getattr(module, name).requires_grad for name in _REPLACED))
+
+    def __deepcopy__(self, _memo: object) -> Layer:
+        """A copy of a model shares what nobody writes."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        """Kernels live in this process.
+
+        Raises:
+            TilewrightError: always.
+
+        """
+        raise TilewrightError("a model that tilewright serves cannot be pickled; call disable(model) first")
+
+    @property
+    def quantised(self) -> bool:
+        """Whether kernels read rounded weights."""
+        return {self.experts.up.precision, self.experts.down.precision} != {LOSSLESS}
+
+
+def layer_of(module: nn.Module) -> Layer | None:
+    """What serves ``module``; None for one that runs as before."""
+    layer = getattr(module, _LAYER, None)
+    return layer if isinstance(layer, Layer) else None
+
+
+def remember(module: nn.Module, implementation: str | None) -> None:
+    """Keep the name of what ``module`` called before."""
+    setattr(module, _BEFORE, implementation)
+
+
+def attach(module: nn.Module, layer: Layer) -> None:
+    """Have ``layer`` serve ``module``, and release the module's own weights where the layer says so."""
+    setattr(module, _LAYER, layer)
+    if not layer.released:
+        return
+    for name in _REPLACED:
+        # Of the same shape and without memory: what asks for its values fails, and does not read wrong ones.
+        placeholder = torch.empty_like(getattr(module, name), device="meta")
+        setattr(module, name, nn.Parameter(placeholder, requires_grad=False))
+
+
+def detach(module: nn.Module) -> None:
+    """Undo :func:`attach` and :func:`remember`; released weights come back from what kernels read."""
+    layer = layer_of(module)
+    if layer is not None and layer.released:
+        restored = as_module_weights(layer.experts.weights(), layer.form)
+        for name, trainable in zip(_REPLACED, layer.trainable, strict=True):
+            setattr(module, name, nn.Parameter(restored[name], requires_grad=trainable))
+    for attribute in (_LAYER, _BEFORE):
+        if attribute in module.__dict__:
+            delattr(module, attribute)
+
+
+def experts_forward(module: nn.Module, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    """The experts implementation ``tilewright``; modules that are not served run what they ran before.
+
+    Args:
+        module: of a class that Transformers decorates with ``use_experts_implementation``.
+        x: [tokens, hidden].
+        topk_ids: int64 [tokens, top_k].
+        topk_weights: [tokens, top_k].
+
+    Raises:
+        TilewrightError: for what the runtime refuses; in training mode and for a backward pass, where the weights that
+            could be trained were released.
+
+    """
+    layer = layer_of(module)
+    if layer is None or (not layer.released and _wants_gradients(module, x)):
+        return forward_of(module, getattr(module, _BEFORE, None))(module, x, topk_ids, topk_weights)
+    if module.training:
+        raise TilewrightError(
+            "the model is in training mode, but its expert weights were released for inference; call model.eval(), or "
+            "disable(model) to train"
+        )
+    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+        result: Tensor = _WithoutBackward.apply(layer, x, topk_ids, topk_weights)  # type: ignore[no-untyped-call]
+        return result
+    return _run(layer, x, topk_ids, topk_weights)
+
+
+def _wants_gradients(module: nn.Module, x: Tensor) -> bool:
+    if module.training:
+        return True
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
+
+
+def _run(layer: Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    if x.dtype is torch.float32 and topk_weights.dtype is torch.float32:
+        return layer.experts.run(x, topk_ids, topk_weights)
+    return layer.experts.run(x.float(), topk_ids, topk_weights.float()).to(x.dtype)
+
+
+class _WithoutBackward(torch.autograd.Function):
+    """The right result where gradients are recorded, as happens without no_grad(); an error where they are used."""
+
+    @staticmethod
+    def forward(_ctx: Any, layer: Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """See :func:`_run`."""
+        return _run(layer, x.detach(), topk_ids, topk_weights.detach())
+
+    @staticmethod
+    def backward(_ctx: Any, *_gradients: Any) -> NoReturn:
+        """Refuse."""
+        refuse_backward()

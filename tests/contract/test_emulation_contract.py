@@ -1,0 +1,35 @@
+"""Every Triton template of every op, in the interpreter, against the op's reference; a new one needs no change here.
+
+Variants cover every pair of two knobs' values, and of a knob's value and a signature. Long: the full set runs with
+``TILEWRIGHT_FULL_EMULATION=1``, otherwise every n-th of it, of which each template gets its share.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from awkward import Case
+from gpu_signatures import emulated_cases
+
+from tilewright.codegen.archs import GPU_ARCHS
+from tilewright.codegen.ops import find_op
+from tilewright.tuner.emulation.checking import EmulatedChecker
+from tilewright.tuner.emulation.emulator import Emulator
+
+FULL = os.environ.get("TILEWRIGHT_FULL_EMULATION") == "1"
+CASES = 48
+"""Of all templates together, where not all are run: about 40 s."""
+
+
+@pytest.fixture(scope="module")
+def emulator() -> Iterator[Emulator]:
+    with Emulator() as one:
+        yield one
+
+
+@pytest.mark.parametrize("case", emulated_cases(None if FULL else CASES), ids=str)
+def test_variant_matches_the_reference_in_the_interpreter(case: Case, emulator: Emulator) -> None:
+    arch = GPU_ARCHS[case.arch.name]
+    found = EmulatedChecker(find_op(case.op), arch, emulator).check(case.signature, case.config)
+    assert found.complaint is None
+    assert found.error is not None

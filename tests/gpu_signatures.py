@@ -1,0 +1,83 @@
+"""Signatures for GPU templates, and variants of them that together hold every pair of knobs' values."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from awkward import Case
+from covering import covering_rows
+
+from tilewright.codegen.archs import GPU_ARCHS, GpuArch
+from tilewright.codegen.ops import OPS, find_op
+from tilewright.codegen.ops.base import Template
+from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature as MoeGemm
+from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.space import Space
+
+GPU_SIGNATURES: Mapping[str, Sequence[Signature]] = {
+    "moe_gemm": (
+        MoeGemm(stage="up", experts=8, n=768, k=2048, top_k=2, activation="swiglu", x_dtype="bf16"),
+        MoeGemm(stage="up", experts=5, n=360, k=1184, top_k=2, activation="swiglu_clamped", bias=True, x_dtype="bf16"),
+        MoeGemm(stage="up", experts=4, n=200, k=520, top_k=1, activation="geglu", x_dtype="fp16", out_dtype="fp32"),
+        MoeGemm(stage="down", experts=8, n=1024, k=768, top_k=2, x_dtype="fp16"),
+        MoeGemm(stage="down", experts=3, n=600, k=1440, top_k=3, bias=True, x_dtype="bf16"),
+        MoeGemm(stage="plain", experts=4, n=512, k=1024, x_dtype="bf16"),
+        MoeGemm(stage="plain", experts=2, n=72, k=1096, bias=True, x_dtype="bf16"),
+    ),
+}
+"""Sizes that every tile divides, and sizes that none does; k that all groups of scales divide, and k that few do."""
+
+
+def space_of(op_name: str, template: Template[Any], signature: Signature, arch: GpuArch) -> Space | None:
+    """Configs of one template in every precision that it can have there; None without any."""
+    op = find_op(op_name)
+    if template not in op.templates_for(signature, arch):
+        return None
+    possible = [name for name, refusal in op.precisions(signature).items() if refusal is None]
+    names = tuple(name for name in template.precisions if name in possible and template.exclusion(name, arch) is None)
+    return template.space(signature, arch, names) if names else None
+
+
+def covering_cases(op_name: str, template: Template[Any], arch: GpuArch) -> list[Case]:
+    """Every pair of two knobs' values, and of a knob's value and a signature, that the template has on ``arch``."""
+    op = find_op(op_name)
+    blocks = []
+    values: dict[str, dict[Any, int]] = {}
+    spaces = {}
+    for number, signature in enumerate(GPU_SIGNATURES.get(op_name, ())):
+        space = space_of(op_name, template, signature, arch)
+        if space is None:
+            continue
+        spaces[number] = space
+        columns = [np.full(len(space), number)]
+        for index, parameter in enumerate(space.parameters):
+            seen = values.setdefault(parameter.name, {})
+            codes = np.array([seen.setdefault(value, len(seen)) for value in parameter.values])
+            columns.append(codes[space.indices[:, index]])
+        blocks.append(np.column_stack([*columns, np.arange(len(space))]))
+    if not blocks:
+        return []
+    table = np.concatenate(blocks)
+    made = []
+    for row in covering_rows(table[:, :-1], seed=0):
+        number = int(table[row, 0])
+        signature = GPU_SIGNATURES[op_name][number]
+        config = spaces[number][int(table[row, -1])]
+        made.append(Case(op_name, signature, op.space(signature, arch).lift(template.name, config), arch))
+    return made
+
+
+def emulated_cases(count: int | None) -> list[Case]:
+    """Cases of all Triton templates, on the arch that offers each most; ``count`` of them, each template its share."""
+    templates = [(op, t) for op in OPS.values() for t in op.templates if t.language == "triton" and t.emulated_problems]
+    groups = [max((covering_cases(op.name, t, arch) for arch in _archs(t)), key=len) for op, t in templates]
+    if count is None:
+        return [case for group in groups for case in group]
+    share = max(1, count // max(1, len(groups)))
+    return [group[number * len(group) // share] for group in groups for number in range(min(share, len(group)))]
+
+
+def _archs(template: Template[Any]) -> list[GpuArch]:
+    """One arch of a family tells: what is emulated is the source."""
+    named = (GPU_ARCHS[name] for name in ("sm_100", "gfx950"))
+    return [arch for arch in named if arch.family in template.families]
