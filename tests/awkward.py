@@ -98,6 +98,24 @@ def gating_signatures(draw: st.DrawFn) -> Gating:
     )
 
 
+@st.composite
+def attention_signatures(draw: st.DrawFn) -> Attention:
+    """Any signature of a few heads."""
+    stage = draw(st.sampled_from(["decode", "prefill"]))
+    kv_heads = draw(st.integers(1, 5))
+    return Attention(
+        stage=stage,
+        heads=kv_heads * draw(st.integers(1, 9)),
+        kv_heads=kv_heads,
+        head_dim=8 * draw(st.integers(2, 33)),
+        value_dim=8 * draw(st.integers(2, 33)),
+        window=draw(st.sampled_from([0, 1, 100])),
+        sinks=draw(st.booleans()),
+        page_size=draw(st.integers(1, 70)) if stage == "decode" else 0,
+        kv_layout=draw(st.sampled_from(["hnd", "nhd"])) if stage == "decode" else "",
+    )
+
+
 @dataclass(frozen=True)
 class Case:
     """A variant to build and run."""

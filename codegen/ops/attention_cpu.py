@@ -282,7 +282,7 @@ def default_config(signature: AttentionSignature, arch: CpuArch) -> tuple[str, d
     return PREFILL, {
         "tile_rows": 8 if wide else 4,
         "key_panel": 2,
-        "value_panel": 2,
+        "value_panel": min(2, _vectors(signature.value_dim, arch)),
         "block_rows": 64,
         "block_keys": 128,
         "unroll": 1,

@@ -6,7 +6,7 @@ import random
 import re
 
 import pytest
-from awkward import SIGNATURES, gating_signatures
+from awkward import SIGNATURES, attention_signatures, gating_signatures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,7 +43,11 @@ moe_gemm_signatures = st.builds(
     st.sampled_from(["none", "swiglu", "geglu", "swiglu_clamped"]),
     st.booleans(),
 )
-RANDOM_SIGNATURES = {"moe_gemm": moe_gemm_signatures, "gating": gating_signatures()}
+RANDOM_SIGNATURES = {
+    "moe_gemm": moe_gemm_signatures,
+    "gating": gating_signatures(),
+    "attention": attention_signatures(),
+}
 
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 each_arch = pytest.mark.parametrize("arch", CPU_ARCHS.values(), ids=lambda arch: arch.name)
