@@ -19,9 +19,11 @@ class Part:
 
 
 def tokens_of(op_name: str, signature: Any, inputs: Arrays) -> int:
-    """Tokens of a batch; of a plain grouped GEMM, whose rows belong to nobody, rows."""
+    """Tokens of a batch; of a plain grouped GEMM, whose rows belong to nobody, rows; of attention, sequences."""
     if op_name == "moe_gemm" and signature.stage == "down":
         return len(inputs["slot_row"])
+    if op_name == "attention":
+        return len(inputs["lengths"]) if signature.stage == "decode" else len(inputs["cu_seqlens"]) - 1
     return len(inputs["logits" if op_name == "gating" else "x"])
 
 
@@ -64,4 +66,19 @@ def _gating(signature: Any, inputs: Arrays, tokens: NDArray[np.int64]) -> Part:
     return Part({"logits": inputs["logits"][tokens]}, {"topk_ids": tokens, "topk_weights": tokens})
 
 
-PARTS: Mapping[str, Callable[[Any, Arrays, NDArray[np.int64]], Part]] = {"moe_gemm": _moe_gemm, "gating": _gating}
+def _attention(signature: Any, inputs: Arrays, sequences: NDArray[np.int64]) -> Part:
+    if signature.stage == "decode":
+        own = {name: inputs[name][sequences] for name in ("q", "block_table", "lengths")}
+        return Part({**inputs, **own}, {"out": sequences})
+    lengths = np.diff(inputs["cu_seqlens"])
+    rows = np.flatnonzero(np.isin(np.repeat(np.arange(len(lengths)), lengths), sequences))
+    own = {name: inputs[name][rows] for name in ("q", "k", "v")}
+    offsets = np.concatenate(([0], np.cumsum(lengths[sequences]))).astype(np.int32)
+    return Part({**own, "cu_seqlens": offsets}, {"out": rows})
+
+
+PARTS: Mapping[str, Callable[[Any, Arrays, NDArray[np.int64]], Part]] = {
+    "moe_gemm": _moe_gemm,
+    "gating": _gating,
+    "attention": _attention,
+}

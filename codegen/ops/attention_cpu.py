@@ -257,9 +257,7 @@ def _context(signature: AttentionSignature, config: Config, arch: CpuArch) -> di
 def _order(signature: AttentionSignature, config: Config, arch: CpuArch) -> str:
     """Scores and values are summed token by token, rescaled after every block, and chunks put together in order."""
     del signature, arch
-    knobs = (
-        ("block", "chunk") if config["template"] == DECODE else ("block_keys", "block_rows", "tile_rows", "key_panel")
-    )
+    knobs = ("block", "chunk") if config["template"] == DECODE else ("block_keys",)
     return " ".join(f"{knob}={config[knob]}" for knob in knobs)
 
 

@@ -51,7 +51,8 @@ INLINE vec fold_1(vec a, vec b) {
 }
 
 INLINE vec power_of_two(vec x) {
-  x = x < -126.0f ? splat(-126.0f) : x;
+  const ivec vanishes = x < -126.0f;
+  x = vanishes ? splat(-126.0f) : x;
   const vec rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
   const vec shifted = x + rounder;
   const vec r = x - (shifted - rounder);
@@ -62,7 +63,7 @@ INLINE vec power_of_two(vec x) {
   p = p * r + 2.4022651e-1f;
   p = p * r + 6.9314718e-1f;
   p = p * r + 1.0f;
-  return (vec)((ivec)p + ((ivec)shifted << 23));
+  return vanishes ? vec{} : (vec)((ivec)p + ((ivec)shifted << 23));
 }
 
 INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
