@@ -19,12 +19,17 @@ class Part:
 
 
 def tokens_of(op_name: str, signature: Any, inputs: Arrays) -> int:
-    """Tokens of a batch; of a plain grouped GEMM, whose rows belong to nobody, rows; of attention, sequences."""
-    if op_name == "moe_gemm" and signature.stage == "down":
-        return len(inputs["slot_row"])
-    if op_name == "attention":
-        return len(inputs["lengths"]) if signature.stage == "decode" else len(inputs["cu_seqlens"]) - 1
-    return len(inputs["logits" if op_name == "gating" else "x"])
+    """What a batch can be taken apart into: tokens, sequences of attention, or rows of a plain grouped GEMM."""
+    match op_name, getattr(signature, "stage", ""):
+        case "moe_gemm", "down":
+            return len(inputs["slot_row"])
+        case "moe_gemm", _:
+            return len(inputs["x"])
+        case "attention", "prefill":
+            return len(inputs["cu_seqlens"]) - 1
+        case "attention", _:
+            return len(inputs["lengths"])
+    return len(inputs["logits"])
 
 
 def part_of(op_name: str, signature: Any, inputs: Arrays, tokens: Sequence[int]) -> Part:
@@ -67,14 +72,16 @@ def _gating(signature: Any, inputs: Arrays, tokens: NDArray[np.int64]) -> Part:
 
 
 def _attention(signature: Any, inputs: Arrays, sequences: NDArray[np.int64]) -> Part:
+    """Sequences by themselves; decoding ones stay where they lie in the cache."""
     if signature.stage == "decode":
         own = {name: inputs[name][sequences] for name in ("q", "block_table", "lengths")}
         return Part({**inputs, **own}, {"out": sequences})
-    lengths = np.diff(inputs["cu_seqlens"])
-    rows = np.flatnonzero(np.isin(np.repeat(np.arange(len(lengths)), lengths), sequences))
-    own = {name: inputs[name][rows] for name in ("q", "k", "v")}
-    offsets = np.concatenate(([0], np.cumsum(lengths[sequences]))).astype(np.int32)
-    return Part({**own, "cu_seqlens": offsets}, {"out": rows})
+    boundaries = inputs["cu_seqlens"].astype(np.int64)
+    tokens = np.concatenate([np.arange(boundaries[each], boundaries[each + 1]) for each in sequences])
+    lengths = np.diff(boundaries)[sequences]
+    own = {name: inputs[name][tokens] for name in ("q", "k", "v")}
+    own["cu_seqlens"] = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+    return Part(own, {"out": tokens})
 
 
 PARTS: Mapping[str, Callable[[Any, Arrays, NDArray[np.int64]], Part]] = {
