@@ -34,3 +34,15 @@ def ensure_tuned(
     if code != 0:
         raise RuntimeError(f"tuning {problem} ended with exit code {code}")
     return path
+
+
+def ensure_tuned_model(
+    folder: Path, tokens: Sequence[int], threads: int, *, op: str, trials: int = TRIALS, more: Sequence[str] = ()
+) -> Path:
+    """Tune ops of the model in ``folder`` at all ``tokens``, as :func:`ensure_tuned` does a problem."""
+    arguments = ["--arch", "native", "--op", op, "--model", str(folder), "--resume", "--db", str(database())]
+    sizes = ",".join(map(str, tokens))
+    code = tune([*arguments, "--tokens", sizes, "--threads", str(threads), "--trials", str(trials), *more])
+    if code != 0:
+        raise RuntimeError(f"tuning {folder} ended with exit code {code}")
+    return database()
