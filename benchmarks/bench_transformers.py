@@ -96,7 +96,7 @@ def decode_calls(model) -> list:
     def call_for(token):
         def call():
             logits = model(token, past_key_values=kept, use_cache=True).logits
-            kept.crop(PROMPT)
+            kept.crop(-1)
             return logits
 
         return call
