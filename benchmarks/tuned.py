@@ -7,7 +7,7 @@ from pathlib import Path
 from tilewright.tuner.cli import main as tune
 
 TRIALS = int(os.environ.get("TILEWRIGHT_BENCH_TRIALS", "40"))
-"""Per problem; the build cache makes later sizes of a shape cheap. 0: models are raced with the plans that there are."""
+"""Per problem; the build cache makes later sizes of a shape cheap. 0: models take the plans that there are."""
 
 
 def database() -> Path:
