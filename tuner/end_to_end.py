@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,7 @@ class Pass:
 
 def passes(model: ModelShape, measured: Sequence[tuple[Signature, Sequence[Deployed]]]) -> list[Pass]:
     """Passes of ``model`` at every size at which all signatures that such a pass calls were measured."""
+    names = telling_names([signature for signature, _ in measured])
     found = []
     for phase in PHASES:
         called = [
@@ -85,24 +86,40 @@ def passes(model: ModelShape, measured: Sequence[tuple[Signature, Sequence[Deplo
         ]
         common = set.intersection(*(set(rows) for _, _, rows in called)) if called else set()
         found += [
-            Pass(phase, tokens, tuple(_part(signature, calls, rows[tokens]) for signature, calls, rows in called))
+            Pass(phase, tokens, tuple(_part(names[s.key], calls, rows[tokens]) for s, calls, rows in called))
             for tokens in sorted(common)
         ]
     return found
 
 
-def _part(signature: Signature, calls: float, row: Deployed) -> Part:
+def telling_names(signatures: Sequence[Signature]) -> dict[str, str]:
+    """Titles by key; of those that share one also the fields in which they differ."""
+    fields = {signature.key: signature.to_dict() for signature in signatures}
+    names = {}
+    for signature in signatures:
+        alike = [fields[other.key] for other in signatures if other.title == signature.title]
+        differ = [name for name in alike[0] if len({str(each.get(name)) for each in alike}) > 1]
+        own = [f"{name}={fields[signature.key][name]}" for name in differ]
+        names[signature.key] = " ".join([signature.title, *own])
+    return names
+
+
+def _part(title: str, calls: float, row: Deployed) -> Part:
     """Times are tied to torch's by the paired speed-up, in which drift cancels."""
     torch = calls * row.torch.median
-    return Part(signature.title, calls, torch, torch / row.speedup, torch / row.speedup_high, torch / row.speedup_low)
+    return Part(title, calls, torch, torch / row.speedup, torch / row.speedup_high, torch / row.speedup_low)
 
 
-def not_counted(model: ModelShape, tuned_ops: Mapping[str, object] | Sequence[str]) -> list[str]:
-    """What a pass computes beside the ops in ``tuned_ops``."""
-    left = [] if "moe_gemm" in tuned_ops else ["experts"]
-    left += [] if "gating" in tuned_ops else ["gating"]
-    left += [] if "attention" in tuned_ops else ["attention"]
-    left += ["projections"]
+def not_counted(model: ModelShape, tuned: Sequence[Signature]) -> list[str]:
+    """What a pass computes beside ``tuned``."""
+    ops = {signature.op for signature in tuned}
+    stages = {getattr(signature, "stage", "") for signature in tuned}
+    left = [
+        what
+        for what, op in (("experts", "moe_gemm"), ("gating", "gating"), ("attention", "attention"))
+        if op not in ops
+    ]
+    left += [] if "plain" in stages else ["projections", "the head"]
     left += ["shared experts"] if model.shared_experts else []
     left += ["dense layers"] if model.moe_layers < model.layers else []
-    return [*left, "norms", "embeddings", "the head", "Python"]
+    return [*left, "norms", "embeddings", "Python"]

@@ -150,13 +150,18 @@ class OpDeclaration(ABC, Generic[S, P]):
     def signatures(self, model: ModelShape) -> tuple[S, ...]:
         """Signatures that ``model`` calls this op with, in the order in which a layer calls them."""
 
+    def further_signatures(self, model: ModelShape) -> tuple[S, ...]:
+        """Signatures that ``model`` can be served with beside those that name the op; tuned where all ops are."""
+        del model
+        return ()
+
     def ladder(self, signature: S) -> tuple[int, ...]:
         """Dynamic sizes to tune where the user names none."""
         del signature
         return (1, 4, 16, 64, 256)
 
     def calls_per_pass(self, signature: S, model: ModelShape, phase: Phase) -> float:
-        """How often one forward pass of ``model`` calls ``signature``: once in every layer with experts.
+        """How often one forward pass of ``model`` calls ``signature``; usually once in every layer with experts.
 
         A pass is one token for each of some sequences (``decode``), or all tokens of a prompt (``prefill``).
         """

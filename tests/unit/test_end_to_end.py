@@ -4,8 +4,9 @@ import pytest
 
 from tilewright.codegen.models import load_model
 from tilewright.codegen.ops import OPS
+from tilewright.codegen.routing import RoutingSpec
 from tilewright.tuner.deployed import Deployed
-from tilewright.tuner.end_to_end import not_counted, passes
+from tilewright.tuner.end_to_end import not_counted, passes, telling_names
 from tilewright.tuner.evaluation.statistics import Interval
 
 MODEL = load_model("gpt-oss-20b")  # 24 layers, all with experts, half of them with a window
@@ -44,7 +45,32 @@ def test_the_noise_of_parts_adds_in_quadrature():
     assert low < both.gain[1] < 2.0 < both.gain[2] < high
 
 
+def test_linear_layers_outside_of_experts_are_counted():
+    qwen, moe = load_model("qwen3-30b-a3b"), OPS["moe_gemm"]
+    counts = {
+        (s.n, s.k): tuple(moe.calls_per_pass(s, qwen, phase) for phase in ("decode", "prefill"))
+        for s in moe.further_signatures(qwen)
+    }
+    assert counts == {
+        (4096, 2048): (48, 48),
+        (512, 2048): (96, 96),
+        (2048, 4096): (48, 48),
+        (151936, 2048): (1, 0),
+    }
+    problem = moe.problem(moe.further_signatures(qwen)[0], 5, RoutingSpec.parse("balanced"), qwen)
+    assert moe.inputs(problem, seed=0)["x"].shape == (5, 2048)
+
+
 def test_what_is_left_out_is_named():
-    assert "attention" in not_counted(MODEL, ["moe_gemm", "gating"])
-    assert "shared experts" in not_counted(load_model("deepseek-v3"), list(OPS))
-    assert not {"experts", "gating", "attention"} & set(not_counted(MODEL, list(OPS)))
+    every = [signature for signatures in SIGNATURES.values() for signature in signatures]
+    assert "attention" in not_counted(MODEL, SIGNATURES["moe_gemm"])
+    assert "shared experts" in not_counted(load_model("deepseek-v3"), every)
+    assert not {"experts", "gating", "attention"} & set(not_counted(MODEL, every))
+    assert "projections" in not_counted(MODEL, every)
+    assert "projections" not in not_counted(MODEL, [*every, *OPS["moe_gemm"].further_signatures(MODEL)])
+
+
+def test_parts_that_share_a_title_say_how_they_differ():
+    decode = [signature for signature in SIGNATURES["attention"] if signature.stage == "decode"]
+    assert set(telling_names(decode).values()) == {"attention decode window=0", "attention decode window=128"}
+    assert set(telling_names(decode[:1]).values()) == {"attention decode"}

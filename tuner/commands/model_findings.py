@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewright.codegen.models import ModelShape
+from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.precisions import LOSSLESS
 from tilewright.tuner.commands.findings import HEAD, NOTES, Findings
-from tilewright.tuner.end_to_end import Pass, not_counted, passes
+from tilewright.tuner.end_to_end import Pass, not_counted, passes, telling_names
 from tilewright.tuner.text import format_ratio, format_shape, format_us, table, terminal_width, wrapped
 
 _NEXT_STEPS = """
@@ -45,6 +46,10 @@ class ModelFindings:
         }
 
     @property
+    def _signatures(self) -> list[Signature]:
+        return [mine.signature for findings in self.found for mine in findings.report.signatures]
+
+    @property
     def _passes(self) -> list[Pass]:
         return passes(
             self.model,
@@ -57,11 +62,12 @@ class ModelFindings:
 
     @property
     def _not_counted(self) -> list[str]:
-        return not_counted(self.model, [findings.request.op.name for findings in self.found])
+        return not_counted(self.model, self._signatures)
 
     def _table(self) -> list[str]:
+        names = telling_names(self._signatures)
         rows = [
-            (mine.signature.title, *row)
+            (names[mine.signature.key], *row)
             for findings in self.found
             for mine in findings.report.signatures
             for row in findings.rows(mine)

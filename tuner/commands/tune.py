@@ -229,7 +229,7 @@ def _problems(
     if model is not None:
         asked = None if arguments.tokens is None else _tokens(arguments.tokens)
         try:
-            signatures = op.signatures(model)
+            signatures = (*op.signatures(model), *(op.further_signatures(model) if arguments.op == ALL_OPS else ()))
         except TilewrightError as error:
             raise _NotInModelError(str(error)) from error
         return [
