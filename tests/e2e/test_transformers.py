@@ -306,6 +306,60 @@ def test_an_enabled_model_compiles_in_one_graph(tmp_path):
         torch.testing.assert_close(torch.compile(experts, fullgraph=True, backend="aot_eager")(x), expected)
         exported = torch.export.export(experts, (x,))
         torch.testing.assert_close(exported.module()(x), expected)
-        whole = logits(model)
+
+
+def store_linear_plans(path, *shapes: tuple[int, int]):
+    for n, k in shapes:
+        signature = MoeGemmSignature(stage="plain", experts=1, n=n, k=k)
+        store_plan(path, signature, [(None, build(signature, layout=WeightLayout(8)))])
+
+
+def test_linear_layers_with_a_plan_are_served_and_come_back(tmp_path):
+    model = make_model("qwen3_moe")
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    expected, tokens = logits(model), generate(model)
+    store_plans(tmp_path / "tuning.db", "qwen3_moe")
+    store_linear_plans(tmp_path / "tuning.db", (32, 32), (64, 32))  # query and output; the head; not key and value
+    report = enable(model)
+    assert sorted(layer.name.rpartition(".")[2] for layer in report.linears) == [
+        "lm_head",
+        *["o_proj"] * 2,
+        *["q_proj"] * 2,
+    ]
+    assert "serves 2 expert layers and 5 linear layers in fp32" in str(report)
+    assert model.state_dict().keys() == weights.keys()
+    assert model.lm_head.weight.device.type == "meta"
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(generate(model), tokens)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(PROMPT, use_cache=False)
-        torch.testing.assert_close(compiled.logits, whole)
+    torch.testing.assert_close(compiled.logits, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(TilewrightError, match="compute no gradients"):
+        other(PROMPT).logits.sum().backward()
+    with pytest.raises(TilewrightError, match="training mode"):
+        other.lm_head.train()(torch.ones(1, 32))
+
+    assert len(disable(model).restored) == 7
+    assert type(model.lm_head) is torch.nn.Linear
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert torch.equal(logits(model), expected)
+
+
+def test_tied_weights_and_kept_ones_stay(tmp_path):
+    torch.manual_seed(3)
+    config = transformers.AutoConfig.for_model("qwen3_moe", **SIZES, **CONFIGS["qwen3_moe"], tie_word_embeddings=True)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    plain = copy.deepcopy(model)
+    store_plans(tmp_path / "tuning.db", "qwen3_moe")
+    store_linear_plans(tmp_path / "tuning.db", (32, 32), (64, 32))
+    report = enable(model, keep=True)
+    assert not any(layer.name == "lm_head" for layer in report.linears)
+    assert len(report.linears) == 4
+    assert model.get_input_embeddings().weight is model.lm_head.weight
+    for each in (model, plain):
+        each(PROMPT).logits.sum().backward()
+    for (name, mine), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, msg=name)
+    disable(model)
+    assert torch.equal(logits(model), logits(plain))
