@@ -75,6 +75,8 @@ class ModelShape:
     """Tokens that a query sees, of every kind of layer that there is; 0: all."""
     attention_sinks: bool = False
     """Whether each query head has a learned logit in the softmax's denominator."""
+    attention_bias: bool = False
+    """Whether some projections of attention have a bias."""
     attention_scale: float = 0.0
     """Factor of q . k before the softmax; 0: 1 / sqrt(head_dim)."""
     tp: int = 1

@@ -66,7 +66,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
     def further_signatures(self, model: ModelShape) -> tuple[MoeGemmSignature, ...]:
         """Linear layers outside of the experts, each a group of its own: attention's projections, and the head.
 
-        Without those of latent attention, whose inner sizes a shape does not hold.
+        Without the projections of latent attention, whose inner sizes a shape does not hold, and those with a bias.
         """
         return tuple(_plain(shape) for shape in dict.fromkeys([*_projections(model), _head(model)]))
 
@@ -224,7 +224,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
 
 def _projections(model: ModelShape) -> list[tuple[int, int]]:
     """(n, k) of query, key, value and output of one layer's attention, on one tensor-parallel rank."""
-    if model.value_dim != model.head_dim:
+    if model.value_dim != model.head_dim or model.attention_bias:
         return []
     heads, kv_heads = (count * model.head_dim for count in model.heads_per_rank())
     return [(heads, model.hidden), (kv_heads, model.hidden), (kv_heads, model.hidden), (model.hidden, heads)]
