@@ -113,13 +113,13 @@ def _part(title: str, calls: float, row: Deployed) -> Part:
 def not_counted(model: ModelShape, tuned: Sequence[Signature]) -> list[str]:
     """What a pass computes beside ``tuned``."""
     ops = {signature.op for signature in tuned}
-    stages = {getattr(signature, "stage", "") for signature in tuned}
-    left = [
-        what
-        for what, op in (("experts", "moe_gemm"), ("gating", "gating"), ("attention", "attention"))
-        if op not in ops
-    ]
-    left += [] if "plain" in stages else ["projections", "the head"]
+    names = {"moe_gemm": "experts", "gating": "gating", "attention": "attention"}
+    left = [name for op, name in names.items() if op not in ops]
+    # Linear layers of a prompt's every token, and the one of its last.
+    plain = [signature for signature in tuned if getattr(signature, "stage", "") == "plain"]
+    of_every_token = [find_op(each.op).calls_per_pass(each, model, "prefill") > 0 for each in plain]
+    left += [] if any(of_every_token) else ["projections"]
+    left += [] if not all(of_every_token) else ["the head"]
     left += ["shared experts"] if model.shared_experts else []
     left += ["dense layers"] if model.moe_layers < model.layers else []
     return [*left, "norms", "embeddings", "Python"]
