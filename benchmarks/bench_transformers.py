@@ -42,8 +42,11 @@ CONFIG = {
 }
 PROMPT, PREFILL = 128, 512
 PEERS = ("eager", "batched_mm", "grouped_mm")
-OURS = {"tilewright": 0.0, "tilewright int8": 0.01}
-"""Ours, and the ``max_error`` of each."""
+OURS = {"tilewright": 0.0, "tilewright int8": 0.012}
+"""Ours, and the ``max_error`` of each: of one stage, SwiGLU's rounded factors included."""
+EXACT, ROUNDED = 1e-5, 0.1
+"""Relative error of logits. Rounded weights now and then make a token choose another expert, for a random router hardly
+prefers one."""
 THREADS = tuple(dict.fromkeys((1, min(2, usable_cores()))))
 TOKENS = 8
 """Different ones that are decoded in turn, so that experts change."""
@@ -68,8 +71,8 @@ def plan_for(threads: int) -> Path:
     folder = database().parent / "qwen3_moe"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    more = ("--precision", "fp32,int8", "--max-error", "0.01")
-    return ensure_tuned_model(folder, (1, PREFILL), threads, op="moe_gemm", more=more)
+    more = ("--precision", "fp32,int8", "--max-error", str(max(OURS.values())))
+    return ensure_tuned_model(folder, (1, PREFILL), threads, op="all", more=more)
 
 
 @cache
@@ -124,11 +127,11 @@ def contenders(phase: str) -> tuple[str, ...]:
 def run_race(phase: str, threads: int) -> Race:
     with limited_to(threads), torch.inference_mode():
         calls = {name: CALLS[phase](models(threads)[name]) for name in contenders(phase)}
-        expected = [call() for call in calls["eager"]]
+        expected = torch.cat([call() for call in calls["eager"]])
         for name, mine in calls.items():
-            for call, correct in zip(mine, expected, strict=True):
-                error = ((call() - correct).norm() / correct.norm()).item()
-                assert error <= (0.05 if OURS.get(name) else 1e-4), (name, error)
+            error = (torch.cat([call() for call in mine]) - expected).norm() / expected.norm()
+            print(f"{phase}, {threads} threads: logits of {name} differ from eager by {error:.1e}")
+            assert error <= ROUNDED if OURS.get(name) else error <= EXACT, name
         result = race(calls, control="tilewright", budget_s=BUDGET_S, min_rounds=7, lead_in_us=20_000.0)
     print(f"\n{phase}, {threads} threads\n{result.table('tilewright')}")
     best = result.fastest([name for name in contenders(phase) if name in PEERS])
