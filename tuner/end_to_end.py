@@ -115,11 +115,13 @@ def not_counted(model: ModelShape, tuned: Sequence[Signature]) -> list[str]:
     ops = {signature.op for signature in tuned}
     names = {"moe_gemm": "experts", "gating": "gating", "attention": "attention"}
     left = [name for op, name in names.items() if op not in ops]
-    # Linear layers of a prompt's every token, and the one of its last.
+    # Linear layers that every token of a prompt goes through, and the one that only the last does.
     plain = [signature for signature in tuned if getattr(signature, "stage", "") == "plain"]
-    of_every_token = [find_op(each.op).calls_per_pass(each, model, "prefill") > 0 for each in plain]
-    left += [] if any(of_every_token) else ["projections"]
-    left += [] if not all(of_every_token) else ["the head"]
+    decode, prefill = (
+        [find_op(each.op).calls_per_pass(each, model, phase) for each in plain] for phase in ("decode", "prefill")
+    )
+    left += [] if any(prefill) else ["projections"]
+    left += [] if sum(decode) > sum(prefill) else ["the head"]
     left += ["shared experts"] if model.shared_experts else []
     left += ["dense layers"] if model.moe_layers < model.layers else []
     return [*left, "norms", "embeddings", "Python"]
