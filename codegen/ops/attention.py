@@ -25,7 +25,7 @@ from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops import attention_cpu
 from tilewright.codegen.ops.attention_inputs import draw, draw_cache, draw_queries, gather_cache, split_tokens
 from tilewright.codegen.ops.attention_signature import AttentionSignature, Stage
-from tilewright.codegen.ops.base import Arrays, OpDeclaration, Problem, Template, Workload
+from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Problem, Template, Workload
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.codegen.space import Config
 from tilewright.errors import TilewrightError
@@ -66,6 +66,11 @@ class AttentionProblem(Problem):
         if self.signature.stage == "decode":
             return self.tokens * self.context, self.tokens
         return self.tokens, -(-self.tokens // self.context)
+
+    @property
+    def assumes(self) -> str:
+        """How long sequences are that tokens are added to."""
+        return f"attention to {self.context} tokens" if self.signature.stage == "decode" else ""
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON."""
@@ -109,6 +114,10 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
     def ladder(self, signature: AttentionSignature) -> tuple[int, ...]:
         """Sequences that decode together, and tokens of a prompt."""
         return _LADDERS[signature.stage]
+
+    def calls_per_pass(self, signature: AttentionSignature, model: ModelShape, phase: Phase) -> float:
+        """Once in every layer of its kind, kinds being taken to be equally many; see :class:`OpDeclaration`."""
+        return model.layers / len(model.windows) if signature.stage == phase else 0.0
 
     def signature_from_dict(self, fields: Mapping[str, Any]) -> AttentionSignature:
         """Signature from its JSON form."""
