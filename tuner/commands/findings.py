@@ -70,7 +70,7 @@ class Findings:
             "",
             "next:  tune show                 what is known, and how",
             "       tune compare              variants side by side",
-            f"       from tilewright.runtime import {', '.join(request.op.served_by)}   "
+            f"       from tilewright.runtime import {', '.join(self.request.op.served_by)}   "
             "serves this by itself; see README",
         ]
 
