@@ -340,8 +340,8 @@ class Campaign:
     def _keep(self, workshop: Workshop, configs: Sequence[Config]) -> None:
         """Store kernels, source and bytes, so that they can be served and compared."""
         for built in workshop.build(list(dict.fromkeys(configs))):
-            record, artifact = workshop.record(built, "device")
-            self._store.add_kernel(record, [artifact])
+            record, artifacts = workshop.record(built, "device")
+            self._store.add_kernel(record, artifacts)
 
     def _earlier(self, problem: Problem, space: Space) -> list[TrialRecord]:
         """Trials of earlier runs on this problem, oldest first; without those of knobs that are no more."""

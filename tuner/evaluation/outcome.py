@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tilewright.codegen.building.facts import EntryFacts
 from tilewright.codegen.recipe import Recipe
+from tilewright.codegen.space import Config
 from tilewright.tuning_db.records import Outcome
 
 
@@ -16,8 +18,12 @@ class BuiltKernel:
     key: str
     """Identity of the kernel: equal keys, equal bytes. A key is checked once."""
     path: Path
-    """The shared object."""
+    """The shared object, or the folder of a GPU kernel's binaries."""
     recipe: Recipe
+    config: Config = field(default_factory=lambda: Config({}), repr=False)
+    """That it was rendered from; what is predicted or emulated depends on it."""
+    facts: tuple[EntryFacts, ...] = field(default=(), repr=False)
+    """Read from the binaries of a GPU kernel, by launch."""
 
 
 @dataclass(frozen=True)
