@@ -125,7 +125,7 @@ def _lines(text: str, label: re.Pattern[str], instruction: re.Pattern[str]) -> l
 
 
 def _main_loop(lines: Sequence[_Line], mma: Counter[str], branch: str) -> Sequence[_Line]:
-    """The shortest stretch that a backward branch repeats and that multiplies matrices and loads; else any; else none."""
+    """The shortest stretch that a backward branch repeats and that multiplies matrices; else any; else none."""
     labels = {line.label: index for index, line in enumerate(lines) if line.label}
     loops = []
     for index, line in enumerate(lines):

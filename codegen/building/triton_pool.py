@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -9,12 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import weakref
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tilewright.codegen.archs import GpuArch
 from tilewright.codegen.building.base import Source
@@ -110,6 +112,7 @@ class _Connection:
         self._lock = threading.Lock()
         self.lost = False
         self._channel, theirs = socket.socketpair()
+        self._log = tempfile.TemporaryFile(prefix="tilewright-compiler-")  # noqa: SIM115  (open as long as the server)
         kept = {n: v for n, v in os.environ.items() if not n.startswith("TRITON_") or n in _OWN_SETTINGS}
         with theirs:
             self._process = subprocess.Popen(
@@ -122,8 +125,8 @@ class _Connection:
                     str(theirs.fileno()),
                 ],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                stdout=self._log,
+                stderr=self._log,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
                 env={
@@ -134,20 +137,18 @@ class _Connection:
                     "OPENBLAS_NUM_THREADS": "1",
                 },
             )
-        self._end = weakref.finalize(self, _end, self._process, self._channel)
+        self._end = weakref.finalize(self, _end, self._process, self._channel, self._log)
         self._channel.settimeout(_START_LIMIT_S)
         try:
             hello = self._channel.recv(16)
         except OSError:
             hello = b""
         if not hello:
-            self._process.kill()
-            _, errors = self._process.communicate()
-            lines = errors.decode(errors="replace").strip().splitlines()
+            self._log.seek(0)
+            lines = self._log.read().decode(errors="replace").strip().splitlines()
+            self._end()
             raise TilewrightError(f"the compile server did not start: {lines[-1] if lines else 'it said nothing'}")
         self._channel.settimeout(None)
-        assert self._process.stderr is not None
-        threading.Thread(target=_drain, args=(self._process.stderr,), daemon=True).start()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def ask(self, number: int, message: dict[str, Any]) -> Future[dict[str, Any]]:
@@ -191,21 +192,14 @@ class _Connection:
             each.set_exception(CompileServerError("the compile server ended"))
 
 
-def _drain(stream: Any) -> None:
-    """Read what the server prints, so that it never waits for a reader."""
-    for _ in stream:
-        continue
-
-
-def _end(process: subprocess.Popen[bytes], channel: socket.socket) -> None:
+def _end(process: subprocess.Popen[bytes], channel: socket.socket, log: IO[bytes]) -> None:
     """The server kills what it compiles when its channel closes."""
-    try:
+    with contextlib.suppress(OSError):  # it is gone already
         channel.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        return  # closed before
     try:
         process.wait(5.0)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     channel.close()
+    log.close()

@@ -70,9 +70,11 @@ class Server:
                     self._stop(pid, each, "on request")
             return
         self._warm_up(request["target"])
+        parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _child(request)
+            self._channel.close()
+            _child(request, parent)
         self._running[pid] = _Running(request["number"], time.monotonic() + request["limit_s"])
 
     def _warm_up(self, target: list[Any]) -> None:
@@ -118,11 +120,18 @@ class Server:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _child(request: dict[str, Any]) -> None:
+def _die_with(parent: int) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _child(request: dict[str, Any], parent: int) -> None:
     """Compile in a session of its own, within its limits; never returns."""
     status = 1
     try:
         os.setsid()
+        _die_with(parent)
         folder = Path(request["folder"])
         log = os.open(folder / "errors", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(log, 1)
@@ -145,9 +154,7 @@ def _child(request: dict[str, Any]) -> None:
 def main() -> None:
     """``python -m tilewright.codegen.building.triton_server PARENT FD``."""
     parent, descriptor = int(sys.argv[1]), int(sys.argv[2])
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("the parent is gone")
+    _die_with(parent)
     # Ctrl-C is the tuner's to handle; it closes the channel.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = socket.socket(fileno=descriptor)

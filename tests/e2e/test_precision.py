@@ -52,8 +52,8 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 built += workshop.build([config])
             entries = []
             for bound, each in zip((2, None), built, strict=True):
-                record, artifact = workshop.record(each, "device")
-                store.add_kernel(record, [artifact])
+                record, artifacts = workshop.record(each, "device")
+                store.add_kernel(record, artifacts)
                 entries.append(PlanEntry(bound, record.key, 100.0 - rank, 200.0, bound or 8))
             store.put_plan(
                 PlanRecord(
