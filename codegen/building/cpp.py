@@ -182,7 +182,7 @@ class CppBuilder:
         if status is None:
             reason = "on request" if stop.is_set() else f"after {2 * CPU_LIMIT_S} s"
             return f"{self.compiler.version} was stopped {reason}", cpu_s
-        if status < 0 and cpu_s > 0.9 * CPU_LIMIT_S:
+        if status < 0 and cpu_s > 0.8 * CPU_LIMIT_S:
             return f"{self.compiler.version} was stopped after {CPU_LIMIT_S} s of CPU time", cpu_s
         if status != 0 or not made.exists():
             text = log.read_text(errors="replace").replace(str(code), "kernel.cpp")[:2000].strip()

@@ -123,7 +123,7 @@ class TritonBuilder:
         text = (folder / "errors").read_text(errors="replace").replace(str(folder / _SOURCE), _SOURCE)
         if "MemoryError" in text or "bad_alloc" in text:
             return f"{self.toolchain} took more than {self._pool.limits.memory_bytes >> 30} GiB of memory"
-        if finished.status < 0 and finished.cpu_s > 0.9 * self._pool.limits.cpu_s:
+        if finished.status < 0 and finished.cpu_s > 0.8 * self._pool.limits.cpu_s:
             return f"{self.toolchain} was stopped after {self._pool.limits.cpu_s} s of CPU time"
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         said = lines[-1] if lines else "it said nothing"
