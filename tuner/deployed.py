@@ -1,21 +1,26 @@
 """What a plan brings where it is deployed: the runtime's calls raced against the default and plain torch.
 
-Run as ``python -m tilewright.tuner.deployed``, a process of its own, for kernels run in it; the request comes on stdin
-and the answer goes to stdout, both JSON.
+Run as ``python -m tilewright.tuner.deployed``, a process of its own, for kernels run in it; requests come on stdin and
+answers go to stdout, all JSON, one a line.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
+import select
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 
@@ -27,6 +32,10 @@ from tilewright.tuner.evaluation.statistics import TOLERATED, Interval, Ratio, m
 _ROUNDS = 25
 _LIMIT_S = 300
 _SERVED, _TORCH, _DEFAULT = "served", "torch", "default"
+
+
+class RaceLost(Exception):  # noqa: N818  (named for what happened)
+    """A race was not finished; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -79,55 +88,98 @@ class Deployed:
         }
 
 
-def race_deployed(
-    problems: Sequence[Problem],
-    *,
-    served: Path,
-    default: Path | None,
-    threads: int,
-    seed: int,
-    budget_s: float,
-    max_error: float = 0.0,
-    batch_invariant: bool = False,
-) -> list[Deployed]:
-    """Race what the runtime serves against plain torch and the default; [] when it could not run.
+class DeployedRaces:
+    """A process that races what the runtime serves against plain torch and the default, as often as it is asked to.
 
-    Args:
-        problems: of one signature.
-        served: a database that holds the plan in question and no other.
-        default: one whose plan is the default config; None: without it.
-        threads: of a call.
-        seed: of weights, inputs and the order of calls.
-        budget_s: wall seconds for all races together; every contender is called at least seven times.
-        max_error: see :meth:`tilewright.runtime.PreparedCall.prepare`, as the next one.
-        batch_invariant: of the plan in question.
-
+    It starts with the first race, and ends with the context. Kernels run in it, so that it may be lost; the next race
+    starts another one.
     """
-    request = {
-        "op": problems[0].signature.op,
-        "problems": [problem.to_dict() for problem in problems],
-        "served": str(served),
-        "default": None if default is None else str(default),
-        "threads": threads,
-        "seed": seed,
-        "budget_s": budget_s,
-        "max_error": max_error,
-        "batch_invariant": batch_invariant,
-    }
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "tilewright.tuner.deployed"],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            timeout=_LIMIT_S + budget_s,
-            check=True,
-        )
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        said = (error.stderr or "").strip().splitlines()[-1:] if isinstance(error.stderr, str) else []
-        print(f"tune: the deployed plan could not be raced against torch: {' '.join(said) or error}", file=sys.stderr)
-        return []
-    return [_from_document(row) for row in json.loads(done.stdout)]
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[str] | None = None
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as this is)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end()
+        self._said.close()
+
+    def race(
+        self,
+        problems: Sequence[Problem],
+        *,
+        served: Path,
+        default: Path | None,
+        threads: int,
+        seed: int,
+        budget_s: float,
+        max_error: float = 0.0,
+        batch_invariant: bool = False,
+    ) -> list[Deployed]:
+        """Race at each of ``problems``.
+
+        Args:
+            problems: of one signature.
+            served: a database that holds the plan in question and no other.
+            default: one whose plan is the default config; None: without it.
+            threads: of a call.
+            seed: of weights, inputs and the order of calls.
+            budget_s: wall seconds for all races together; every contender is called at least seven times.
+            max_error: see :meth:`tilewright.runtime.PreparedCall.prepare`, as the next one.
+            batch_invariant: of the plan in question.
+
+        Raises:
+            RaceLost: when the process ended, or took too long.
+
+        """
+        request = {
+            "op": problems[0].signature.op,
+            "problems": [problem.to_dict() for problem in problems],
+            "served": str(served),
+            "default": None if default is None else str(default),
+            "threads": threads,
+            "seed": seed,
+            "budget_s": budget_s,
+            "max_error": max_error,
+            "batch_invariant": batch_invariant,
+        }
+        answer = self._ask(json.dumps(request), _LIMIT_S + budget_s)
+        return [_from_document(row) for row in json.loads(answer)]
+
+    def _ask(self, request: str, limit_s: float) -> str:
+        """One line for another."""
+        if self._child is None:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "tilewright.tuner.deployed"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._said,
+                text=True,
+            )
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        answer = ""
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.write(request + "\n")
+            self._child.stdin.flush()
+            ready, _, _ = select.select([self._child.stdout], [], [], limit_s)
+            answer = self._child.stdout.readline() if ready else ""
+        if not answer:
+            self._end()
+            self._said.seek(0)
+            last = self._said.read().strip().splitlines()[-1:]
+            raise RaceLost(last[0] if last else "its process ended, or took too long")
+        return answer
+
+    def _end(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.communicate()
+            self._child = None
 
 
 def _from_document(row: Mapping[str, Any]) -> Deployed:
@@ -222,5 +274,13 @@ def _difference(result: Any, expected: Any) -> float:
     return float((result - expected).abs().max()) / scale if scale else 0.0
 
 
+def _serve() -> None:
+    """Answer requests, one a line, until there are no more."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what kernels print is no answer
+    for request in sys.stdin:
+        print(json.dumps([asdict(row) for row in _answer(json.loads(request))]), file=answers, flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps([asdict(row) for row in _answer(json.load(sys.stdin))]))
+    _serve()

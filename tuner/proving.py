@@ -16,7 +16,7 @@ from typing import Any
 from tilewright.codegen.cpu_info import read_cpu_info
 from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.codegen.precisions import LOSSLESS
-from tilewright.tuner.deployed import Deployed, race_deployed
+from tilewright.tuner.deployed import Deployed, DeployedRaces, RaceLost
 from tilewright.tuner.distil import probe_sizes
 from tilewright.tuner.entries import Substitute, substituted
 from tilewright.tuner.evaluation.weights import declared_bytes
@@ -79,6 +79,7 @@ class Prover:
     Args:
         op: the op.
         store: holds the kernels of the plans.
+        races: in which plans are raced.
         threads: of a call.
         seed: of the sizes and of all data.
         budget_s: wall seconds for the races of the first round.
@@ -90,6 +91,7 @@ class Prover:
         self,
         op: OpDeclaration[Any, Any],
         store: Store,
+        races: DeployedRaces,
         *,
         threads: int,
         seed: int,
@@ -98,6 +100,7 @@ class Prover:
     ) -> None:
         self._op = op
         self._store = store
+        self._races = races
         self._threads = threads
         self._seed = seed
         self._budget_s = budget_s
@@ -120,8 +123,10 @@ class Prover:
             fresh = probe_sizes(largest, known, probes, draw)
             known |= set(fresh)
             problems = [*todo, *(grid[0].with_size(size) for size in fresh)]
-            raced = self._race(plan, problems, default, round_, self._budget_s * len(problems) / count)
-            if not raced:
+            try:
+                raced = self._race(plan, problems, default, round_, self._budget_s * len(problems) / count)
+            except RaceLost as lost:
+                self._say(f"the plan could not be raced as it is served: {lost}")
                 break
             rounds.append(tuple(fresh))
             rows |= {row.tokens: row for row in raced}
@@ -182,7 +187,7 @@ class Prover:
                 write_pack(self._store, [_plan_of(default, plan)], by_default)
             else:
                 self._say("the memory holds no third copy of the weights, so that the default is left out")
-            return race_deployed(
+            return self._races.race(
                 problems,
                 served=served,
                 default=by_default if room else None,

@@ -29,6 +29,7 @@ _SOURCE = r"""
 #include <math.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <unistd.h>
 
 typedef void (*fork_fn)(void (*)(void *), void *, unsigned, unsigned);
 struct host { int32_t abi_version, threads; fork_fn fork; };
@@ -104,6 +105,8 @@ static void body(void *data) {
 int32_t naive(const struct host *host, const int64_t *args) {
     struct job job = {args, 0};
     if (FAIL) return 7;
+    const int64_t size = args[SIZE_ARGUMENT];
+    if (SLOW_FROM <= size && size <= SLOW_TO) usleep(2000);
     if (host->fork) host->fork(body, &job, (unsigned)host->threads, 0);
     else body(&job);
     return 0;
@@ -129,9 +132,15 @@ def build(
     abi: int = ABI_VERSION,
     salt: int = 0,
     fail: bool = False,
+    slow_sizes: tuple[int, int] = (1, 0),
     guards: tuple[Guard, ...] = (),
 ) -> Built:
-    """A correct kernel whose results are multiplied by ``mark``, so that a test sees who computed them."""
+    """A correct kernel whose results are multiplied by ``mark``, so that a test sees who computed them.
+
+    From the first to the last of ``slow_sizes`` it takes 2 ms longer.
+    """
+    names = ["x", "weight", "bias" if signature.bias else "", "expert_offsets", "out"]
+    names += {"up": ["row_token"], "down": ["slot_row", "topk_weights"], "plain": [""]}[signature.stage]
     data = _compile(
         {
             "EXPERTS": signature.experts,
@@ -147,11 +156,12 @@ def build(
             "ABI": abi,
             "SALT": salt,
             "FAIL": int(fail),
+            "SLOW_FROM": slow_sizes[0],
+            "SLOW_TO": slow_sizes[1],
+            "SIZE_ARGUMENT": len(names),
         }
     )
     artifact = ArtifactRecord.from_bytes(data, kind="host_so", abi_version=abi)
-    names = ["x", "weight", "bias" if signature.bias else "", "expert_offsets", "out"]
-    names += {"up": ["row_token"], "down": ["slot_row", "topk_weights"], "plain": [""]}[signature.stage]
     arguments = [Argument("tensor", name) if name else Argument("size", "0") for name in names]
     recipe = Recipe(
         tensors=signature.tensors(),

@@ -19,6 +19,7 @@ from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign import Campaign, Request, SignatureReport
 from tilewright.tuner.commands.common import print_json
 from tilewright.tuner.commands.findings import Findings
+from tilewright.tuner.deployed import DeployedRaces
 from tilewright.tuner.plan_facts import probed_document
 from tilewright.tuner.precision import DEFAULT_MAX_ERROR
 from tilewright.tuner.progress import ENDLESS_TRIALS, Progress
@@ -109,8 +110,9 @@ def run(arguments: argparse.Namespace) -> int:
         progress.say("measuring this machine's roofline")
         before = measure_roofline(request.threads)
         report = Campaign(request, store, progress).run()
-        for mine in report.signatures:
-            _prove(mine, store, request, progress)
+        with DeployedRaces() as races:
+            for mine in report.signatures:
+                _prove(mine, store, races, request, progress)
         measure_roofline.cache_clear()
         roofline = before.raised_to(measure_roofline(request.threads))
         findings = Findings(report, request, roofline, store.name)
@@ -253,7 +255,7 @@ def _probes(asked: int) -> int:
     return asked
 
 
-def _prove(mine: SignatureReport, store: Store, request: Request, progress: Progress) -> None:
+def _prove(mine: SignatureReport, store: Store, races: DeployedRaces, request: Request, progress: Progress) -> None:
     """Race the plan as the runtime serves it against the default and plain torch, and store what it becomes."""
     if mine.plan is None or mine.verdict is None:
         return
@@ -262,6 +264,7 @@ def _prove(mine: SignatureReport, store: Store, request: Request, progress: Prog
     prover = Prover(
         request.op,
         store,
+        races,
         threads=request.threads,
         seed=request.seed,
         budget_s=min(12.0, 0.1 * request.time_s),
