@@ -78,6 +78,8 @@ class Request:
     """Largest relative error of the op's output that a precision may bring."""
     batch_invariant: bool = False
     """Whether the kernels of a plan must add up in one order."""
+    weight_copies: int = 1
+    """Most weight layouts of a plan: each is a copy of the weights where it is served."""
 
 
 @dataclass
@@ -222,7 +224,7 @@ class Campaign:
                     tuner.replay(self._earlier(tuner.result.problem, space))
             explore = ceil(request.trials * _EXPLORE_SHARE)
             self._search(tuners, space, explore, _share(until, 1 - _REFINE_SHARE - _FINAL_SHARE))
-            bonds = choose_bonds(mine.results)
+            bonds = choose_bonds(mine.results, request.weight_copies)
             if request.batch_invariant and not bonds and any(tuner.result.candidates for tuner in tuners):
                 raise TilewrightError(
                     f"no kernel of {signature.describe()} adds up in an order that is its own whatever the batch; "
@@ -236,7 +238,7 @@ class Campaign:
                 within = self._with_bonds(space, workshop, bonds) or space
                 remaining = _REFINE_SHARE / (_REFINE_SHARE + _FINAL_SHARE)
                 self._search(tuners, within, request.trials, _share(until, remaining))
-                finals = Finals(make_tuner, evaluator, self._progress, until=until)
+                finals = Finals(make_tuner, evaluator, self._progress, copies=request.weight_copies, until=until)
                 self._finish(mine, bonds, tuners, finals, workshop)
             spent = evaluator.spent
         report.build_s += sum(tuner.build_s for tuner in tuners)
@@ -298,7 +300,7 @@ class Campaign:
         self._keep(workshop, [*served, op.default_config(signature, arch)])
         mine.plan = self._plan(mine.verdict)
         self._store.put_plan(mine.plan)
-        others = [bond for name, bond in of_precisions.items() if name not in mine.plan.precision.split("+")]
+        others = [bond for name, bond in of_precisions.items() if name != mine.plan.precision]
         verdicts = [verdict for bond in others if (verdict := finals.within(bond)) and verdict.finals]
         mine.front = front([self._point(mine.verdict, mine.plan), *(self._point(v, self._plan(v)) for v in verdicts)])
         for point in mine.front:

@@ -108,6 +108,7 @@ class Finals:
         make_tuner: for a problem; its tuner builds and stores what is raced.
         evaluator: of the signature.
         progress: told of every race.
+        copies: of the weights, in as many layouts, that a plan may need.
         until: the moment (monotonic clock) by which all but the probes should be over.
 
     """
@@ -118,11 +119,13 @@ class Finals:
         evaluator: CpuEvaluator,
         progress: Progress,
         *,
+        copies: int,
         until: float,
     ) -> None:
         self._make_tuner = make_tuner
         self._evaluator = evaluator
         self._progress = progress
+        self._copies = copies
         self._until = until
         self._tuned: list[Raced] = []
 
@@ -131,12 +134,12 @@ class Finals:
         solved = [tuner for tuner in tuners if tuner.result.candidates]
         until = self._share(_TUNED_SHARE)
         for done, tuner in enumerate(solved):
-            contenders = _contenders(tuner, solved, bonds)
+            contenders = _contenders(tuner, solved, bonds, bonds[: self._copies])
             raced = self._race(tuner, contenders, until, len(solved) - done, _MOST_S)
             if raced is not None:
                 self._tuned.append(raced)
         self._tuned.sort(key=lambda each: each.size)
-        if not self._tuned or not (settled := settle(self._tuned)).bonds:
+        if not self._tuned or not (settled := settle(self._tuned, self._copies)).bonds:
             return None
         tuned = [each for each in self._tuned if each.with_bonds(settled.bonds)]
         winners = _winners(tuned, settled.bonds)
@@ -184,7 +187,7 @@ class Finals:
         settled = verdict.settled
         keys = [finalist.key for finalist in verdict.chosen] + [each.default.key for each in raced]
         if any(all(map(each.slower_than_default, each.with_bonds(settled.bonds))) for each in raced):
-            settled = settle(grid)
+            settled = settle(grid, self._copies)
             keys = distil(grid, settled.bonds)
         tuned = [each for each in grid if each.size in {f.problem.dynamic_size for f in verdict.finals}]
         return self._decided(grid, tuned, settled, keys, verdict.candidates, finals=verdict.finals)
@@ -283,11 +286,13 @@ class Finals:
         return now + max(0.0, self._until - now) * share
 
 
-def _contenders(tuner: ProblemTuner, solved: Sequence[ProblemTuner], bonds: Sequence[Bond]) -> list[Config]:
-    """A size's own fastest with each bond and of all, and the fastest of every other size with the first bond."""
+def _contenders(
+    tuner: ProblemTuner, solved: Sequence[ProblemTuner], bonds: Sequence[Bond], likely: Sequence[Bond]
+) -> list[Config]:
+    """A size's own fastest with each bond and of all, and the fastest of every other size with each likely one."""
     own = [c.config for bond in bonds for c in tuner.result.ranked(bond)[:FINALISTS]]
     of_all = [c.config for c in tuner.result.ranked()[:1]]
-    others = [c.config for bond in bonds[:1] for other in solved for c in other.result.ranked(bond)[:1]]
+    others = [c.config for bond in likely for other in solved for c in other.result.ranked(bond)[:1]]
     return list(dict.fromkeys([*own, *of_all, *others]))
 
 

@@ -31,6 +31,8 @@ class Settled:
     """Geometric mean, over the tuned sizes, of the best time with these bonds against the best time with any."""
     order_cost: float = 1.0
     """The same against as many weight layouts with any order of sums."""
+    another: Settled | None = None
+    """With one more weight layout; None where that is not worth its memory."""
 
     @property
     def layout(self) -> str:
@@ -165,6 +167,9 @@ def settle(raced: Sequence[Raced], copies: int = 1) -> Settled:
     if not bonds:
         return Settled((), 1.0)
     settled = priced(bonds, raced)
+    more = _pick([standings(each, ordered=True) for each in raced], best_us, copies + 1)
+    if len(more) > len(bonds):
+        settled = replace(settled, another=priced(more, raced))
     if not settled.order:
         return settled
     free = [standings(each, ordered=False) for each in raced]

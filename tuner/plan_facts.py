@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tilewright.codegen.ops.base import packable
 from tilewright.tuner.finals import Probed, Verdict
 from tilewright.tuner.proving import Proof
 from tilewright.tuning_db.records import Document, PlanRecord
 
+_WORD_BYTES = 4
+
 
 def costs_document(verdict: Verdict) -> Document:
-    """Ratios of geometric mean times over the tuned sizes: what each restriction of the plan costs."""
+    """What the plan's restrictions cost, as ratios of geometric mean times over the tuned sizes, and its memory."""
     settled = verdict.settled
-    document = {"layout_cost": settled.cost, "distilling_cost": verdict.distilling_cost}
-    return document | ({"order_cost": settled.order_cost} if settled.order else {})
+    document: Document = {"layout_cost": settled.cost, "distilling_cost": verdict.distilling_cost}
+    if settled.order:
+        document["order_cost"] = settled.order_cost
+    if another := settled.another:
+        document["another_layout"] = {"layout": another.layout, "layout_cost": another.cost}
+    recipes = [finalist.built.variant.recipe for finalist in verdict.chosen]
+    if weight := packable(recipes[0].tensors):
+        dims = [int(dim) for dim in weight.dims]
+        layouts = {recipe.panels for recipe in recipes}
+        document["packed_bytes"] = sum(
+            _WORD_BYTES * (layout.packed_words(*dims) if layout else math.prod(dims)) for layout in layouts
+        )
+    return document
 
 
 def probed_document(rehearsed: Probed, proof: Proof) -> Document:
@@ -44,8 +59,14 @@ def costs_text(plan: PlanRecord) -> list[str]:
     facts, lines = plan.facts, []
     if (cost := facts.get("layout_cost")) is not None and plan.layout:
         layouts = plan.layout.split("+")
-        many = f"{len(layouts)} weight layouts" if len(layouts) > 1 else "one weight layout"
-        lines.append(f"{many} for all sizes ({' and '.join(layouts)}) costs {cost - 1:.1%} against any at each size")
+        many = "one weight layout" if len(layouts) == 1 else f"{len(layouts)} weight layouts"
+        text = f"{many} for all sizes ({' and '.join(layouts)}"
+        text += f", {facts['packed_bytes'] / 1e6:.1f} MB" if "packed_bytes" in facts else ""
+        text += f") costs {cost - 1:.1%} of the time with any at each size"
+        if another := facts.get("another_layout"):
+            names = another["layout"].split("+")
+            text += f"; --weight-copies {len(names)} ({' and '.join(names)}): {another['layout_cost'] - 1:.1%}"
+        lines.append(text)
     if (cost := facts.get("order_cost")) is not None:
         lines.append(f"batch-invariant: one order of sums for all sizes, {cost - 1:+.1%} time against any order")
     return lines

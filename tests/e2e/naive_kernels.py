@@ -195,15 +195,23 @@ def store_plan(
     *,
     device_key: str | None = None,
     threads: int = 2,
+    copies: bool = False,
 ) -> Path:
-    """Write a plan with its kernels into the database ``path`` and return ``path``."""
+    """Write a plan with its kernels into the database ``path`` and return ``path``.
+
+    It names the layout of the first kernel, or with ``copies`` those of all.
+    """
     device_key = device_key or read_cpu_info().key
     with Store.open(path) as store:
         store.put_device(DeviceRecord(device_key, "test", native_arch().name))
         for _, built in entries:
             if built is not None:
                 store.add_kernel(built.record, [built.artifact])
-        layouts = [built.record.recipe["weight_layout"] for _, built in entries if built is not None]
+        layouts = [
+            WeightLayout.from_dict(layout).key if (layout := built.record.recipe["weight_layout"]) else ""
+            for _, built in entries
+            if built is not None
+        ]
         store.put_plan(
             PlanRecord(
                 op=signature.op,
@@ -211,7 +219,7 @@ def store_plan(
                 signature=signature.to_dict(),
                 device_key=device_key,
                 threads=threads,
-                layout=WeightLayout.from_dict(layouts[0]).key if layouts and layouts[0] else "",
+                layout="+".join(dict.fromkeys(layouts if copies else layouts[:1])),
                 timing="measured",
                 checked="device",
                 entries=tuple(PlanEntry(bound, built and built.record.key, 12.5, 25.0, 8) for bound, built in entries),

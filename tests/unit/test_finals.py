@@ -80,7 +80,7 @@ def run(workshop: Workshop, time_us: Times, config: Config, seed: int) -> tuple[
         return cast("ProblemTuner", MadeUpTimes(problem, workshop, time_us, [DEFAULT, config]))
 
     tuners = [make_tuner(OP.problem(SIGNATURE, size, RoutingSpec.parse("balanced"))) for size in TUNED]
-    finals = Finals(make_tuner, cast("CpuEvaluator", Quiet()), Progress(None), until=math.inf)
+    finals = Finals(make_tuner, cast("CpuEvaluator", Quiet()), Progress(None), copies=1, until=math.inf)
     variant = workshop.variant(config)
     verdict = finals.run(tuners, [bond for bond in (variant.bond, Bond(LAYOUT)) if bond])
     assert verdict is not None

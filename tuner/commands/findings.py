@@ -155,6 +155,7 @@ class Findings:
             "order_cost": mine.settled.order_cost if mine.settled else None,
             "distilling_cost": mine.verdict.distilling_cost if mine.verdict else None,
             "layout_cost": mine.settled.cost if mine.settled else None,
+            "facts": mine.plan.facts if mine.plan else None,
             "switches": [asdict(crossing) for crossing in mine.verdict.crossings] if mine.verdict else [],
             "problems": [self._final_document(final, _served(mine, final.problem)) for final in mine.finals],
             "precision": mine.plan.precision if mine.plan else None,

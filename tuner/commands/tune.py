@@ -76,6 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="one order of sums for all sizes: what a token gets does not depend on what else is in the batch",
     )
+    how.add_argument(
+        "--weight-copies",
+        type=int,
+        default=1,
+        metavar="N",
+        help="weight layouts (and precisions) that a plan may use: each takes the memory of another copy (default 1)",
+    )
     how.add_argument("--resume", action="store_true", help="count and use earlier trials of the same problems")
     how.add_argument(
         "--precision",
@@ -186,6 +193,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         precisions=parse_precisions(arguments.precision),
         max_error=_max_error(arguments.max_error),
         batch_invariant=arguments.batch_invariant,
+        weight_copies=_weight_copies(arguments.weight_copies),
     )
 
 
@@ -252,6 +260,12 @@ def _threads(asked: int | None) -> int:
 def _probes(asked: int) -> int:
     if asked < 0:
         raise TilewrightError(f"--probes {asked} is impossible; give 0 or more")
+    return asked
+
+
+def _weight_copies(asked: int) -> int:
+    if asked < 1:
+        raise TilewrightError(f"--weight-copies {asked} is impossible; give at least 1")
     return asked
 
 
