@@ -59,7 +59,7 @@ class Explanation:
             lines.append(
                 f"  plan of {made} for {plan.threads} threads{f' of {plan.model}' if plan.model else ''}; "
                 f"timing: {plan.timing}, checked: {plan.checked}; "
-                f"weight {'as declared' if resolution.layout is None else resolution.layout.key}, "
+                f"weight {' and '.join(layout.key if layout else 'as declared' for layout in resolution.layouts)}, "
                 f"{self.memory.bytes / 1e6:.1f} MB beside the original's {self.memory.weight_bytes / 1e6:.1f} MB"
             )
             if plan.error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tilewright.codegen.archs import find_arch, runs_on
@@ -18,9 +19,11 @@ from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign import Campaign, Request, SignatureReport
 from tilewright.tuner.commands.common import print_json
 from tilewright.tuner.commands.findings import Findings
-from tilewright.tuner.deployed import Deployed, race_against_torch
+from tilewright.tuner.deployed import DeployedRaces
+from tilewright.tuner.plan_facts import probed_document
 from tilewright.tuner.precision import DEFAULT_MAX_ERROR
 from tilewright.tuner.progress import ENDLESS_TRIALS, Progress
+from tilewright.tuner.proving import Prover
 from tilewright.tuner.roofline import measure_roofline
 from tilewright.tuner.search import DEFAULT_SEARCH, SEARCHES
 from tilewright.tuning_db.integrity import UntrustedFile, check_private
@@ -73,6 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="one order of sums for all sizes: what a token gets does not depend on what else is in the batch",
     )
+    how.add_argument(
+        "--weight-copies",
+        type=int,
+        default=1,
+        metavar="N",
+        help="weight layouts (and precisions) that a plan may use: each takes the memory of another copy (default 1)",
+    )
     how.add_argument("--resume", action="store_true", help="count and use earlier trials of the same problems")
     how.add_argument(
         "--precision",
@@ -106,14 +116,13 @@ def run(arguments: argparse.Namespace) -> int:
             _warn_if_not_servable(store.path)
         progress.say("measuring this machine's roofline")
         before = measure_roofline(request.threads)
-        campaign = Campaign(request, store, progress)
-        report = campaign.run()
-        deployed = {
-            mine.signature.key: _race_deployed(mine, campaign, store, request, progress) for mine in report.signatures
-        }
+        report = Campaign(request, store, progress).run()
+        with DeployedRaces() as races:
+            for mine in report.signatures:
+                _prove(mine, store, races, request, progress)
         measure_roofline.cache_clear()
         roofline = before.raised_to(measure_roofline(request.threads))
-        findings = Findings(report, request, deployed, roofline, store.name)
+        findings = Findings(report, request, roofline, store.name)
     if arguments.json:
         print_json(findings.document())
     else:
@@ -184,6 +193,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         precisions=parse_precisions(arguments.precision),
         max_error=_max_error(arguments.max_error),
         batch_invariant=arguments.batch_invariant,
+        weight_copies=_weight_copies(arguments.weight_copies),
     )
 
 
@@ -253,31 +263,28 @@ def _probes(asked: int) -> int:
     return asked
 
 
-def _race_deployed(
-    mine: SignatureReport, campaign: Campaign, store: Store, request: Request, progress: Progress
-) -> list[Deployed]:
-    """Race the plan as the runtime serves it against plain torch, and have torch serve where it is faster.
+def _weight_copies(asked: int) -> int:
+    if asked < 1:
+        raise TilewrightError(f"--weight-copies {asked} is impossible; give at least 1")
+    return asked
 
-    Only where the runtime can read the database.
-    """
+
+def _prove(mine: SignatureReport, store: Store, races: DeployedRaces, request: Request, progress: Progress) -> None:
+    """Race the plan as the runtime serves it against the default and plain torch, and store what it becomes."""
     if mine.plan is None or mine.verdict is None:
-        return []
-    if store.path is None:
-        progress.say("the runtime reads SQLite only, so the plan is not raced against torch")
-        return []
-    progress.say("racing the stored plan, as the runtime serves it, against plain torch")
-    planned = {each.size: each.problem for each in mine.verdict.grid}
-    rows = race_against_torch(
-        [*planned.values(), *(probe.problem for probe in mine.probed.last)],
-        database=str(store.path),
+        return
+    progress.say("racing the frozen plan, as the runtime serves it, against the default and plain torch")
+    grid = {each.size: each.problem for each in mine.verdict.grid}
+    prover = Prover(
+        request.op,
+        store,
+        races,
         threads=request.threads,
-        max_error=mine.plan.error if mine.plan else 0.0,
         seed=request.seed,
         budget_s=min(12.0, 0.1 * request.time_s),
-        batch_invariant=request.batch_invariant,
+        say=progress.say,
     )
-    # Torch adds up in other orders for other batches, so it has no part in a plan that must not.
-    torch_us = {row.tokens: row.torch.median for row in rows if row.slower_than_torch}
-    if torch_us and not request.batch_invariant:
-        mine.plan = campaign.store_plan(mine.verdict, [row.tokens for row in rows], torch_us)
-    return rows
+    mine.proof = prover.prove(mine.plan, list(grid.values()), mine.default, request.probes)
+    plan = mine.proof.plan
+    mine.plan = replace(plan, facts=plan.facts | {"probed": probed_document(mine.probed, mine.proof)})
+    store.put_plan(mine.plan)
