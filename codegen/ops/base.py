@@ -221,8 +221,20 @@ class OpDeclaration(ABC, Generic[S, P]):
     def default_config(self, signature: S, arch: Arch) -> Config:
         """The config that a careful engineer would write down without tuning; always a candidate."""
 
-    def precisions(self, signature: S) -> dict[str, str | None]:
-        """Precisions that some template can read weights in; each with why this signature's cannot be stored so."""
+    def on(self, signature: S, arch: Arch) -> S:
+        """``signature`` of a model in the dtypes that it is served with on ``arch``; those that were named stay."""
+        del arch
+        return signature
+
+    def sample(self, problem: P) -> P:
+        """A smaller problem with reductions of the same length, on which precisions can be judged."""
+        return problem
+
+    def precisions(self, signature: S, arch: Arch | None = None) -> dict[str, str | None]:
+        """Precisions that some template can read weights in; each with why this signature's cannot be stored so.
+
+        With ``arch``, also those that no template for it can read are refused, in words.
+        """
         weight = packable(self.tensors(signature))
         if weight is None:
             return {}
@@ -231,7 +243,15 @@ class OpDeclaration(ABC, Generic[S, P]):
         floats = {name for t in self.templates for name in t.dtypes} - {LOSSLESS}
         # bf16 says "as they are" of a signature in bf16, "rounded" of one in fp32, and nothing of one in fp16.
         other = floats - {weight.dtype} if weight.dtype != LOSSLESS else set()
-        return {name: PRECISIONS[name].refusal(int(weight.dims[2])) for name in names if name not in other}
+        refusals = {name: PRECISIONS[name].refusal(int(weight.dims[2])) for name in names if name not in other}
+        if arch is not None:
+            here = self.templates_for(signature, arch)
+            for name, refusal in refusals.items():
+                reasons = [t.exclusion(name, arch) for t in here if name in t.precisions]
+                if refusal is None and all(reasons):
+                    why = next(iter(reasons), "no template for it reads them")
+                    refusals[name] = f"weights in precision {name} are impossible on {arch.name}: {why}"
+        return refusals
 
     def lossless(self, signature: S) -> str:
         """The precision in which the weights are stored as the op declares them."""

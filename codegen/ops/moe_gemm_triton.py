@@ -15,11 +15,13 @@ from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.moe_gemm_problem import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.ops.moe_gemm_triton_space import GROUPED, decodes, default_knobs, grouped_space, stored
+from tilewright.codegen.ops.moe_gemm_triton_work import grouped_work
 from tilewright.codegen.precisions import GPU_PRECISIONS, Precision
 from tilewright.codegen.recipe import Argument, Recipe
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.codegen.space import Config, Space
 from tilewright.codegen.triton_launch import EntryLaunch, EntryParameter, Workspace, guards
+from tilewright.codegen.work import LaunchWork
 
 _MOST_COMBINED_COLUMNS = 1024
 """Output columns that one program of the combination adds up: 8 for each of 128 threads."""
@@ -214,6 +216,25 @@ def context(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> dict[
     }
 
 
+def work(
+    signature: MoeGemmSignature,
+    config: Config,
+    arch: GpuArch,
+    problem: MoeGemmProblem,  # noqa: ARG001
+) -> tuple[LaunchWork, ...]:
+    """What every launch has to do, for predictions."""
+    return grouped_work(
+        signature,
+        stored(config),
+        (config["block_m"], config["block_n"], config["block_k"]),
+        problem,
+        weights_first=config["operands"] == "weights_first",
+        partial_dtype="fp32" if config["partials"] == "fp32" else signature.out_dtype,
+        columns=combine_columns(signature),
+        split_k=config.get("splits") or 1,
+    )
+
+
 def emulated_problems(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> tuple[MoeGemmProblem, ...]:  # noqa: ARG001
     """Three tiles along k at least, two along n, an expert with two tiles of rows, one without any, ragged ends.
 
@@ -264,5 +285,6 @@ TEMPLATES = (
         dtypes=_DTYPES,
         entries=entries,
         emulated_problems=emulated_problems,
+        work=work,
     ),
 )

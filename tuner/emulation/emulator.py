@@ -121,6 +121,15 @@ class Emulator:
                 if spec.role == "output"
             }
 
+    def start(self) -> None:
+        """Start the worker now, so that the first run need not wait for it.
+
+        Raises:
+            EmulationError: when it does not start.
+
+        """
+        self._start()
+
     def _request(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         channel = self._start()
         try:

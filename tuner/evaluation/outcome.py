@@ -8,7 +8,7 @@ from pathlib import Path
 from tilewright.codegen.building.facts import EntryFacts
 from tilewright.codegen.recipe import Recipe
 from tilewright.codegen.space import Config
-from tilewright.tuning_db.records import Outcome
+from tilewright.tuning_db.records import Checked, Outcome, Timing
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Evaluation:
     what went wrong. ``low_us`` and ``high_us`` bound the median with 95 % confidence; with fewer than six samples they
     are the range of the samples, which covers less. Sample i of all kernels of a batch comes from the same moment and
     the same data; kernels that were clearly slower have fewer samples.
+    A prediction has no samples; its ``low_us`` and ``high_us`` say how far off the model may be.
     """
 
     kernel_key: str
@@ -42,6 +43,10 @@ class Evaluation:
     error: float | None = None
     """Largest relative error seen, max |out - reference| / max |reference|; None when no run finished."""
     samples_us: tuple[float, ...] = field(default=(), repr=False)
+    timing: Timing = "measured"
+    """How the time is known, where there is one."""
+    checked: Checked = "device"
+    """How it is known that the kernel is right, where it is."""
     median_us: float | None = None
     low_us: float | None = None
     high_us: float | None = None
