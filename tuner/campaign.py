@@ -16,6 +16,8 @@ import numpy as np
 import optuna
 
 from tilewright import __version__
+from tilewright.codegen.archs import Arch
+from tilewright.codegen.devices import Device
 from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.precisions import LOSSLESS
@@ -58,6 +60,11 @@ class Request:
     op: OpDeclaration[Any, Any]
     problems: tuple[Problem, ...]
     """Grouped by signature, ascending in size within each."""
+    arch: Arch
+    device: Device | None
+    """That a GPU arch's kernels are predicted for; None for a CPU, which is this machine's."""
+    threads: int
+    """Of a CPU's kernels; 0 for a GPU's."""
     trials: int
     """Per problem."""
     time_s: float
@@ -337,9 +344,8 @@ class Campaign:
 
     def _earlier(self, problem: Problem, space: Space) -> list[TrialRecord]:
         """Trials of earlier runs on this problem, oldest first; without those of knobs that are no more."""
-        known = self._store.trials(
-            problem_key=problem.key, device_key=self._target.device.key, threads=self._target.threads
-        )
+        target = self._target
+        known = self._store.trials(problem_key=problem.key, device_key=target.device.key, threads=target.threads)
         return [trial for trial in known if Config(trial.config) in space]
 
     def _priors(self, problem: Problem, space: Space, siblings: Sequence[ProblemResult]) -> Iterator[Prior]:

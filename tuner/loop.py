@@ -265,8 +265,7 @@ class ProblemTuner:
     def race_again(self, configs: Sequence[Config], budget_s: float) -> list[tuple[BuildResult, Evaluation]]:
         """Race finalists once more, longer and interleaved; stored as trials of their own."""
         built = [b for b in self._build(configs) if b.path]
-        evaluations = self._evaluator.evaluate(
-            [b.kernel for b in built], self._problem, budget_s=budget_s, finalists=True
-        )
+        kernels = [b.kernel for b in built]
+        evaluations = self._evaluator.evaluate(kernels, self._problem, budget_s=budget_s, finalists=True)
         self._store.add_trials([self._trial(b, e, FINAL_RACE) for b, e in zip(built, evaluations, strict=True)])
         return list(zip(built, evaluations, strict=True))

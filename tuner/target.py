@@ -58,7 +58,7 @@ class Target(Protocol):
 
 
 class CpuTarget:
-    """This machine's CPU: kernels are measured.
+    """The CPU of this machine: kernels are measured.
 
     Raises:
         TilewrightError: when there is no compiler.

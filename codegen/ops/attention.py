@@ -108,6 +108,10 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
         """Sequences that decode together, and tokens of a prompt."""
         return _LADDERS[signature.stage]
 
+    def gpu_ladder(self, signature: AttentionSignature) -> tuple[int, ...]:
+        """The same: what limits sequences and prompts is not the kernel."""
+        return self.ladder(signature)
+
     def signature_from_dict(self, fields: Mapping[str, Any]) -> AttentionSignature:
         """Signature from its JSON form."""
         return AttentionSignature.from_dict(fields)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ from tilewright.errors import TilewrightError
 Arrays = dict[str, NDArray[Any]]
 """Tensors of one call by name; optional ones that are absent are left out."""
 
+SERVED_DTYPE = "bf16"
+"""That models are served in where nothing else is said, and kernels do not compute in fp32."""
 
 S = TypeVar("S", bound=Signature)
 P = TypeVar("P", bound="Problem")
@@ -149,6 +151,11 @@ class OpDeclaration(ABC, Generic[S, P]):
         del signature
         return (1, 4, 16, 64, 256)
 
+    def gpu_ladder(self, signature: S) -> tuple[int, ...]:
+        """The same for GPU archs, which serve larger batches."""
+        del signature
+        return (1, 8, 32, 128, 512, 2048)
+
     @abstractmethod
     def signature_from_dict(self, fields: Mapping[str, Any]) -> S:
         """Signature from its JSON form.
@@ -222,9 +229,18 @@ class OpDeclaration(ABC, Generic[S, P]):
         """The config that a careful engineer would write down without tuning; always a candidate."""
 
     def on(self, signature: S, arch: Arch) -> S:
-        """``signature`` of a model in the dtypes that it is served with on ``arch``; those that were named stay."""
-        del arch
-        return signature
+        """``signature`` in bf16, where no template for ``arch`` computes in fp32 and no other dtype was asked for."""
+        here = {dtype for template in self.templates if arch.family in template.families for dtype in template.dtypes}
+        dtypes = [field.name for field in fields(signature) if field.name.endswith("_dtype")]
+        if LOSSLESS in here or SERVED_DTYPE not in here or any(getattr(signature, n) != LOSSLESS for n in dtypes):
+            return signature
+        changes: dict[str, Any] = dict.fromkeys(dtypes, SERVED_DTYPE)
+        return replace(signature, **changes)
+
+    def served_on(self, problem: P, arch: Arch) -> P:
+        """``problem`` with its signature as :meth:`on` gives it."""
+        signature: Any = problem.signature
+        return replace(problem, signature=self.on(signature, arch))
 
     def sample(self, problem: P) -> P:
         """A smaller problem with reductions of the same length, on which precisions can be judged."""

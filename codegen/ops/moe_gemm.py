@@ -27,7 +27,7 @@ from tilewright.codegen.ops import moe_gemm_cpu, moe_gemm_triton
 from tilewright.codegen.ops.base import Arrays, OpDeclaration, Template, Workload
 from tilewright.codegen.ops.moe_gemm_problem import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.precisions import LOSSLESS, find_precision
+from tilewright.codegen.precisions import find_precision
 from tilewright.codegen.recorded_routing import read_recorded_ids
 from tilewright.codegen.routing import (
     RoutingSpec,
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 _ROUNDING = {"fp32": 0.0, "bf16": 2.0**-8, "fp16": 2.0**-11}
 """Half the distance between neighbours, relative to the lower of them."""
 
-_SERVED_DTYPE = "bf16"
 _SAMPLED_EXPERTS, _SAMPLED_COLUMNS, _SAMPLED_TOKENS = 4, 256, 32
 
 
@@ -94,12 +93,6 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         values = dict(fields)
         tokens = _whole("tokens", values.pop("tokens", "1"))
         return self.problem(MoeGemmSignature.parse(values), tokens, routing)
-
-    def on(self, signature: MoeGemmSignature, arch: Arch) -> MoeGemmSignature:
-        """GPUs compute in bf16 what was not asked for in another dtype."""
-        if arch.family == "cpu" or signature.x_dtype != LOSSLESS:
-            return signature
-        return replace(signature, x_dtype=_SERVED_DTYPE, w_dtype=_SERVED_DTYPE, out_dtype=_SERVED_DTYPE)
 
     def sample(self, problem: MoeGemmProblem) -> MoeGemmProblem:
         """Few experts, columns and tokens, but the whole k."""

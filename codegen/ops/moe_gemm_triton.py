@@ -219,8 +219,8 @@ def context(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> dict[
 def work(
     signature: MoeGemmSignature,
     config: Config,
-    arch: GpuArch,
-    problem: MoeGemmProblem,  # noqa: ARG001
+    arch: GpuArch,  # noqa: ARG001
+    problem: MoeGemmProblem,
 ) -> tuple[LaunchWork, ...]:
     """What every launch has to do, for predictions."""
     return grouped_work(

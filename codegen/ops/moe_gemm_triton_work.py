@@ -26,7 +26,8 @@ from the macros in templates/shared/triton_elements.jinja, not fitted."""
 @lru_cache(maxsize=256)
 def rows_of_experts(problem: MoeGemmProblem) -> NDArray[np.int64]:
     """Rows that fall on each expert, as the problem's routing draws them."""
-    return np.diff(problem.order(_SEED)[1].expert_offsets.astype(np.int64))
+    offsets = problem.order(_SEED)[1].expert_offsets.astype(np.int64)
+    return offsets[1:] - offsets[:-1]
 
 
 def weight_format(signature: MoeGemmSignature, precision: Precision) -> WeightFormat:

@@ -3,44 +3,46 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from tilewright.codegen.archs import find_arch, runs_on
-from tilewright.codegen.cpu_info import read_cpu_info, usable_cores
-from tilewright.codegen.models import load_model
-from tilewright.codegen.ops import OPS, find_op
-from tilewright.codegen.ops.base import Problem
-from tilewright.codegen.precisions import LOSSLESS, PRECISIONS, parse_precisions
-from tilewright.codegen.routing import RoutingSpec
-from tilewright.errors import TilewrightError
-from tilewright.tuner.campaign import Campaign, Request, SignatureReport
+from tilewright.codegen.archs import CpuArch
+from tilewright.codegen.ops import OPS
+from tilewright.codegen.precisions import LOSSLESS, PRECISIONS
+from tilewright.tuner.campaign import Campaign, Report, Request, SignatureReport
 from tilewright.tuner.commands.common import print_json
 from tilewright.tuner.commands.findings import Findings
+from tilewright.tuner.commands.predicted_findings import PredictedFindings
+from tilewright.tuner.commands.requests import (
+    ALL_OPS,
+    DEFAULT_GPU_TIME_S,
+    DEFAULT_GPU_TRIALS,
+    DEFAULT_MODEL,
+    DEFAULT_PROBES,
+    DEFAULT_TIME_S,
+    DEFAULT_TRIALS,
+    parse_requests,
+)
 from tilewright.tuner.deployed import DeployedRaces
 from tilewright.tuner.plan_facts import probed_document
 from tilewright.tuner.precision import DEFAULT_MAX_ERROR
-from tilewright.tuner.progress import ENDLESS_TRIALS, Progress
+from tilewright.tuner.progress import Progress
 from tilewright.tuner.proving import Prover
 from tilewright.tuner.roofline import measure_roofline
 from tilewright.tuner.search import DEFAULT_SEARCH, SEARCHES
+from tilewright.tuner.target import CpuTarget, GpuTarget
 from tilewright.tuning_db.integrity import UntrustedFile, check_private
 from tilewright.tuning_db.store import Store
-
-DEFAULT_MODEL = "mixtral-8x7b"
-DEFAULT_TRIALS = 60
-DEFAULT_TIME_S = 120.0
-DEFAULT_PROBES = 4
-_MAX_SEED = 2**32 - 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the tuning command."""
     what = parser.add_argument_group("what to tune")
-    what.add_argument("--arch", required=True, help="native, or an arch by name")
-    what.add_argument("--op", required=True, help=", ".join(OPS))
+    what.add_argument("--arch", required=True, help="native, or archs by name: sm_90,gfx942")
+    what.add_argument("--device", metavar="NAME", help="product of a GPU arch: h100-sxm, h200 (default: one per arch)")
+    what.add_argument("--op", required=True, help=f"{', '.join(OPS)}, several of them, or {ALL_OPS}")
     what.add_argument("--model", help=f"preset name, config.json or its folder (default {DEFAULT_MODEL})")
     what.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks")
     what.add_argument("--ep", type=int, default=1, metavar="N", help="expert-parallel ranks")
@@ -59,8 +61,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--template", metavar="NAME,...", help="search these alone, beside the default config")
     how = parser.add_argument_group("how hard")
-    how.add_argument("--trials", type=int, metavar="N", help=f"variants per problem (default {DEFAULT_TRIALS})")
-    how.add_argument("--time", metavar="T", help=f"for everything: 90, 90s, 5m, 1h (default {DEFAULT_TIME_S:.0f}s)")
+    how.add_argument(
+        "--trials",
+        type=int,
+        metavar="N",
+        help=f"variants per problem (default {DEFAULT_TRIALS}, GPUs {DEFAULT_GPU_TRIALS})",
+    )
+    how.add_argument(
+        "--time",
+        metavar="T",
+        help=f"for an arch: 90, 90s, 5m, 1h (default {DEFAULT_TIME_S:.0f}s, GPUs {DEFAULT_GPU_TIME_S:.0f}s)",
+    )
     how.add_argument("--search", default=DEFAULT_SEARCH, help=", ".join(SEARCHES))
     how.add_argument("--threads", type=int, metavar="N", help="threads of a kernel (default: all cores)")
     how.add_argument(
@@ -109,25 +120,51 @@ def run(arguments: argparse.Namespace) -> int:
         TilewrightError: for input that cannot be tuned.
 
     """
-    request = _request(arguments)
+    requests = parse_requests(arguments, _warn)
     progress = Progress(sys.stderr)
+    found: list[Findings | PredictedFindings] = []
     with Store.open(arguments.db) as store:
         if store.path is not None:
             _warn_if_not_servable(store.path)
-        progress.say("measuring this machine's roofline")
-        before = measure_roofline(request.threads)
-        report = Campaign(request, store, progress).run()
-        with DeployedRaces() as races:
-            for mine in report.signatures:
-                _prove(mine, store, races, request, progress)
-        measure_roofline.cache_clear()
-        roofline = before.raised_to(measure_roofline(request.threads))
-        findings = Findings(report, request, roofline, store.name)
+        for request in requests:
+            found.append((_measure if request.device is None else _predict)(request, store, progress))
+            if not arguments.json:
+                print(found[-1].text(), flush=True)
     if arguments.json:
-        print_json(findings.document())
-    else:
-        print(findings.text())
-    return 0 if all(len(mine.finals) == len(mine.results) for mine in report.signatures) else 1
+        documents = [findings.document() for findings in found]
+        print_json(documents[0] if len(documents) == 1 else documents)
+    return 0 if all(_is_complete(findings.report) for findings in found) else 1
+
+
+def _is_complete(report: Report) -> bool:
+    return all(len(mine.finals) == len(mine.results) for mine in report.signatures)
+
+
+def _measure(request: Request, store: Store, progress: Progress) -> Findings:
+    """Tune for this machine's CPU, and put the plans to the test."""
+    assert isinstance(request.arch, CpuArch)
+    progress.say("measuring this machine's roofline")
+    before = measure_roofline(request.threads)
+    report = Campaign(request, CpuTarget(request.arch, request.threads), store, progress).run()
+    with DeployedRaces() as races:
+        for mine in report.signatures:
+            _prove(mine, store, races, request, progress)
+    measure_roofline.cache_clear()
+    roofline = before.raised_to(measure_roofline(request.threads))
+    return Findings(report, request, roofline, store.name)
+
+
+def _predict(request: Request, store: Store, progress: Progress) -> PredictedFindings:
+    """Tune for a GPU that need not be there."""
+    assert request.device is not None
+    progress.say(f"{request.op.name} for {request.device.name} ({request.arch.name}): nothing is timed on a GPU")
+    with closing(GpuTarget(request.device)) as target:
+        report = Campaign(request, target, store, progress).run()
+        return PredictedFindings(report, request, target.builder.toolchain, store.name)
+
+
+def _warn(text: str) -> None:
+    print(f"tune: warning: {text}", file=sys.stderr)
 
 
 def _warn_if_not_servable(path: Path) -> None:
@@ -135,138 +172,7 @@ def _warn_if_not_servable(path: Path) -> None:
     try:
         check_private(path)
     except UntrustedFile as error:
-        print(f"tune: warning: {error}", file=sys.stderr)
-
-
-def _request(arguments: argparse.Namespace) -> Request:
-    op = find_op(arguments.op)
-    arch = find_arch(arguments.arch)
-    if not any(arch.family in template.families for template in op.templates):
-        raise TilewrightError(f"{op.name} has no template for {arch.name}; tune it with --arch native")
-    if not runs_on(arch, read_cpu_info()):
-        raise TilewrightError(
-            f"arch {arch.name} does not run on this machine ({read_cpu_info().name}), so nothing could be timed; "
-            "tune on such a machine, or use --arch native"
-        )
-    if arguments.search not in SEARCHES:
-        raise TilewrightError(f"unknown search {arguments.search!r}; choose one of {', '.join(SEARCHES)}")
-    routing = RoutingSpec.parse(arguments.routing)
-    problems: list[Problem] = []
-    model_name = ""
-    if arguments.problem:
-        if arguments.model is not None:
-            raise TilewrightError("--model and --problem exclude each other; give one of them")
-        if (arguments.tp, arguments.ep) != (1, 1):
-            raise TilewrightError("--tp and --ep divide a model; give --problem the sizes of one rank instead")
-        for text in arguments.problem:
-            fields = _fields(text, op.problem_example)
-            for tokens in _tokens(arguments.tokens) if arguments.tokens is not None else [None]:
-                sized = fields if tokens is None else {**fields, "tokens": str(tokens)}
-                problems.append(op.parse_problem(sized, routing))
-    else:
-        model = load_model(
-            DEFAULT_MODEL if arguments.model is None else arguments.model, tp=arguments.tp, ep=arguments.ep
-        )
-        model_name = model.name
-        asked = None if arguments.tokens is None else _tokens(arguments.tokens)
-        problems = [
-            op.problem(signature, tokens, routing, model)
-            for signature in op.signatures(model)
-            for tokens in asked or op.ladder(signature)
-        ]
-    if not 0 <= arguments.seed <= _MAX_SEED:
-        raise TilewrightError(f"--seed {arguments.seed} is impossible; give a number from 0 to {_MAX_SEED}")
-    trials, time_s = _budget(arguments)
-    return Request(
-        op=op,
-        problems=tuple(dict.fromkeys(problems)),
-        arch=arch,
-        threads=_threads(arguments.threads),
-        trials=trials,
-        time_s=time_s,
-        search=arguments.search,
-        seed=arguments.seed,
-        resume=arguments.resume,
-        model=model_name,
-        probes=_probes(arguments.probes),
-        templates=op.template_names(_names(arguments.template), arch) if arguments.template is not None else (),
-        precisions=parse_precisions(arguments.precision),
-        max_error=_max_error(arguments.max_error),
-        batch_invariant=arguments.batch_invariant,
-        weight_copies=_weight_copies(arguments.weight_copies),
-    )
-
-
-def _max_error(asked: float) -> float:
-    if not 0 <= asked < math.inf:
-        raise TilewrightError(f"--max-error {asked} is impossible; give a number of at least 0, such as 0.01")
-    return asked
-
-
-def _budget(arguments: argparse.Namespace) -> tuple[int, float]:
-    """Trials per problem and seconds in all; a limit that is given lifts the default of the other."""
-    if arguments.trials is not None and arguments.trials < 1:
-        raise TilewrightError(f"--trials {arguments.trials} is impossible; give at least 1")
-    time_s = None if arguments.time is None else _seconds(arguments.time)
-    if arguments.trials is None and time_s is None:
-        return DEFAULT_TRIALS, DEFAULT_TIME_S
-    return arguments.trials or 2 * ENDLESS_TRIALS, time_s if time_s is not None else math.inf
-
-
-def _seconds(text: str) -> float:
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
-    try:
-        seconds = float(number) * unit
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise TilewrightError(f"--time {text!r} is not a duration; give for example 90, 90s, 5m or 1h")
-    return seconds
-
-
-def _tokens(text: str) -> list[int]:
-    try:
-        counts = sorted({int(part) for part in text.split(",")})
-    except ValueError as error:
-        raise TilewrightError(f"--tokens {text!r} is not a list of whole numbers such as 1,4,16") from error
-    if counts[0] < 1:
-        raise TilewrightError(f"--tokens {text!r} holds {counts[0]}; token counts start at 1")
-    return counts
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")]
-
-
-def _fields(text: str, example: str) -> dict[str, str]:
-    pairs = [part.partition("=") for part in text.split(",") if part]
-    if not pairs or any(not sign for _, sign, _ in pairs):
-        raise TilewrightError(f"--problem {text!r} is not key=value,...; for example: {example}")
-    fields = {key.strip(): value.strip() for key, _, value in pairs}
-    if len(fields) < len(pairs):
-        raise TilewrightError(f"--problem {text!r} gives a field twice; leave one of them out")
-    return fields
-
-
-def _threads(asked: int | None) -> int:
-    cores = usable_cores()
-    threads = cores if asked is None else asked
-    if not 1 <= threads <= cores:
-        raise TilewrightError(f"--threads {threads} is impossible here; this process may use 1 to {cores} cores")
-    return threads
-
-
-def _probes(asked: int) -> int:
-    if asked < 0:
-        raise TilewrightError(f"--probes {asked} is impossible; give 0 or more")
-    return asked
-
-
-def _weight_copies(asked: int) -> int:
-    if asked < 1:
-        raise TilewrightError(f"--weight-copies {asked} is impossible; give at least 1")
-    return asked
+        _warn(str(error))
 
 
 def _prove(mine: SignatureReport, store: Store, races: DeployedRaces, request: Request, progress: Progress) -> None:

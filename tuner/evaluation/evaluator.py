@@ -142,6 +142,7 @@ class CpuEvaluator:
             kernels: kernels of this evaluator's signature.
             problem: what to measure.
             budget_s: wall seconds for the race; checking comes on top, and every kernel is timed at least once.
+            finalists: makes no difference: all checks are made of every kernel.
 
         Raises:
             TilewrightError: when the problem does not fit the memory, or no worker can be started.
