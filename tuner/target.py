@@ -13,7 +13,7 @@ from tilewright.codegen.cpu_info import read_cpu_info
 from tilewright.codegen.devices import Device
 from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.codegen.ops.signature import Signature
-from tilewright.codegen.space import Space
+from tilewright.codegen.space import Config, Space
 from tilewright.tuner.evaluation.evaluator import CpuEvaluator
 from tilewright.tuner.evaluation.interface import Evaluator
 from tilewright.tuner.prediction.evaluator import PredictingEvaluator
@@ -110,6 +110,8 @@ class GpuTarget:
     def __init__(self, device: Device) -> None:
         arch = device.arch
         self._gpu = device
+        self._predicted: dict[str, dict[Config, float]] = {}
+        """Microseconds by problem and config: a problem is searched more than once."""
         self.arch = arch
         self._builder = TritonBuilder(arch)
         self.builder: Builder = self._builder
@@ -132,9 +134,10 @@ class GpuTarget:
 
     def priors(self, op: OpDeclaration[Any, Any], problem: Problem, space: Space) -> Iterator[Prior]:
         """The model's opinion of every config, from its tile alone."""
-        configs = list(space)
-        times = predict_configs(op, problem, configs, self._gpu)
-        yield Prior(f"model of {self._gpu.name}", tuple(zip(configs, times.tolist(), strict=True)))
+        known = self._predicted.setdefault(problem.key, {})
+        new = [config for config in space if config not in known]
+        known.update(zip(new, predict_configs(op, problem, new, self._gpu).tolist(), strict=True))
+        yield Prior(f"model of {self._gpu.name}", tuple((config, known[config]) for config in space))
 
     def close(self) -> None:
         """End the compile server."""

@@ -12,7 +12,7 @@ from tilewright.codegen.archs import Arch, GpuArch
 from tilewright.codegen.building.base import Builder, BuiltFile, Source
 from tilewright.codegen.building.entry import EntrySpec
 from tilewright.codegen.building.facts import EntryFacts
-from tilewright.codegen.building.instructions import disassemble, read_amdgcn, read_sass
+from tilewright.codegen.building.instructions import InstructionMix, disassemble, read_amdgcn, read_sass
 from tilewright.codegen.ops.base import OpDeclaration
 from tilewright.codegen.ops.signature import Signature, stable_key
 from tilewright.codegen.recipe import Recipe
@@ -97,6 +97,7 @@ class Workshop:
         self.signature = signature
         self.arch = arch
         self._builder = builder
+        self._instructions: dict[str, InstructionMix] = {}
 
     @property
     def toolchain(self) -> str:
@@ -159,7 +160,7 @@ class Workshop:
             "layout": built.variant.layout_key,
         }
         if built.facts:
-            facts["entries"] = [_entry_facts(file) for file in built.files]
+            facts["entries"] = [self._entry_facts(*each) for each in zip(built.files, artifacts, strict=True)]
         record = KernelRecord(
             key=kernel.key,
             op=self.op.name,
@@ -177,13 +178,14 @@ class Workshop:
         )
         return record, artifacts
 
-
-def _entry_facts(file: BuiltFile) -> dict[str, Any]:
-    """Facts of a GPU binary, its instructions among them."""
-    assert file.facts is not None
-    mix = (
-        read_sass(disassemble(file.path.read_bytes()))
-        if file.kind == "cubin"
-        else read_amdgcn(file.path.with_suffix(".amdgcn").read_text())
-    )
-    return {**file.facts.to_dict(), "instructions": mix.to_dict(), "wide_loads": mix.wide}
+    def _entry_facts(self, file: BuiltFile, artifact: ArtifactRecord) -> dict[str, Any]:
+        """Facts of a GPU binary, its instructions among them: those are read once of equal binaries."""
+        assert file.facts is not None
+        if artifact.checksum not in self._instructions:
+            if file.kind == "cubin":
+                mix = read_sass(disassemble(artifact.data))
+            else:
+                mix = read_amdgcn(file.path.with_suffix(".amdgcn").read_text())
+            self._instructions[artifact.checksum] = mix
+        mix = self._instructions[artifact.checksum]
+        return {**file.facts.to_dict(), "instructions": mix.to_dict(), "wide_loads": mix.wide}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -14,6 +17,9 @@ from tilewright.codegen.building.entry import EntrySpec
 from tilewright.codegen.building.facts import EntryFacts
 from tilewright.codegen.cpu_info import usable_cores
 from tilewright.errors import TilewrightError
+
+DRAFT = "build-"
+"""How the names of folders begin in which something is being built."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,14 @@ class Builder(Protocol):
         self, sources: Sequence[Source], *, jobs: int | None = None, progress: Callable[[int], None] | None = None
     ) -> list[Build]:
         """Build side by side; the result keeps the order of ``sources``. ``progress`` gets the number done."""
+
+
+def remove_abandoned(directory: Path, age_s: float) -> None:
+    """Remove what builds of killed processes left: folders older than any build may take."""
+    for folder in directory.glob(f"{DRAFT}*"):
+        with contextlib.suppress(FileNotFoundError):  # another process removes them, too
+            if time.time() - folder.stat().st_mtime > age_s:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def side_by_side(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -18,7 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tilewright.codegen.archs import CpuArch
-from tilewright.codegen.building.base import Build, BuiltFile, Source, builds_directory, side_by_side
+from tilewright.codegen.building.base import (
+    DRAFT,
+    Build,
+    BuiltFile,
+    Source,
+    builds_directory,
+    remove_abandoned,
+    side_by_side,
+)
 from tilewright.errors import TilewrightError
 
 FLAGS = (
@@ -39,8 +46,6 @@ FLAGS = (
 
 CPU_LIMIT_S = 60
 MEMORY_LIMIT_KIB = 4 << 20
-_DRAFT = "build-"
-"""How the names of folders begin in which something is being built."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +118,7 @@ class CppBuilder:
         self.arch = arch
         self.compiler = compiler or find_compiler()
         self.directory = builds_directory(directory, "builds")
-        self._remove_abandoned()
-
-    def _remove_abandoned(self) -> None:
-        """Remove what builds of killed processes left: folders older than any build may take."""
-        for folder in self.directory.glob(f"{_DRAFT}*"):
-            with contextlib.suppress(FileNotFoundError):  # another process removes them, too
-                if time.time() - folder.stat().st_mtime > 4 * CPU_LIMIT_S:
-                    shutil.rmtree(folder, ignore_errors=True)
+        remove_abandoned(self.directory, 4 * CPU_LIMIT_S)
 
     @property
     def toolchain(self) -> str:
@@ -149,7 +147,7 @@ class CppBuilder:
         path = self.path_for(source.text)
         if path.exists():
             return Build(path, "", 0.0, (BuiltFile(path, "host_so"),))
-        with tempfile.TemporaryDirectory(dir=self.directory, prefix=_DRAFT) as folder:
+        with tempfile.TemporaryDirectory(dir=self.directory, prefix=DRAFT) as folder:
             code, made = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
             code.write_text(source.text)
             message, cpu_s = self._compile(code, made, stop)

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from tilewright.codegen.archs import GpuArch
-from tilewright.codegen.building.base import Build, BuiltFile, Source, builds_directory, side_by_side
+from tilewright.codegen.building.base import (
+    DRAFT,
+    Build,
+    BuiltFile,
+    Source,
+    builds_directory,
+    remove_abandoned,
+    side_by_side,
+)
 from tilewright.codegen.building.cubin import read_cubin, read_spills
 from tilewright.codegen.building.entry import EntrySpec
 from tilewright.codegen.building.facts import EntryFacts, launch_obstacle
@@ -25,10 +33,10 @@ from tilewright.errors import TilewrightError
 
 _FORMAT = 1
 """Of a build's folder; a part of its name."""
-_DRAFT = "build-"
 _SOURCE = "kernel.py"
 _LONGEST_MESSAGE = 500
 _REGISTER_BYTES = 4
+_ABANDONED_S = 600.0
 _KEPT = ("json", "log", *BINARIES, *FORMS)
 
 
@@ -46,6 +54,7 @@ class TritonBuilder:
         self.arch = arch
         self.directory = builds_directory(directory, "builds-triton")
         self._toolchain = toolchain(arch)
+        remove_abandoned(self.directory, _ABANDONED_S)
         self._pool = CompilePool(limits)
 
     def __enter__(self) -> Self:
@@ -101,7 +110,7 @@ class TritonBuilder:
         path = self.path_for(source)
         if path.exists():
             return self._read(path, source.entries, 0.0)
-        with tempfile.TemporaryDirectory(dir=self.directory, prefix=_DRAFT) as name:
+        with tempfile.TemporaryDirectory(dir=self.directory, prefix=DRAFT) as name:
             folder = Path(name)
             code = folder / _SOURCE
             code.write_text(source.text)

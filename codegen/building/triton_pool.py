@@ -121,7 +121,6 @@ class _Connection:
                     "-P",
                     "-m",
                     "tilewright.codegen.building.triton_server",
-                    str(os.getpid()),
                     str(theirs.fileno()),
                 ],
                 stdin=subprocess.DEVNULL,

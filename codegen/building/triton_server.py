@@ -152,9 +152,11 @@ def _child(request: dict[str, Any], parent: int) -> None:
 
 
 def main() -> None:
-    """``python -m tilewright.codegen.building.triton_server PARENT FD``."""
-    parent, descriptor = int(sys.argv[1]), int(sys.argv[2])
-    _die_with(parent)
+    """``python -m tilewright.codegen.building.triton_server FD``.
+
+    It ends when the channel closes, and not with its parent, which to the system is the thread that started it.
+    """
+    descriptor = int(sys.argv[1])
     # Ctrl-C is the tuner's to handle; it closes the channel.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = socket.socket(fileno=descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any, Self
 from tilewright.codegen.devices import Device
 from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.codegen.ops.signature import Signature
-from tilewright.errors import TilewrightError
 from tilewright.tuner.emulation.checking import EmulatedChecker, gpu_precision_error
 from tilewright.tuner.emulation.emulator import Emulator
 from tilewright.tuner.evaluation.checking import PrecisionError
@@ -45,10 +43,7 @@ class PredictingEvaluator:
         self._right: set[str] = set()
         self._emulator = Emulator()
         self._checker = EmulatedChecker(op, device.arch, self._emulator)
-        # It takes a while to load, which it can do beside the first compiles.
-        self._starting = threading.Thread(target=self._start, daemon=True)
-        self._start_error: Exception | None = None
-        self._starting.start()
+        self._emulator.start()  # it loads while the first variants are compiled
 
     def __enter__(self) -> Self:
         return self
@@ -56,7 +51,6 @@ class PredictingEvaluator:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._starting.join()
         self._emulator.__exit__(kind, error, trace)
 
     @property
@@ -77,7 +71,7 @@ class PredictingEvaluator:
         ``budget_s`` is not needed: a prediction takes no time, and a check as long as it takes.
 
         Raises:
-            TilewrightError: when the device lacks a type that a kernel needs, or the interpreter does not start.
+            TilewrightError: when the device lacks a type that a kernel needs.
 
         """
         del budget_s
@@ -116,9 +110,6 @@ class PredictingEvaluator:
         """``evaluation`` with what the interpreter says; as it is where the template cannot be interpreted."""
         if self._op.template(kernel.config).emulated_problems is None:
             return evaluation
-        self._starting.join()
-        if self._start_error is not None:
-            raise TilewrightError(f"the interpreter that checks kernels did not start: {self._start_error}")
         begin = time.perf_counter()
         check = self._checker.check(self._signature, kernel.config)
         self._spent = replace(self._spent, checking_s=self._spent.checking_s + time.perf_counter() - begin)
@@ -126,9 +117,3 @@ class PredictingEvaluator:
             return Evaluation(kernel.key, Outcome.WRONG, f"in the interpreter: {check.complaint}", error=check.error)
         self._right.add(kernel.key)
         return replace(evaluation, error=check.error, checked="emulated")
-
-    def _start(self) -> None:
-        try:
-            self._emulator.start()
-        except Exception as error:
-            self._start_error = error
