@@ -61,6 +61,8 @@ class Resolution:
     database: str
     plan: PlanRecord | None
     ranges: tuple[SizeRange, ...]
+    batch_invariant: bool = False
+    """Whether a token is promised the same bits in every batch, and what cannot keep that is refused."""
 
     @property
     def kernels(self) -> tuple[LoadedKernel, ...]:
@@ -111,7 +113,7 @@ def resolve(
             f"{signature.describe()} cannot be served batch-invariantly, for no kernel serves some sizes: "
             f"{missing.why_torch}"
         )
-    return Resolution(signature, device_key, database, plan, ranges)
+    return Resolution(signature, device_key, database, plan, ranges, batch_invariant)
 
 
 def is_planned(signature: Signature, database: Database | None, max_error: float = math.inf) -> bool:

@@ -112,12 +112,14 @@ class SignatureReport:
         """The weight layouts of the plan, and what they cost."""
         return self.verdict.settled if self.verdict else None
 
-    @property
-    def default(self) -> Default:
-        """The default config's kernel; only valid with a verdict."""
+    def default_for(self, plan: PlanRecord) -> Default:
+        """The default config's kernel, beside one of the plans; only valid with a verdict."""
         assert self.verdict is not None
         variant = self.verdict.grid[0].default.built.variant
-        return Default(variant.key, variant.layout_key, variant.bond in self.verdict.settled.bonds)
+        joins = variant.layout_key in plan.layout.split("+")
+        if plan.batch_invariant:  # the verdict knows the order of sums of the plan that it led to, and of no other
+            joins = plan is self.plan and variant.bond in self.verdict.settled.bonds
+        return Default(variant.key, variant.layout_key, joins)
 
 
 @dataclass

@@ -77,8 +77,10 @@ def costs_text(plan: PlanRecord) -> list[str]:
             names = another["layout"].split("+")
             text += f"; --weight-copies {len(names)} ({' and '.join(names)}): {another['layout_cost'] - 1:.1%}"
         lines.append(text)
-    if (cost := facts.get("order_cost")) is not None:
-        lines.append(f"batch-invariant: one order of sums for all sizes, {cost - 1:+.1%} time against any order")
+    if plan.batch_invariant:
+        cost = facts.get("order_cost")
+        known = "" if cost is None else f", which costs {cost - 1:.1%} of the time with any order at each size"
+        lines.append(f"batch-invariant: one order of sums for all sizes{known}")
     return lines
 
 

@@ -106,7 +106,7 @@ int32_t naive(const struct host *host, const int64_t *args) {
     struct job job = {args, 0};
     if (FAIL) return 7;
     const int64_t size = args[SIZE_ARGUMENT];
-    if (SLOW_FROM <= size && size <= SLOW_TO) usleep(2000);
+    if (SLOW_FROM <= size && size <= SLOW_TO) usleep(20000);
     if (host->fork) host->fork(body, &job, (unsigned)host->threads, 0);
     else body(&job);
     return 0;
@@ -137,7 +137,7 @@ def build(
 ) -> Built:
     """A correct kernel whose results are multiplied by ``mark``, so that a test sees who computed them.
 
-    From the first to the last of ``slow_sizes`` it takes 2 ms longer.
+    From the first to the last of ``slow_sizes`` it takes 20 ms longer.
     """
     names = ["x", "weight", "bias" if signature.bias else "", "expert_offsets", "out"]
     names += {"up": ["row_token"], "down": ["slot_row", "topk_weights"], "plain": [""]}[signature.stage]

@@ -92,6 +92,11 @@ def test_the_last_race_settles_the_layout(workshop: Workshop) -> None:
     assert settle([faster, slower]).bonds == WIDE_ONES
     assert settle([faster, slower]).cost == pytest.approx((100 / 40) ** 0.5)
     assert settle([faster, slower], copies=2).cost == pytest.approx(1.0)
+    assert settle([faster, slower], copies=2).another is None
+    another = settle([faster, slower]).another
+    assert another is not None
+    assert (another.layout, another.cost) == (f"{WIDE}+{NARROW}", pytest.approx(1.0))
+    assert settle([faster]).another is None
 
 
 def test_a_size_that_only_another_layout_solves_is_not_lost(workshop: Workshop) -> None:

@@ -26,14 +26,16 @@ from tilewright.tuner.commands.requests import (
     parse_requests,
 )
 from tilewright.tuner.deployed import DeployedRaces
+from tilewright.tuner.finals import Probed
 from tilewright.tuner.plan_facts import probed_document
 from tilewright.tuner.precision import DEFAULT_MAX_ERROR
 from tilewright.tuner.progress import Progress
-from tilewright.tuner.proving import Prover
+from tilewright.tuner.proving import Proof, Prover
 from tilewright.tuner.roofline import measure_roofline
 from tilewright.tuner.search import DEFAULT_SEARCH, SEARCHES
 from tilewright.tuner.target import CpuTarget, GpuTarget
 from tilewright.tuning_db.integrity import UntrustedFile, check_private
+from tilewright.tuning_db.records import PlanRecord
 from tilewright.tuning_db.store import Store
 
 
@@ -176,10 +178,10 @@ def _warn_if_not_servable(path: Path) -> None:
 
 
 def _prove(mine: SignatureReport, store: Store, races: DeployedRaces, request: Request, progress: Progress) -> None:
-    """Race the plan as the runtime serves it against the default and plain torch, and store what it becomes."""
+    """Race each plan as the runtime serves it against the default and plain torch, and store what it becomes."""
     if mine.plan is None or mine.verdict is None:
         return
-    progress.say("racing the frozen plan, as the runtime serves it, against the default and plain torch")
+    progress.say("racing the frozen plans, as the runtime serves them, against the default and plain torch")
     grid = {each.size: each.problem for each in mine.verdict.grid}
     prover = Prover(
         request.op,
@@ -190,7 +192,16 @@ def _prove(mine: SignatureReport, store: Store, races: DeployedRaces, request: R
         budget_s=min(12.0, 0.1 * request.time_s),
         say=progress.say,
     )
-    mine.proof = prover.prove(mine.plan, list(grid.values()), mine.default, request.probes)
-    plan = mine.proof.plan
-    mine.plan = replace(plan, facts=plan.facts | {"probed": probed_document(mine.probed, mine.proof)})
-    store.put_plan(mine.plan)
+
+    def proven(plan: PlanRecord, rehearsed: Probed) -> Proof:
+        proof = prover.prove(plan, list(grid.values()), mine.default_for(plan), request.probes)
+        facts = plan.facts | {"probed": probed_document(rehearsed, proof)}
+        store.put_plan(replace(proof.plan, facts=facts))
+        return replace(proof, plan=replace(proof.plan, facts=facts))
+
+    mine.proof = proven(mine.plan, mine.probed)
+    mine.plan = mine.proof.plan
+    mine.front = [
+        replace(point, plan=mine.plan if point.precision == mine.plan.precision else proven(point.plan, Probed()).plan)
+        for point in mine.front
+    ]
