@@ -23,7 +23,7 @@ from tilewright.tuner.text import format_ratio, format_shape, format_threads, fo
 _HEAD = ("tokens", "torch", "default", "tuned", "vs default", "vs torch", "roofline", "noise", "kernel")
 _NOTES = """\
 default: the config that one would write down without tuning, in one last race with the tuned one
-torch: a loop over experts in plain torch, raced with the plan as the runtime serves it
+torch: the same in plain torch, raced with the plan as the runtime serves it
 roofline: share of what bandwidth or peak allow here; noise: the tuned kernel raced with itself"""
 
 
@@ -56,7 +56,8 @@ class Findings:
             "",
             "next:  tune show                 what is known, and how",
             "       tune compare              variants side by side",
-            "       from tilewright.runtime import Experts   serves this by itself; see README",
+            f"       from tilewright.runtime import {', '.join(request.op.served_by)}   "
+            "serves this by itself; see README",
         ]
         return "\n".join(lines)
 

@@ -50,14 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--tokens",
         metavar="N,N,...",
-        help="tokens of a call (default 1,4,16,64,256; of attention: "
-        "sequences that decode together, 1,4,16,64, or tokens of prompts, 64,256,1024)",
+        help="sizes to tune; " + "; ".join(f"{name}: {op.sizes_help}" for name, op in OPS.items()),
     )
     what.add_argument(
         "--routing",
         default="balanced",
         metavar="KIND",
-        help="balanced, power-law[:ALPHA] or recorded:FILE; of attention: how uneven sequences are",
+        help="balanced, power-law[:ALPHA] or recorded:FILE: how uneven loads of experts or lengths of sequences are",
     )
     what.add_argument("--template", metavar="NAME,...", help="search these alone, beside the default config")
     how = parser.add_argument_group("how hard")
