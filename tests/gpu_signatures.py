@@ -9,6 +9,7 @@ from covering import covering_rows
 
 from tilewright.codegen.archs import GPU_ARCHS, GpuArch
 from tilewright.codegen.ops import OPS, find_op
+from tilewright.codegen.ops.attention_signature import AttentionSignature as Attention
 from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature as MoeGemm
 from tilewright.codegen.ops.signature import Signature
@@ -24,8 +25,34 @@ GPU_SIGNATURES: Mapping[str, Sequence[Signature]] = {
         MoeGemm(stage="plain", experts=4, n=512, k=1024, x_dtype="bf16"),
         MoeGemm(stage="plain", experts=2, n=72, k=1096, bias=True, x_dtype="bf16"),
     ),
+    "attention": (
+        Attention(stage="decode", heads=32, kv_heads=8, head_dim=128, q_dtype="bf16"),
+        Attention(stage="decode", heads=64, kv_heads=8, head_dim=64, window=128, sinks=True, q_dtype="bf16"),
+        Attention(stage="decode", heads=40, kv_heads=1, head_dim=80, value_dim=72, page_size=256, q_dtype="fp16"),
+        Attention(
+            stage="decode", heads=5, kv_heads=5, head_dim=96, kv_layout="nhd", page_size=7, q_dtype="fp16", sinks=True
+        ),
+        Attention(
+            stage="decode",
+            heads=24,
+            kv_heads=8,
+            head_dim=128,
+            window=70,
+            kv_layout="nhd",
+            page_size=64,
+            q_dtype="bf16",
+            kv_dtype="fp8_e4m3",
+            out_dtype="fp32",
+        ),
+        Attention(stage="prefill", heads=32, kv_heads=8, head_dim=128, q_dtype="bf16"),
+        Attention(stage="prefill", heads=64, kv_heads=8, head_dim=64, window=128, sinks=True, q_dtype="bf16"),
+        Attention(stage="prefill", heads=10, kv_heads=2, head_dim=80, value_dim=72, window=33, q_dtype="fp16"),
+        Attention(stage="prefill", heads=3, kv_heads=3, head_dim=96, sinks=True, q_dtype="fp16", out_dtype="fp32"),
+    ),
 }
-"""Sizes that every tile divides, and sizes that none does; k that all groups of scales divide, and k that few do."""
+"""For moe_gemm: sizes that every tile divides, and sizes that none does; k that all groups of scales divide, and k that
+few do. For attention: groups that fill a tile, that do not, and that need several; head dims that are one power of two
+or need several products; pages larger than tiles, smaller, and odd; windows, sinks, and keys in 8 bits."""
 
 
 def space_of(op_name: str, template: Template[Any], signature: Signature, arch: GpuArch) -> Space | None:
@@ -33,6 +60,8 @@ def space_of(op_name: str, template: Template[Any], signature: Signature, arch: 
     op = find_op(op_name)
     if template not in op.templates_for(signature, arch):
         return None
+    if not template.precisions:
+        return template.space(signature, arch)
     possible = [name for name, refusal in op.precisions(signature).items() if refusal is None]
     names = tuple(name for name in template.precisions if name in possible and template.exclusion(name, arch) is None)
     return template.space(signature, arch, names) if names else None

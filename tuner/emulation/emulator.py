@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.building.entry import EntrySpec
-from tilewright.codegen.dtypes import ITEMSIZE, round_to
+from tilewright.codegen.dtypes import ITEMSIZE, e4m3_bits, round_to
 from tilewright.codegen.expressions import IntExpr
 from tilewright.codegen.ops.base import Arrays
 from tilewright.codegen.recipe import Argument, Recipe, TensorSpec
@@ -281,6 +281,8 @@ def _to_bytes(array: NDArray[Any], dtype: str) -> bytes:
         return (round_to(array, "bf16").view(np.uint32) >> 16).astype(np.uint16).tobytes()
     if array.dtype == np.float32 and dtype == "fp16":
         return array.astype(np.float16).tobytes()
+    if array.dtype == np.float32 and dtype == "fp8_e4m3":
+        return e4m3_bits(array).tobytes()
     return np.ascontiguousarray(array).tobytes()
 
 
