@@ -187,30 +187,29 @@ def emulated_problems(
     config: Config,
     arch: GpuArch,  # noqa: ARG001
 ) -> tuple[AttentionProblem, ...]:
-    """Two key/value heads; a sequence of three tiles or more, ragged, and short ones; then scores far apart.
+    """A sequence of three tiles or more, ragged, beside a shorter one; then short ones of more heads, scores far apart.
 
-    A window is made short enough to end within these sequences, but not below two tiles.
+    Groups keep the remainder that they leave in tiles; a window is made short enough to end within these sequences.
     """
     block = config["block_kv"]
+    rows = config["block_rows"] if signature.stage == "decode" else config["packed"]
+    ragged = signature.group % rows
+    group = min(signature.group, rows + ragged if ragged else 2 * rows)
+    one = replace(signature, kv_heads=1, heads=group, window=min(signature.window, block + block // 2 + 1))
     kv_heads = min(2, signature.kv_heads)
-    small = replace(
-        signature,
-        kv_heads=kv_heads,
-        heads=kv_heads * signature.group,
-        window=min(signature.window, block + block // 2 + 1),
-    )
+    two = replace(one, kv_heads=kv_heads, heads=kv_heads * group)
     uneven = RoutingSpec.parse("power-law")
     if signature.stage == "decode":
-        # Two sequences, the longer with two thirds of the tokens; few parts of it are empty, and many of the other.
+        # The longer of two sequences has two thirds of the tokens.
         context = (3 * block * min(config["splits"], 2) + 5) * 3 // 4
         return (
-            AttentionProblem(small, 2, context, uneven),
-            AttentionProblem(small, 3, block // 2 + 1, uneven, steep=True),
+            AttentionProblem(one, 2, context, uneven),
+            AttentionProblem(two, 2, block // 2 + 1, uneven, steep=True),
         )
-    longest = max(2 * _block_q(config), 2 * block) + 3
+    longest = max(_block_q(config), 2 * block) + 3
     return (
-        AttentionProblem(small, longest + longest // 2, longest, uneven),
-        AttentionProblem(small, 2 * _block_q(config) + 3, _block_q(config) + 1, uneven, steep=True),
+        AttentionProblem(one, longest + longest // 2, longest, uneven),
+        AttentionProblem(two, _block_q(config) + 3, _block_q(config) + 1, uneven, steep=True),
     )
 
 
