@@ -184,6 +184,8 @@ def precision_cases(arch: Arch) -> list[Case]:
     chosen = []
     for op in OPS.values():
         for template in op.templates:
+            if arch.family not in template.families:
+                continue
             kinds = {find_precision(name).dtype: name for name in template.precisions if name != LOSSLESS}
             for name in kinds.values():
                 signature = next(s for s in reversed(SIGNATURES[op.name]) if op.precisions(s)[name] is None)

@@ -19,10 +19,17 @@ class Part:
 
 
 def tokens_of(op_name: str, signature: Any, inputs: Arrays) -> int:
-    """Tokens of a batch; of a plain grouped GEMM, whose rows belong to nobody, rows."""
-    if op_name == "moe_gemm" and signature.stage == "down":
-        return len(inputs["slot_row"])
-    return len(inputs["logits" if op_name == "gating" else "x"])
+    """What a batch can be taken apart into: tokens, sequences of attention, or rows of a plain grouped GEMM."""
+    match op_name, getattr(signature, "stage", ""):
+        case "moe_gemm", "down":
+            return len(inputs["slot_row"])
+        case "moe_gemm", _:
+            return len(inputs["x"])
+        case "attention", "prefill":
+            return len(inputs["cu_seqlens"]) - 1
+        case "attention", _:
+            return len(inputs["lengths"])
+    return len(inputs["logits"])
 
 
 def part_of(op_name: str, signature: Any, inputs: Arrays, tokens: Sequence[int]) -> Part:
@@ -64,4 +71,21 @@ def _gating(signature: Any, inputs: Arrays, tokens: NDArray[np.int64]) -> Part:
     return Part({"logits": inputs["logits"][tokens]}, {"topk_ids": tokens, "topk_weights": tokens})
 
 
-PARTS: Mapping[str, Callable[[Any, Arrays, NDArray[np.int64]], Part]] = {"moe_gemm": _moe_gemm, "gating": _gating}
+def _attention(signature: Any, inputs: Arrays, sequences: NDArray[np.int64]) -> Part:
+    """Sequences by themselves; decoding ones stay where they lie in the cache."""
+    if signature.stage == "decode":
+        own = {name: inputs[name][sequences] for name in ("q", "block_table", "lengths")}
+        return Part({**inputs, **own}, {"out": sequences})
+    boundaries = inputs["cu_seqlens"].astype(np.int64)
+    tokens = np.concatenate([np.arange(boundaries[each], boundaries[each + 1]) for each in sequences])
+    lengths = np.diff(boundaries)[sequences]
+    own = {name: inputs[name][tokens] for name in ("q", "k", "v")}
+    own["cu_seqlens"] = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+    return Part(own, {"out": tokens})
+
+
+PARTS: Mapping[str, Callable[[Any, Arrays, NDArray[np.int64]], Part]] = {
+    "moe_gemm": _moe_gemm,
+    "gating": _gating,
+    "attention": _attention,
+}

@@ -27,7 +27,7 @@ Row = Mapping[str, Any]
 
 _ENVELOPE_VERSION = 1
 KERNEL_DOCUMENTS = ("signature", "config", "recipe", "facts")
-PLAN_DOCUMENTS = ("signature",)
+PLAN_DOCUMENTS = ("signature", "facts")
 
 
 class UndecodableError(ValueError):
@@ -179,6 +179,7 @@ def encode_plan(plan: PlanRecord) -> Columns:
         "layout": plan.layout,
         "timing": plan.timing,
         "checked": plan.checked,
+        "facts": _enveloped(plan.facts),
         "created_at": float(plan.created_at),
         "seal": _plan_seal(plan),
     }
@@ -221,6 +222,7 @@ def decode_plan(row: Row, entries: Iterable[Row]) -> PlanRecord:
                 )
                 for entry in entries
             ),
+            facts=_opened(row["facts"]),
             created_at=float(row["created_at"]),
         )
         _require_seal(row, _plan_seal(plan))
@@ -290,6 +292,8 @@ def _plan_seal(plan: PlanRecord) -> str:
         later |= {"precision": plan.precision, "error": plan.error}
     if plan.batch_invariant:
         later |= {"batch_invariant": True}
+    if plan.facts:
+        later |= {"facts": plan.facts}
     return seal(
         later
         | {

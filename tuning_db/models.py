@@ -161,6 +161,7 @@ class Plan(Base):
     layout: Mapped[str]
     timing: Mapped[str]
     checked: Mapped[str]
+    facts: Mapped[dict[str, Any]]
     created_at: Mapped[float]
     seal: Mapped[str]
 

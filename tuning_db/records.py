@@ -152,7 +152,8 @@ class PlanRecord:
     ``checked`` are the weakest evidence among the entries. ``layout`` names the one weight layout that all entries
     share, or several, joined by ``+``, where more copies of the weights were allowed; ``precision`` likewise. With
     ``batch_invariant`` all entries add up in one order, so that what a token gets does not depend on what else is in
-    the batch. ``model`` is the preset that the plan was made for, or empty.
+    the batch. ``model`` is the preset that the plan was made for, or empty. ``facts`` says what its making found beyond
+    the rows: what its restrictions cost, and how it did at sizes drawn at random.
     """
 
     op: str
@@ -168,6 +169,7 @@ class PlanRecord:
     precision: str = LOSSLESS
     error: float = 0.0
     batch_invariant: bool = False
+    facts: Document = field(default_factory=dict)
     created_at: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:

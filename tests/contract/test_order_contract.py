@@ -30,6 +30,8 @@ from tilewright.codegen.space import Config
 
 PER_TEMPLATE = 2
 """Variants of every template and order, drawn at random."""
+PER_SIGNATURE = 2
+"""Orders of every signature and precision, drawn at random from what may be dozens."""
 CALLS = (Call("one thread", 1), Call("two threads", 2, forking(2)))
 ARCH = native_arch()
 
@@ -58,9 +60,13 @@ def _cases() -> Iterator[tuple[str, Signature, str]]:
         signatures = SIGNATURES[op_name]
         last = {getattr(signature, "stage", ""): signature for signature in signatures}
         for seed, signature in enumerate(signatures):
-            for order in orders(op_name, signature, seed):
-                if order.startswith(LOSSLESS) or op_name != "moe_gemm" or signature in last.values():
-                    yield op_name, signature, order
+            by_precision: dict[str, list[str]] = defaultdict(list)
+            for order, configs in orders(op_name, signature, seed).items():
+                by_precision[configs[0].get("precision") or LOSSLESS].append(order)
+            for precision, found in by_precision.items():
+                if precision == LOSSLESS or signature in last.values():
+                    some = np.random.default_rng(seed).permutation(len(found))[:PER_SIGNATURE]
+                    yield from ((op_name, signature, found[int(index)]) for index in sorted(some))
 
 
 CASES = list(_cases())

@@ -49,10 +49,10 @@ def test_a_kernel_survives_its_columns(**fields: Any) -> None:
 @given(
     bounds=st.lists(st.integers(1, 2**40), min_size=1, max_size=6, unique=True).map(sorted),
     times=st.none() | NUMBERS,
-    signature=DOCUMENTS,
+    documents=st.fixed_dictionaries({"signature": DOCUMENTS, "facts": DOCUMENTS}),
 )
-def test_a_plan_survives_its_columns(bounds: list[int], times: float | None, signature: dict[str, Any]) -> None:
-    record = plan("k", entries=tuple(PlanEntry(bound, "k", times, 2, bound) for bound in bounds), signature=signature)
+def test_a_plan_survives_its_columns(bounds: list[int], times: float | None, documents: dict[str, Any]) -> None:
+    record = plan("k", entries=tuple(PlanEntry(bound, "k", times, 2, bound) for bound in bounds), **documents)
     entries = [codec.encode_plan_entry(entry) for entry in record.entries]
     assert codec.decode_plan(stored(codec.encode_plan(record)), entries) == record
 
