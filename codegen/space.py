@@ -147,9 +147,9 @@ class Space(Sequence[Config]):
         _check_names(parameters)
         rows, counts = _Enumeration(parameters, constraints).run()
         removals = tuple(Removal(c.name, counts[c.name], c.reason) for c in constraints)
-        if not rows:
+        if not len(rows):
             raise TilewrightError(_nothing_valid(removals))
-        return cls(tuple(parameters), np.array(rows, dtype=np.int16).reshape(len(rows), len(parameters)), removals)
+        return cls(tuple(parameters), rows, removals)
 
     @classmethod
     def from_configs(cls, parameters: Sequence[Parameter], configs: Iterable[Mapping[str, Value]]) -> Self:
@@ -277,13 +277,19 @@ def split_template(config: Mapping[str, Value]) -> tuple[str, Config]:
     return str(config[TEMPLATE]), Config(own)
 
 
+_ROWS_AT_ONCE = 1 << 16
+
+
 class _Enumeration:
-    """A depth-first walk over the parameters that checks each constraint as soon as it can be checked."""
+    """Combinations grown one parameter at a time, each constraint checked as soon as all that it reads is set.
+
+    A constraint is asked once for every combination of the values that it reads, however many configs share them.
+    """
 
     def __init__(self, parameters: Sequence[Parameter], constraints: Sequence[Constraint]) -> None:
         depth_of = {p.name: depth for depth, p in enumerate(parameters)}
         self._parameters = parameters
-        self._checks: list[list[Constraint]] = [[] for _ in parameters]
+        self._checks: list[list[tuple[Constraint, list[int]]]] = [[] for _ in parameters]
         self._counts = dict.fromkeys((c.name for c in constraints), 0)
         if len(self._counts) < len(constraints):
             raise TilewrightError(f"Two constraints share a name among {[c.name for c in constraints]}; rename one.")
@@ -291,46 +297,61 @@ class _Enumeration:
             unknown = [name for name in constraint.parameters if name not in depth_of]
             if unknown:
                 raise TilewrightError(f"Constraint {constraint.name!r} names {unknown}, which no parameter is called.")
-            depth = max((depth_of[name] for name in constraint.parameters), default=len(parameters) - 1)
-            self._checks[depth].append(constraint)
+            read = sorted(depth_of[name] for name in constraint.parameters) or list(range(len(parameters)))
+            self._checks[read[-1]].append((constraint, read))
         # Combinations that hang below one bound value at each depth: what rejecting it there removes.
         self._below = [math.prod(len(p.values) for p in parameters[d + 1 :]) for d in range(len(parameters))]
-        self._bound: dict[str, Value] = {}
-        self._rows: list[tuple[int, ...]] = []
+        self._verdicts: dict[str, dict[tuple[int, ...], bool]] = {name: {} for name in self._counts}
+        self._found: list[npt.NDArray[np.int16]] = []
+        self._total = 0
 
-    def run(self) -> tuple[list[tuple[int, ...]], dict[str, int]]:
-        self._walk(0, ())
-        return self._rows, self._counts
+    def run(self) -> tuple[npt.NDArray[np.int16], dict[str, int]]:
+        """Value indices [configs, parameters] in lexicographic order, and what each constraint removed."""
+        self._grow(np.zeros((1, 0), np.int16))
+        return np.concatenate([np.empty((0, len(self._parameters)), np.int16), *self._found]), self._counts
 
-    def _walk(self, depth: int, prefix: tuple[int, ...]) -> None:
+    def _grow(self, block: npt.NDArray[np.int16]) -> None:
+        """Add every value of the next parameter to each row of ``block``, and go on with those that are valid."""
+        depth = block.shape[1]
         if depth == len(self._parameters):
-            self._rows.append(prefix)
-            if len(self._rows) > MAX_CONFIGS:
+            self._total += len(block)
+            if self._total > MAX_CONFIGS:
                 raise TilewrightError(
                     f"The space has more than {MAX_CONFIGS:,} valid configs; add a constraint or take values away."
                 )
+            self._found.append(block)
             return
-        name = self._parameters[depth].name
-        for index, value in enumerate(self._parameters[depth].values):
-            self._bound[name] = value
-            broken = self._first_broken(depth)
-            if broken is None:
-                self._walk(depth + 1, (*prefix, index))
-            else:
-                self._counts[broken] += self._below[depth]
-        # Taken out again, so that a constraint cannot read a value left over from another branch.
-        del self._bound[name]
+        choices = np.arange(len(self._parameters[depth].values), dtype=np.int16)
+        grown = np.column_stack([np.repeat(block, len(choices), axis=0), np.tile(choices, len(block))])
+        for constraint, read in self._checks[depth]:
+            valid = self._obey(constraint, read, grown)
+            self._counts[constraint.name] += int(np.count_nonzero(~valid)) * self._below[depth]
+            grown = grown[valid]
+        # In parts, so that a constraint that comes late does not let memory grow beyond measure.
+        for begin in range(0, len(grown), _ROWS_AT_ONCE):
+            self._grow(grown[begin : begin + _ROWS_AT_ONCE])
 
-    def _first_broken(self, depth: int) -> str | None:
-        for constraint in self._checks[depth]:
+    def _obey(self, constraint: Constraint, read: Sequence[int], rows: npt.NDArray[np.int16]) -> npt.NDArray[np.bool_]:
+        """Which of ``rows`` keep ``constraint``, whose parameters are the columns ``read``."""
+        sizes = [len(self._parameters[column].values) for column in read]
+        codes = np.zeros(len(rows), np.int64)
+        for column, size in zip(read, sizes, strict=True):
+            codes = codes * size + rows[:, column]
+        _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
+        verdicts = [self._verdict(constraint, read, tuple(row)) for row in rows[first][:, read].tolist()]
+        return np.array(verdicts, dtype=bool)[inverse.reshape(-1)]
+
+    def _verdict(self, constraint: Constraint, read: Sequence[int], indices: tuple[int, ...]) -> bool:
+        known = self._verdicts[constraint.name]
+        if indices not in known:
+            chosen = [(self._parameters[column], index) for column, index in zip(read, indices, strict=True)]
             try:
-                if not constraint.holds(self._bound):
-                    return constraint.name
+                known[indices] = bool(constraint.holds({p.name: p.values[index] for p, index in chosen}))
             except KeyError as error:
                 raise TilewrightError(
                     f"Constraint {constraint.name!r} reads {error} but does not list it in `parameters`; add it there."
                 ) from error
-        return None
+        return known[indices]
 
 
 def _check_names(parameters: Sequence[Parameter]) -> None:

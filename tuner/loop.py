@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tilewright.codegen.ops.base import Problem
@@ -23,6 +24,8 @@ BATCH = 8
 """Variants that are built together and raced together: enough to keep compilers busy, few enough to learn between."""
 FINAL_RACE = "final race"
 """In place of a search's name, of trials that measure finalists again."""
+_SLOW_ANCHOR = 2.0
+"""Times as slow as the best of the first batch: too slow to be raced with every other batch."""
 _RACE_ROUNDS = 12
 """Calls of every variant of a batch that its race takes the time for, within the two limits below."""
 _LEAST_RACE_S = 0.4
@@ -59,9 +62,15 @@ class Candidate:
     config: Config
     kernel: BuiltKernel
     time_us: float
-    """Median; corrected for the machine's drift by the incumbent, which every batch races again."""
+    """Median, corrected for the machine's drift; of several races, their geometric mean."""
     bond: Bond | None
     """See :attr:`tilewright.tuner.variants.Variant.bond`."""
+    races: int = 1
+
+    def raced_again(self, time_us: float) -> Candidate:
+        """The same with one more race's time taken into account: who led by luck falls back."""
+        mean = math.exp((self.races * math.log(self.time_us) + math.log(time_us)) / (self.races + 1))
+        return replace(self, time_us=mean, races=self.races + 1)
 
 
 @dataclass
@@ -199,15 +208,14 @@ class ProblemTuner:
     def _run_batch(self, configs: Sequence[Config], study: TuningStudy, budget: Budget) -> None:
         result = self.result
         built = self._build(configs)
-        incumbents = result.ranked()[:1]
-        entrants = [c.kernel for c in incumbents] + [b.kernel for b in built if b.path]
+        anchor, best = self._anchor(), result.ranked()[:1]
+        again = list({c.config: c for c in [*([anchor] if anchor else []), *best]}.values())
+        entrants = [c.kernel for c in again] + [b.kernel for b in built if b.path]
         evaluations = self._evaluator.evaluate(
             entrants, self._problem, budget_s=self._race_seconds(len(entrants), budget)
         )
-        drift = 1.0
-        if incumbents and evaluations[0].median_us:
-            drift = incumbents[0].time_us / evaluations[0].median_us
-        ready = iter(evaluations[len(incumbents) :])
+        drift = self._drift(again, evaluations)
+        ready = iter(evaluations[len(again) :])
         trials = []
         for build in built:
             evaluation = next(ready) if build.path else None
@@ -221,6 +229,30 @@ class ProblemTuner:
                     build.variant.config, build.kernel, told_us, build.variant.bond
                 )
         self._store.add_trials(trials)
+
+    def _anchor(self) -> Candidate | None:
+        """What every batch races again, to see how fast the machine is now: the default, unless it is very slow.
+
+        Not the best: it is the best by luck, too. It would then read slower, all times would be scaled down for that,
+        and so each batch would seem faster than the one before.
+        """
+        first = [c for trial in self.result.told[:BATCH] if (c := self.result.candidates.get(trial.config))]
+        best = min(first, key=lambda candidate: candidate.time_us, default=None)
+        default = self.result.candidates.get(self.result.default)
+        return default if default and best and default.time_us <= _SLOW_ANCHOR * best.time_us else best
+
+    def _drift(self, again: Sequence[Candidate], evaluations: Sequence[Evaluation]) -> float:
+        """By what to multiply times of this race to compare them with earlier ones; ``again`` begins with the anchor.
+
+        The best of ``again`` learns from its new time.
+        """
+        if not again or not (now_us := evaluations[0].median_us):
+            return 1.0
+        drift = again[0].time_us / now_us
+        for candidate, evaluation in zip(again[1:], evaluations[1:], strict=False):
+            if evaluation.median_us:
+                self.result.candidates[candidate.config] = candidate.raced_again(evaluation.median_us * drift)
+        return drift
 
     def _race_seconds(self, entrants: int, budget: Budget) -> float:
         """A dozen rounds of everybody at the default's speed, within reason and the time left."""

@@ -268,7 +268,8 @@ def default_config(signature: AttentionSignature, arch: CpuArch) -> tuple[str, d
     wide = arch.vector_registers > 16
     columns = _vectors(signature.value_dim, arch)
     if signature.stage == "decode":
-        rows = max(rows for rows in (1, 2, 3, 4) if rows == 1 or rows <= signature.group)
+        # Three rows of few registers leave too few sums that do not wait for each other.
+        rows = max(rows for rows in ((1, 2, 3, 4) if wide else (1, 2, 4)) if rows == 1 or rows <= signature.group)
         return DECODE, {
             "tile_rows": rows,
             "tile_keys": 4 if wide or rows < 3 else 2,

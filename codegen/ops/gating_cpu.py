@@ -46,9 +46,10 @@ def _insert_space(signature: GatingSignature, arch: CpuArch) -> Space:
 
 
 def _columns(signature: GatingSignature, arch: CpuArch) -> tuple[int, ...]:
-    """Vectors of column maxima: at least ``top_k`` columns, and not many without an expert."""
+    """Vectors of column maxima: at least ``top_k`` columns, and not many without an expert where fewer would do."""
     lanes = arch.lanes(4)
-    return tuple(c for c in (1, 2, 4) if signature.top_k <= c * lanes < signature.experts + lanes)
+    enough = tuple(c for c in (1, 2, 4) if signature.top_k <= c * lanes)
+    return enough[:1] + tuple(c for c in enough[1:] if c * lanes < signature.experts + lanes)
 
 
 @lru_cache(maxsize=64)

@@ -73,7 +73,7 @@ def check_space(op: OpDeclaration, signature: Signature, arch: Arch) -> None:
     for index in {0, len(space) // 2, len(space) - 1}:
         assert space.index_of(space[index]) == index
     for template in op.templates:
-        if arch.family in template.families:
+        if arch.family in template.families and template.applies(signature, arch):
             assert len(template.space(signature, arch)) > 0
     assert source(op, signature, default, arch)
 
