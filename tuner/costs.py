@@ -131,13 +131,11 @@ def device_costs(
 def _calls(model: ModelShape, arch: Arch) -> dict[str, tuple[Signature, float]]:
     """Calls of a step that decodes, by title: their signatures, and how often a step makes them."""
     calls: dict[str, tuple[Signature, float]] = {}
-    for name, op in OPS.items():
-        signatures = [op.on(s, arch) for s in op.signatures(model) if getattr(s, "stage", "") != "prefill"]
-        for number, signature in enumerate(signatures):
-            # Kinds of attention layers alternate; a layer of experts makes every call once.
-            layers = model.layers / len(signatures) if name == "attention" else float(model.moe_layers)
-            title = signature.title if name != "attention" or len(signatures) == 1 else f"{signature.title} {number}"
-            calls[title] = (signature, layers)
+    for op in OPS.values():
+        counted = [(s, count) for s in op.signatures(model) if (count := op.calls_per_pass(s, model, "decode"))]
+        for number, (signature, count) in enumerate(counted):
+            title = signature.title
+            calls[f"{title} {number}" if title in calls else title] = (op.on(signature, arch), count)
     return calls
 
 

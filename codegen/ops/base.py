@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from numpy.typing import NDArray
 
@@ -21,6 +21,7 @@ from tilewright.codegen.space import Config, Space
 from tilewright.codegen.work import LaunchWork
 from tilewright.errors import TilewrightError
 
+Phase = Literal["decode", "prefill"]
 Arrays = dict[str, NDArray[Any]]
 """Tensors of one call by name; optional ones that are absent are left out."""
 
@@ -58,6 +59,11 @@ class Problem:
     def output_sizes(self) -> Mapping[str, int]:
         """Sizes by name that no input shows: lengths of outputs that hold as much as the data may need."""
         return {}
+
+    @property
+    def assumes(self) -> str:
+        """What beside the dynamic size its time depends on, in words; empty where there is nothing to say."""
+        return ""
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON."""
@@ -141,10 +147,19 @@ class OpDeclaration(ABC, Generic[S, P]):
     templates: ClassVar[tuple[Template[Any], ...]]
     problem_example: ClassVar[str]
     """A text that :meth:`parse_problem` understands, for messages."""
+    served_by: ClassVar[tuple[str, ...]]
+    """What of ``tilewright.runtime`` serves it, for hints."""
+    sizes_help: ClassVar[str] = "tokens of a call (1,4,16,64,256)"
+    """What ``--tokens`` counts, and which sizes are tuned where it is not given; for the command line."""
 
     @abstractmethod
     def signatures(self, model: ModelShape) -> tuple[S, ...]:
         """Signatures that ``model`` calls this op with, in the order in which a layer calls them."""
+
+    def further_signatures(self, model: ModelShape) -> tuple[S, ...]:
+        """Signatures that ``model`` can be served with beside those that name the op; tuned where all ops are."""
+        del model
+        return ()
 
     def ladder(self, signature: S) -> tuple[int, ...]:
         """Dynamic sizes to tune where the user names none."""
@@ -155,6 +170,14 @@ class OpDeclaration(ABC, Generic[S, P]):
         """The same for GPU archs, which serve larger batches."""
         del signature
         return (1, 8, 32, 128, 512, 2048)
+
+    def calls_per_pass(self, signature: S, model: ModelShape, phase: Phase) -> float:
+        """How often one forward pass of ``model`` calls ``signature``; usually once in every layer with experts.
+
+        A pass is one token for each of some sequences (``decode``), or all tokens of a prompt (``prefill``).
+        """
+        del signature, phase
+        return float(model.moe_layers)
 
     @abstractmethod
     def signature_from_dict(self, fields: Mapping[str, Any]) -> S:
@@ -269,6 +292,10 @@ class OpDeclaration(ABC, Generic[S, P]):
                     refusals[name] = f"weights in precision {name} are impossible on {arch.name}: {why}"
         return refusals
 
+    def compute_dtype(self, signature: S) -> str:
+        """Dtype of the activations that kernels compute with: that of the weights as they are declared."""
+        return self.lossless(signature)
+
     def lossless(self, signature: S) -> str:
         """The precision in which the weights are stored as the op declares them."""
         weight = packable(self.tensors(signature))
@@ -276,8 +303,7 @@ class OpDeclaration(ABC, Generic[S, P]):
 
     def templates_for(self, signature: S, arch: Arch) -> tuple[Template[Any], ...]:
         """Templates for ``arch`` that can compute ``signature``."""
-        weight = packable(self.tensors(signature))
-        dtype = weight.dtype if weight else LOSSLESS
+        dtype = self.compute_dtype(signature)
         return tuple(
             t for t in self.templates if arch.family in t.families and dtype in t.dtypes and t.applies(signature, arch)
         )
@@ -308,10 +334,17 @@ class OpDeclaration(ABC, Generic[S, P]):
                     template.space(signature, arch, known) if template.precisions else template.space(signature, arch)
                 )
         if not spaces:
-            why = reasons[0] if reasons else f"no template computes {signature.describe()} in {', '.join(asked)}"
+            why = reasons[0] if reasons else self._no_template(signature, arch, asked)
             raise TilewrightError(f"{self.name} cannot be generated for {arch.name} so: {why}")
         union = Space.union(spaces)
         return union.of_templates(templates) if templates else union
+
+    def _no_template(self, signature: S, arch: Arch, precisions: Collection[str]) -> str:
+        dtype = self.compute_dtype(signature)
+        known = {each for t in self.templates if arch.family in t.families for each in t.dtypes}
+        if dtype not in known:
+            return f"its templates for that compute in {' or '.join(sorted(known)) or 'nothing'}, not in {dtype}"
+        return f"no template computes {signature.describe()} in {', '.join(precisions)}"
 
     def template_names(self, asked: Iterable[str], arch: Arch) -> tuple[str, ...]:
         """Full names (``op/file``) of the templates that users call by it, or by ``file`` alone.

@@ -21,10 +21,10 @@ from tilewright.codegen.activation_rounding import round_activations
 from tilewright.codegen.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
 from tilewright.codegen.archs import Arch, CpuArch, GpuArch
 from tilewright.codegen.cpu_info import usable_cores
-from tilewright.codegen.dtypes import ITEMSIZE, round_to
+from tilewright.codegen.dtypes import ITEMSIZE, ROUNDING, round_to
 from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops import moe_gemm_cpu, moe_gemm_triton
-from tilewright.codegen.ops.base import Arrays, OpDeclaration, Template, Workload
+from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Template, Workload
 from tilewright.codegen.ops.moe_gemm_problem import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.precisions import find_precision
@@ -39,9 +39,6 @@ from tilewright.errors import TilewrightError
 if TYPE_CHECKING:
     import torch
 
-_ROUNDING = {"fp32": 0.0, "bf16": 2.0**-8, "fp16": 2.0**-11}
-"""Half the distance between neighbours, relative to the lower of them."""
-
 _SAMPLED_EXPERTS, _SAMPLED_COLUMNS, _SAMPLED_TOKENS = 4, 256, 32
 
 
@@ -51,6 +48,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
     name: ClassVar[str] = "moe_gemm"
     templates: ClassVar[tuple[Template[Any], ...]] = (*moe_gemm_cpu.TEMPLATES, *moe_gemm_triton.TEMPLATES)
     problem_example: ClassVar[str] = "experts=8,n=2048,k=1024,top_k=2"
+    served_by: ClassVar[tuple[str, ...]] = ("Experts",)
 
     def signatures(self, model: ModelShape) -> tuple[MoeGemmSignature, ...]:
         """``up`` with the activation fused, then ``down``, of one expert layer."""
@@ -65,6 +63,21 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         )
         return up, replace(up, stage="down", n=model.hidden, k=model.inter, activation="none")
 
+    def further_signatures(self, model: ModelShape) -> tuple[MoeGemmSignature, ...]:
+        """Linear layers outside of the experts, each a group of its own: attention's projections, and the head.
+
+        Without the projections of latent attention, whose inner sizes a shape does not hold, and those with a bias.
+        """
+        return tuple(_plain(shape) for shape in dict.fromkeys([*_projections(model), _head(model)]))
+
+    def calls_per_pass(self, signature: MoeGemmSignature, model: ModelShape, phase: Phase) -> float:
+        """Of linear layers, as many as have the shape; the head is called for one row of a prompt, which is no size."""
+        if signature.stage != "plain":
+            return super().calls_per_pass(signature, model, phase)
+        shape = (signature.n, signature.k)
+        head = phase == "decode" and shape == _head(model)
+        return float(model.layers * _projections(model).count(shape) + head)
+
     def signature_from_dict(self, fields: Mapping[str, Any]) -> MoeGemmSignature:
         """Signature from its JSON form."""
         return MoeGemmSignature.from_dict(fields)
@@ -76,7 +89,9 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
 
         Recorded routing that does not fit is refused here, not when a run has begun.
         """
-        problem = MoeGemmProblem(signature, tokens, routing, model.all_experts if model else signature.experts)
+        # Rows of a plain product are what its caller made of tokens and routing.
+        of_model = None if signature.stage == "plain" else model
+        problem = MoeGemmProblem(signature, tokens, routing, of_model.all_experts if of_model else signature.experts)
         if routing.path is not None:
             read_recorded_ids(routing.path, problem.all_experts, signature.top_k)
         return problem
@@ -184,7 +199,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         """
         clamped = 3.0 if signature.activation == "swiglu_clamped" else 1.0
         roundings = 2 if signature.stage == "down" else 1
-        return 2e-6 * clamped * max(1.0, math.sqrt(signature.k) / 16) + roundings * _ROUNDING[signature.out_dtype]
+        return 2e-6 * clamped * max(1.0, math.sqrt(signature.k) / 16) + roundings * ROUNDING[signature.out_dtype]
 
     def workload(self, problem: MoeGemmProblem, inputs: Arrays) -> Workload:
         """Two flops per multiply-add; every active expert's weights, the inputs and the output move once."""
@@ -214,6 +229,22 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
             return moe_gemm_triton.default_config(signature, arch)
         assert isinstance(arch, CpuArch)
         return moe_gemm_cpu.default_config(signature, arch)
+
+
+def _projections(model: ModelShape) -> list[tuple[int, int]]:
+    """(n, k) of query, key, value and output of one layer's attention, on one tensor-parallel rank."""
+    if model.value_dim != model.head_dim or model.attention_bias:
+        return []
+    heads, kv_heads = (count * model.head_dim for count in model.heads_per_rank())
+    return [(heads, model.hidden), (kv_heads, model.hidden), (kv_heads, model.hidden), (model.hidden, heads)]
+
+
+def _head(model: ModelShape) -> tuple[int, int]:
+    return model.vocab, model.hidden
+
+
+def _plain(shape: tuple[int, int]) -> MoeGemmSignature:
+    return MoeGemmSignature(stage="plain", experts=1, n=shape[0], k=shape[1])
 
 
 def _join_halves(activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

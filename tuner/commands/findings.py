@@ -20,10 +20,10 @@ from tilewright.tuner.roofline import Roofline
 from tilewright.tuner.standings import measured_document
 from tilewright.tuner.text import format_ratio, format_shape, format_threads, format_us, table, terminal_width, wrapped
 
-_HEAD = ("tokens", "torch", "default", "tuned", "vs default", "vs torch", "roofline", "noise", "kernel")
-_NOTES = """\
+HEAD = ("tokens", "torch", "default", "tuned", "vs default", "vs torch", "roofline", "noise", "kernel")
+NOTES = """\
 default: the config that one would write down without tuning, in one last race with the tuned one
-torch: a loop over experts in plain torch, raced with the plan as the runtime serves it
+torch: the same in plain torch, raced with the plan as the runtime serves it
 roofline: share of what bandwidth or peak allow here; noise: the tuned kernel raced with itself"""
 
 
@@ -36,29 +36,47 @@ class Findings:
     roofline: Roofline
     database: str
 
+    @property
+    def reports(self) -> list[Report]:
+        """Of its one run."""
+        return [self.report]
+
     def text(self) -> str:
         """Several lines: a table per signature, on what evidence, and what to do next."""
-        report, request, roofline = self.report, self.request, self.roofline
         lines = [""]
-        for mine in report.signatures:
-            lines += [format_shape(mine.signature.to_dict()), *self._table(mine)]
-            lines += [*self._front(mine), *self._plan(mine)]
-            lines.append("")
-        lines += [
-            *_NOTES.splitlines(),
-            "",
+        for mine in self.report.signatures:
+            lines += [format_shape(mine.signature.to_dict()), *self._table(mine), *self.remarks(mine), ""]
+        return "\n".join([*lines, *NOTES.splitlines(), "", *self.evidence(), *self.next_steps()])
+
+    def remarks(self, mine: SignatureReport) -> list[str]:
+        """What a signature's plan came to, beside its times."""
+        return [*self._front(mine), *self._plan(mine)]
+
+    def rows(self, mine: SignatureReport) -> list[Sequence[str]]:
+        """A row under :data:`HEAD` for every tuned size of a signature."""
+        return [self._row(final, self.served(final.problem)) for final in mine.finals]
+
+    def evidence(self) -> list[str]:
+        """On what the times rest, and what they took."""
+        report, request, roofline = self.report, self.request, self.roofline
+        return [
             f"measured on {read_cpu_info().name}, {format_threads(request.threads)}, {request.arch.name}; "
             "every kernel checked against fp64",
             f"{report.trials} trials in {report.wall_s:.0f} s, {report.efficiency:.0%} of them spent compiling "
             f"({report.build_s:.0f} s), checking ({report.check_s:.0f} s), measuring ({report.measure_s:.0f} s)",
             f"roofline here: {roofline.peak_gflops:.0f} GFLOP/s, {roofline.bandwidth_gbps:.0f} GB/s",
             f"stored in {self.database}",
+        ]
+
+    def next_steps(self) -> list[str]:
+        """What to do with the plans."""
+        return [
             "",
             "next:  tune show                 what is known, and how",
             "       tune compare              variants side by side",
-            "       from tilewright.runtime import Experts   serves this by itself; see README",
+            f"       from tilewright.runtime import {', '.join(self.request.op.served_by)}   "
+            "serves this by itself; see README",
         ]
-        return "\n".join(lines)
 
     def document(self) -> dict[str, Any]:
         """The same as JSON; every measured entry with its sample count, interval and error."""
@@ -83,10 +101,10 @@ class Findings:
         }
 
     def _table(self, mine: SignatureReport) -> list[str]:
-        rows = [self._row(final, _served(mine, final.problem)) for final in mine.finals]
+        rows = self.rows(mine)
         failed = len(mine.results) - len(mine.finals)
         return [
-            *(table(_HEAD, rows, width=terminal_width()) if rows else []),
+            *(table(HEAD, rows, width=terminal_width()) if rows else []),
             *([f"{failed} of {len(mine.results)} sizes have no right kernel"] if failed else []),
         ]
 
@@ -142,6 +160,12 @@ class Findings:
             self._name(final),
         )
 
+    def served(self, problem: Problem) -> Deployed | None:
+        """The plan at ``problem`` raced against plain torch, where it was."""
+        mine = next(each for each in self.report.signatures if each.signature == problem.signature)
+        rows = mine.proof.rows if mine.proof else ()
+        return next((row for row in rows if row.tokens == problem.dynamic_size), None)
+
     def _roofline_share(self, final: Final) -> float:
         request = self.request
         work = request.op.workload(final.problem, request.op.inputs(final.problem, request.seed))
@@ -157,7 +181,7 @@ class Findings:
             "layout_cost": mine.settled.cost if mine.settled else None,
             "facts": mine.plan.facts if mine.plan else None,
             "switches": [asdict(crossing) for crossing in mine.verdict.crossings] if mine.verdict else [],
-            "problems": [self._final_document(final, _served(mine, final.problem)) for final in mine.finals],
+            "problems": [self._final_document(final) for final in mine.finals],
             "precision": mine.plan.precision if mine.plan else None,
             "error": mine.plan.error if mine.plan else None,
             "front": [_point_document(point) for point in mine.front],
@@ -167,7 +191,8 @@ class Findings:
             "unsolved": len(mine.results) - len(mine.finals),
         }
 
-    def _final_document(self, final: Final, served: Deployed | None) -> dict[str, Any]:
+    def _final_document(self, final: Final) -> dict[str, Any]:
+        served = self.served(final.problem)
         return {
             "tokens": final.problem.dynamic_size,
             "kernel": final.winner.variant.key,
@@ -185,12 +210,6 @@ class Findings:
     def _name(self, final: Final) -> str:
         """Enough to recognise a kernel by; ``the default`` where that won."""
         return "the default" if final.winner == final.default else self.request.op.label(final.winner.variant.config)
-
-
-def _served(mine: SignatureReport, problem: Problem) -> Deployed | None:
-    """How the plan did at ``problem`` as the runtime serves it."""
-    rows = mine.proof.rows if mine.proof else ()
-    return next((row for row in rows if row.tokens == problem.dynamic_size), None)
 
 
 def _interval(ratio: Ratio) -> tuple[float, float, float]:

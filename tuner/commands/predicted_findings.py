@@ -36,6 +36,11 @@ class PredictedFindings:
     database: str
 
     @property
+    def reports(self) -> list[Report]:
+        """Of its one run."""
+        return [self.report]
+
+    @property
     def _device(self) -> Device:
         assert self.request.device is not None
         return self.request.device

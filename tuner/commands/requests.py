@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tilewright.codegen.archs import Arch, GpuArch, find_arch, runs_on
 from tilewright.codegen.cpu_info import read_cpu_info, usable_cores
 from tilewright.codegen.devices import Device, find_device
-from tilewright.codegen.models import load_model
+from tilewright.codegen.models import ModelShape, load_model
 from tilewright.codegen.ops import OPS, find_op
 from tilewright.codegen.ops.base import OpDeclaration, Problem
-from tilewright.codegen.precisions import parse_precisions
+from tilewright.codegen.precisions import LOSSLESS, parse_precisions
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign import Request
@@ -30,11 +31,26 @@ ALL_OPS = "all"
 _MAX_SEED = 2**32 - 1
 
 
-def parse_requests(arguments: argparse.Namespace, warn: Callable[[str], None]) -> list[Request]:
-    """One request for every arch and op that was named; those of one arch share its time.
+def parse_model(arguments: argparse.Namespace) -> ModelShape | None:
+    """The model that is meant; None where problems are given one by one.
+
+    Raises:
+        TilewrightError: for a model that is not known, or that ranks do not divide.
+
+    """
+    if arguments.problem:
+        return None
+    return load_model(DEFAULT_MODEL if arguments.model is None else arguments.model, tp=arguments.tp, ep=arguments.ep)
+
+
+def parse_requests(
+    arguments: argparse.Namespace, model: ModelShape | None, warn: Callable[[str], None]
+) -> list[Request]:
+    """One request for every arch and op that was named; those of one arch share its time by their problems.
 
     Args:
         arguments: as parsed.
+        model: of all ops; None where problems are given one by one.
         warn: told of what is not as it was asked for, but can go on.
 
     Raises:
@@ -44,36 +60,75 @@ def parse_requests(arguments: argparse.Namespace, warn: Callable[[str], None]) -
     archs = [find_arch(name) for name in _names(arguments.arch)]
     if arguments.device is not None and len(archs) > 1:
         raise TilewrightError("--device names a product of one arch; give one --arch with it")
-    if arguments.search not in SEARCHES:
-        raise TilewrightError(f"unknown search {arguments.search!r}; choose one of {', '.join(SEARCHES)}")
-    if not 0 <= arguments.seed <= _MAX_SEED:
-        raise TilewrightError(f"--seed {arguments.seed} is impossible; give a number from 0 to {_MAX_SEED}")
+    names = _op_names(arguments.op)
+    if len(names) > 1:
+        for option in ("problem", "template"):
+            if getattr(arguments, option):
+                raise TilewrightError(
+                    f"--{option} is one op's own; name that op alone with --op instead of {arguments.op}"
+                )
     requests = []
     for arch in dict.fromkeys(archs):
-        ops = _ops(arguments.op, arch, warn)
         device = _device(arguments, arch, warn)
-        requests += [_request(arguments, op, arch, device, len(ops)) for op in ops]
+        requests += _of_arch(arguments, names, model, arch, device, warn)
     return requests
 
 
-def _ops(text: str, arch: Arch, warn: Callable[[str], None]) -> list[OpDeclaration[Any, Any]]:
-    """Ops by name; of ``all`` those that have a template for ``arch``."""
+def _of_arch(
+    arguments: argparse.Namespace,
+    names: Sequence[str],
+    model: ModelShape | None,
+    arch: Arch,
+    device: Device | None,
+    warn: Callable[[str], None],
+) -> list[Request]:
+    requests = []
+    for name in names:
+        try:
+            request = _request(arguments, find_op(name), model, arch, device)
+        except _LeftOutError as error:
+            # Asked for by name, it is a mistake; as a part of everything, it is what is done without.
+            if arguments.op != ALL_OPS:
+                raise
+            warn(f"{name} is left out: {error}")
+            continue
+        if len(names) > 1 and not any(request.op.precisions(problem.signature) for problem in request.problems):
+            request = replace(request, precisions=(LOSSLESS,))  # it has no weights to store
+        requests.append(request)
+    if not requests:
+        raise TilewrightError(f"none of {', '.join(names)} can be tuned for this model on {arch.name}")
+    problems = sum(len(request.problems) for request in requests)
+    # GPU kernels are compiled, not raced: what an arch takes by default does not grow with its ops.
+    shared = arguments.time or device is not None
+    time_s = requests[0].time_s if shared else sum(request.time_s for request in requests)
+    return [replace(each, time_s=time_s * len(each.problems) / problems) for each in requests]
+
+
+def _op_names(text: str) -> list[str]:
     if text == ALL_OPS:
-        possible = {name: _has_template(op, arch) for name, op in OPS.items()}
-        for name in (name for name, has in possible.items() if not has):
-            warn(f"{name} has no template for {arch.name}: left out")
-        return [op for name, op in OPS.items() if possible[name]]
-    ops = [find_op(name) for name in _names(text)]
-    for op in ops:
-        if not _has_template(op, arch):
-            raise TilewrightError(f"{op.name} has no template for {arch.name}; tune it with --arch native")
-    return ops
+        return list(OPS)
+    return list(dict.fromkeys(find_op(name).name for name in _names(text)))
 
 
-def _has_template(op: OpDeclaration[Any, Any], arch: Arch) -> bool:
-    """Whether it has one that can be tuned there; what cannot be measured has to be predictable."""
+class _LeftOutError(TilewrightError):
+    """An op cannot be declared for a model, or not be generated for an arch."""
+
+
+def _templates(arguments: argparse.Namespace, op: OpDeclaration[Any, Any], arch: Arch) -> tuple[str, ...]:
+    """Templates to search, by their full names; empty: all. What cannot be measured has to be predictable."""
     here = [template for template in op.templates if arch.family in template.families]
-    return any(arch.family == "cpu" or template.work is not None for template in here)
+    if not here:
+        raise _LeftOutError(f"{op.name} has no template for {arch.name}; tune it with --arch native")
+    asked = op.template_names(_names(arguments.template), arch) if arguments.template is not None else ()
+    if arch.family == "cpu":
+        return asked
+    predictable = tuple(template.name for template in here if template.work is not None)
+    if not predictable:
+        raise _LeftOutError(f"no template of {op.name} for {arch.name} says what predictions are made from")
+    for name in asked:
+        if name not in predictable:
+            raise TilewrightError(f"template {name} does not say what predictions are made from; leave it out")
+    return asked or (() if len(predictable) == len(here) else predictable)
 
 
 def _device(arguments: argparse.Namespace, arch: Arch, warn: Callable[[str], None]) -> Device | None:
@@ -93,24 +148,33 @@ def _device(arguments: argparse.Namespace, arch: Arch, warn: Callable[[str], Non
 
 
 def _request(
-    arguments: argparse.Namespace, op: OpDeclaration[Any, Any], arch: Arch, device: Device | None, sharing: int
+    arguments: argparse.Namespace,
+    op: OpDeclaration[Any, Any],
+    model: ModelShape | None,
+    arch: Arch,
+    device: Device | None,
 ) -> Request:
-    problems, model_name = _problems(arguments, op, arch)
+    templates = _templates(arguments, op, arch)
+    if arguments.search not in SEARCHES:
+        raise TilewrightError(f"unknown search {arguments.search!r}; choose one of {', '.join(SEARCHES)}")
+    routing = RoutingSpec.parse(arguments.routing)
+    if not 0 <= arguments.seed <= _MAX_SEED:
+        raise TilewrightError(f"--seed {arguments.seed} is impossible; give a number from 0 to {_MAX_SEED}")
     trials, time_s = _budget(arguments, gpu=device is not None)
     return Request(
         op=op,
-        problems=tuple(dict.fromkeys(problems)),
+        problems=tuple(dict.fromkeys(_problems(arguments, op, model, routing, arch))),
         arch=arch,
         device=device,
         threads=0 if device is not None else _threads(arguments.threads),
         trials=trials,
-        time_s=time_s / sharing,
+        time_s=time_s,
         search=arguments.search,
         seed=arguments.seed,
         resume=arguments.resume,
-        model=model_name,
+        model="" if model is None else model.name,
         probes=_probes(arguments.probes),
-        templates=op.template_names(_names(arguments.template), arch) if arguments.template is not None else (),
+        templates=templates,
         precisions=parse_precisions(arguments.precision),
         max_error=_max_error(arguments.max_error),
         batch_invariant=arguments.batch_invariant,
@@ -118,29 +182,37 @@ def _request(
     )
 
 
-def _problems(arguments: argparse.Namespace, op: OpDeclaration[Any, Any], arch: Arch) -> tuple[list[Problem], str]:
-    """Problems, and the name of the model that they are of; empty for those that were given one by one."""
-    routing = RoutingSpec.parse(arguments.routing)
-    asked = None if arguments.tokens is None else _tokens(arguments.tokens)
-    if arguments.problem:
-        if arguments.model is not None:
-            raise TilewrightError("--model and --problem exclude each other; give one of them")
-        if (arguments.tp, arguments.ep) != (1, 1):
-            raise TilewrightError("--tp and --ep divide a model; give --problem the sizes of one rank instead")
-        problems: list[Problem] = []
-        for text in arguments.problem:
-            fields = _fields(text, op.problem_example)
-            sizes = [fields] if asked is None else [{**fields, "tokens": str(tokens)} for tokens in asked]
-            problems += [op.served_on(op.parse_problem(sized, routing), arch) for sized in sizes]
-        return problems, ""
-    model = load_model(DEFAULT_MODEL if arguments.model is None else arguments.model, tp=arguments.tp, ep=arguments.ep)
-    signatures = [op.on(signature, arch) for signature in op.signatures(model)]
-    ladder: Callable[[Any], Sequence[int]] = op.gpu_ladder if isinstance(arch, GpuArch) else op.ladder
-    return [
-        op.problem(signature, tokens, routing, model)
-        for signature in signatures
-        for tokens in asked or ladder(signature)
-    ], model.name
+def _problems(
+    arguments: argparse.Namespace,
+    op: OpDeclaration[Any, Any],
+    model: ModelShape | None,
+    routing: RoutingSpec,
+    arch: Arch,
+) -> list[Problem]:
+    """Problems of the model, or those that were given one by one."""
+    if model is not None:
+        asked = None if arguments.tokens is None else _tokens(arguments.tokens)
+        try:
+            signatures = (*op.signatures(model), *(op.further_signatures(model) if arguments.op == ALL_OPS else ()))
+        except TilewrightError as error:
+            raise _LeftOutError(str(error)) from error
+        ladder: Callable[[Any], Sequence[int]] = op.gpu_ladder if isinstance(arch, GpuArch) else op.ladder
+        return [
+            op.problem(signature, tokens, routing, model)
+            for signature in (op.on(each, arch) for each in signatures)
+            for tokens in asked or ladder(signature)
+        ]
+    if arguments.model is not None:
+        raise TilewrightError("--model and --problem exclude each other; give one of them")
+    if (arguments.tp, arguments.ep) != (1, 1):
+        raise TilewrightError("--tp and --ep divide a model; give --problem the sizes of one rank instead")
+    problems: list[Problem] = []
+    for text in arguments.problem:
+        fields = _fields(text, op.problem_example)
+        for tokens in _tokens(arguments.tokens) if arguments.tokens is not None else [None]:
+            sized = fields if tokens is None else {**fields, "tokens": str(tokens)}
+            problems.append(op.served_on(op.parse_problem(sized, routing), arch))
+    return problems
 
 
 def _max_error(asked: float) -> float:
@@ -150,7 +222,7 @@ def _max_error(asked: float) -> float:
 
 
 def _budget(arguments: argparse.Namespace, *, gpu: bool) -> tuple[int, float]:
-    """Trials per problem and seconds for an arch; a limit that is given lifts the default of the other."""
+    """Trials per problem and seconds in all; a limit that is given lifts the default of the other."""
     if arguments.trials is not None and arguments.trials < 1:
         raise TilewrightError(f"--trials {arguments.trials} is impossible; give at least 1")
     time_s = None if arguments.time is None else _seconds(arguments.time)

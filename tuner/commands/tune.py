@@ -1,19 +1,23 @@
-"""``tune --arch A --op O``: tune, then show what was found and what to do with it."""
+"""``tune --arch A[,A...] --op O[,O...]``: tune, then show what was found and what to do with it."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from tilewright.codegen.archs import CpuArch
+from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops import OPS
 from tilewright.codegen.precisions import LOSSLESS, PRECISIONS
 from tilewright.tuner.campaign import Campaign, Report, Request, SignatureReport
 from tilewright.tuner.commands.common import print_json
 from tilewright.tuner.commands.findings import Findings
+from tilewright.tuner.commands.model_findings import ModelFindings
 from tilewright.tuner.commands.predicted_findings import PredictedFindings
 from tilewright.tuner.commands.requests import (
     ALL_OPS,
@@ -23,6 +27,7 @@ from tilewright.tuner.commands.requests import (
     DEFAULT_PROBES,
     DEFAULT_TIME_S,
     DEFAULT_TRIALS,
+    parse_model,
     parse_requests,
 )
 from tilewright.tuner.deployed import DeployedRaces
@@ -38,6 +43,8 @@ from tilewright.tuning_db.integrity import UntrustedFile, check_private
 from tilewright.tuning_db.records import PlanRecord
 from tilewright.tuning_db.store import Store
 
+Shown = Findings | ModelFindings | PredictedFindings
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the tuning command."""
@@ -45,35 +52,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--arch", required=True, help="native, or archs by name: sm_90,gfx942")
     what.add_argument("--device", metavar="NAME", help="product of a GPU arch: h100-sxm, h200 (default: one per arch)")
     what.add_argument("--op", required=True, help=f"{', '.join(OPS)}, several of them, or {ALL_OPS}")
-    what.add_argument("--model", help=f"preset name, config.json or its folder (default {DEFAULT_MODEL})")
+    what.add_argument("--model", help=f"preset name, config.json, or the model's folder (default {DEFAULT_MODEL})")
     what.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks")
     what.add_argument("--ep", type=int, default=1, metavar="N", help="expert-parallel ranks")
     what.add_argument("--problem", action="append", metavar="KEY=VALUE,...", help="one problem instead of a model")
     what.add_argument(
         "--tokens",
         metavar="N,N,...",
-        help="tokens of a call (default 1,4,16,64,256; of attention: "
-        "sequences that decode together, 1,4,16,64, or tokens of prompts, 64,256,1024)",
+        help="sizes to tune; " + "; ".join(f"{name}: {op.sizes_help}" for name, op in OPS.items()),
     )
     what.add_argument(
         "--routing",
         default="balanced",
         metavar="KIND",
-        help="balanced, power-law[:ALPHA] or recorded:FILE; of attention: how uneven sequences are",
+        help="balanced, power-law[:ALPHA] or recorded:FILE: how uneven loads of experts or lengths of sequences are",
     )
     what.add_argument("--template", metavar="NAME,...", help="search these alone, beside the default config")
     how = parser.add_argument_group("how hard")
-    how.add_argument(
-        "--trials",
-        type=int,
-        metavar="N",
-        help=f"variants per problem (default {DEFAULT_TRIALS}, GPUs {DEFAULT_GPU_TRIALS})",
-    )
-    how.add_argument(
-        "--time",
-        metavar="T",
-        help=f"for an arch: 90, 90s, 5m, 1h (default {DEFAULT_TIME_S:.0f}s, GPUs {DEFAULT_GPU_TIME_S:.0f}s)",
-    )
+    trials = f"variants per problem (default {DEFAULT_TRIALS}, of GPUs {DEFAULT_GPU_TRIALS})"
+    how.add_argument("--trials", type=int, metavar="N", help=trials)
+    usual = f"{DEFAULT_TIME_S:.0f}s an op, of GPUs {DEFAULT_GPU_TIME_S:.0f}s in all"
+    how.add_argument("--time", metavar="T", help=f"for an arch: 90, 90s, 5m, 1h (default {usual})")
     how.add_argument("--search", default=DEFAULT_SEARCH, help=", ".join(SEARCHES))
     how.add_argument("--threads", type=int, metavar="N", help="threads of a kernel (default: all cores)")
     how.add_argument(
@@ -122,47 +121,66 @@ def run(arguments: argparse.Namespace) -> int:
         TilewrightError: for input that cannot be tuned.
 
     """
-    requests = parse_requests(arguments, _warn)
+    model = parse_model(arguments)
+    requests = parse_requests(arguments, model, _warn)
     progress = Progress(sys.stderr)
-    found: list[Findings | PredictedFindings] = []
+    shown: list[Shown] = []
+    reports: list[Report] = []
     with Store.open(arguments.db) as store:
         if store.path is not None:
             _warn_if_not_servable(store.path)
-        for request in requests:
-            found.append((_measure if request.device is None else _predict)(request, store, progress))
-            if not arguments.json:
-                print(found[-1].text(), flush=True)
+        for _, group in itertools.groupby(requests, key=lambda request: request.arch.name):
+            of_arch = list(group)
+            tune = _measure if of_arch[0].device is None else _predict
+            for findings in tune(of_arch, model, store, progress):
+                shown.append(findings)
+                reports += findings.reports
+                if not arguments.json:
+                    print(findings.text(), flush=True)
     if arguments.json:
-        documents = [findings.document() for findings in found]
+        documents = [findings.document() for findings in shown]
         print_json(documents[0] if len(documents) == 1 else documents)
-    return 0 if all(_is_complete(findings.report) for findings in found) else 1
+    signatures = [mine for report in reports for mine in report.signatures]
+    return 0 if all(len(mine.finals) == len(mine.results) for mine in signatures) else 1
 
 
-def _is_complete(report: Report) -> bool:
-    return all(len(mine.finals) == len(mine.results) for mine in report.signatures)
-
-
-def _measure(request: Request, store: Store, progress: Progress) -> Findings:
+def _measure(
+    requests: Sequence[Request], model: ModelShape | None, store: Store, progress: Progress
+) -> Sequence[Shown]:
     """Tune for this machine's CPU, and put the plans to the test."""
-    assert isinstance(request.arch, CpuArch)
     progress.say("measuring this machine's roofline")
-    before = measure_roofline(request.threads)
+    threads = requests[0].threads
+    before = measure_roofline(threads)
+    tuned = [(request, _tune(request, store, progress)) for request in requests]
+    measure_roofline.cache_clear()
+    roofline = before.raised_to(measure_roofline(threads))
+    found = tuple(Findings(report, request, roofline, store.name) for request, report in tuned)
+    return found if len(found) == 1 or model is None else (ModelFindings(found, model),)
+
+
+def _tune(request: Request, store: Store, progress: Progress) -> Report:
+    """Run ``request``, and put its plans to the test."""
+    assert isinstance(request.arch, CpuArch)
     report = Campaign(request, CpuTarget(request.arch, request.threads), store, progress).run()
     with DeployedRaces() as races:
         for mine in report.signatures:
             _prove(mine, store, races, request, progress)
-    measure_roofline.cache_clear()
-    roofline = before.raised_to(measure_roofline(request.threads))
-    return Findings(report, request, roofline, store.name)
+    return report
 
 
-def _predict(request: Request, store: Store, progress: Progress) -> PredictedFindings:
+def _predict(
+    requests: Sequence[Request], model: ModelShape | None, store: Store, progress: Progress
+) -> Sequence[Shown]:
     """Tune for a GPU that need not be there."""
-    assert request.device is not None
-    progress.say(f"{request.op.name} for {request.device.name} ({request.arch.name}): nothing is timed on a GPU")
-    with closing(GpuTarget(request.device)) as target:
-        report = Campaign(request, target, store, progress).run()
-        return PredictedFindings(report, request, target.builder.toolchain, store.name)
+    del model
+    found = []
+    for request in requests:
+        assert request.device is not None
+        progress.say(f"{request.op.name} for {request.device.name} ({request.arch.name}): nothing is timed on a GPU")
+        with closing(GpuTarget(request.device)) as target:
+            report = Campaign(request, target, store, progress).run()
+            found.append(PredictedFindings(report, request, target.builder.toolchain, store.name))
+    return found
 
 
 def _warn(text: str) -> None:
