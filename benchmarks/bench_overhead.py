@@ -4,6 +4,7 @@ pytest benchmarks/bench_overhead.py --benchmark-json out.json
 
 The extension and its Python twin are measured, and a Python function of no work for what the loop itself takes. The
 extension also times its stages one by one (``extra_info`` in the JSON, and a line on the terminal with ``-s``).
+``bench_operator``: what a graph of ``torch.compile`` or ``torch.export`` pays beside that, an operator's dispatch.
 """
 
 import ctypes
@@ -18,7 +19,9 @@ import torch
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.recipe import Argument
 from tilewright.codegen.routing import RoutingSpec, generate_topk_ids
+from tilewright.runtime import Experts
 from tilewright.runtime.calls import IMPLEMENTATION, CallVariant, bind_call, sort_tokens
+from tilewright.runtime.handles import hold
 
 EXPERTS, HIDDEN, INTER, TOP_K = 8, 1024, 2048, 2
 TOKENS = (1, 16, 256)
@@ -101,3 +104,28 @@ def bench_stages(benchmark, idle_kernel, tokens: int) -> None:
         benchmark(call, *tensors)
     benchmark.extra_info["stages_ns"] = stages
     print(f"\nT={tokens}: " + ", ".join(f"{name} {ns:.0f} ns" for name, ns in stages.items()))
+
+
+class IdleExperts(Experts):
+    """Experts that compute nothing, so that what is left is how they are called."""
+
+    def __init__(self) -> None:
+        self.handle = hold(self)
+
+    def run(self, x, topk_ids, topk_weights, out=None):  # noqa: ARG002 - the signature is what is measured
+        return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("way", ["direct", "operator"])
+@pytest.mark.parametrize("grad_mode", ["inference_mode", "grad_enabled"])
+def bench_operator(benchmark, grad_mode: str, way: str) -> None:
+    """``Experts.run`` by itself, and as ``torch.ops.tilewright.routed_experts``."""
+    experts, tokens = IdleExperts(), 1
+    x, ids = torch.randn(tokens, HIDDEN), torch.zeros((tokens, TOP_K), dtype=torch.int64)
+    weights, operator = torch.rand(tokens, TOP_K), torch.ops.tilewright.routed_experts.default
+    benchmark.group = f"experts of no work, {grad_mode}"
+    with torch.inference_mode(grad_mode == "inference_mode"):
+        if way == "direct":
+            benchmark(experts.run, x, ids, weights)
+        else:
+            benchmark(operator, x, ids, weights, experts.handle)

@@ -17,7 +17,8 @@ class Point:
     best_peer: str
     speedup: Estimate
     noise: Estimate
-    roofline_share: float
+    roofline_share: float | None = None
+    """None where more than kernels is timed."""
 
 
 POINTS: list[Point] = []
@@ -35,7 +36,7 @@ def render() -> list[str]:
         chosen = [p for p in POINTS if (p.table, p.threads) == key]
         lines += [
             f"{p.label:28} {p.threads:>3} {p.ours_us.median:>10.0f}  {p.best_peer:>22}  {p.speedup:.2f}"
-            f"  {p.noise:.2f} {p.roofline_share:>8.0%}"
+            f"  {p.noise:.2f} {'-' if p.roofline_share is None else f'{p.roofline_share:.0%}':>8}"
             for p in chosen
         ]
         mean = math.exp(sum(math.log(p.speedup.median) for p in chosen) / len(chosen))

@@ -7,7 +7,7 @@ from pathlib import Path
 from tilewright.tuner.cli import main as tune
 
 TRIALS = int(os.environ.get("TILEWRIGHT_BENCH_TRIALS", "40"))
-"""Per problem; the build cache makes later sizes of a shape cheap."""
+"""Per problem; the build cache makes later sizes of a shape cheap. 0: models take the plans that there are."""
 
 
 def database() -> Path:
@@ -34,3 +34,17 @@ def ensure_tuned(
     if code != 0:
         raise RuntimeError(f"tuning {problem} ended with exit code {code}")
     return path
+
+
+def ensure_tuned_model(
+    folder: Path, tokens: Sequence[int], threads: int, *, op: str, trials: int = TRIALS, more: Sequence[str] = ()
+) -> Path:
+    """Tune ops of the model in ``folder`` at all ``tokens``, as :func:`ensure_tuned` does a problem."""
+    if not trials:
+        return database()
+    arguments = ["--arch", "native", "--op", op, "--model", str(folder), "--resume", "--db", str(database())]
+    sizes = ",".join(map(str, tokens))
+    code = tune([*arguments, "--tokens", sizes, "--threads", str(threads), "--trials", str(trials), *more])
+    if code != 0:
+        raise RuntimeError(f"tuning {folder} ended with exit code {code}")
+    return database()

@@ -45,6 +45,7 @@ class _Family:
     expert_bias: bool = False
     activation: Activation | None = None
     attention_sinks: bool = False
+    attention_bias: bool = False
     alternates: bool = False
     """Whether layers with a sliding window alternate with layers without, where ``layer_types`` does not say it."""
 
@@ -55,7 +56,7 @@ _LLAMA4 = _Family(_ONLY_WIDTH, "topk_sigmoid", renormalize=False, shared_experts
 _DEEPSEEK_V3 = _Family(_OWN_WIDTH, "sigmoid_group")
 _FAMILIES = {
     "mixtral": _Family(_ONLY_WIDTH),
-    "qwen2_moe": _Family(_OWN_WIDTH, renormalize=False),
+    "qwen2_moe": _Family(_OWN_WIDTH, renormalize=False, attention_bias=True),
     "qwen3_moe": _Family(_OWN_WIDTH, renormalize=False),
     "deepseek_v2": _Family(_OWN_WIDTH, renormalize=False),
     "deepseek_v3": _DEEPSEEK_V3,
@@ -67,6 +68,7 @@ _FAMILIES = {
         expert_bias=True,
         activation="swiglu_clamped",
         attention_sinks=True,
+        attention_bias=True,
         alternates=True,
     ),
     "llama4": _LLAMA4,
@@ -116,6 +118,7 @@ def shape_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "value_dim": fields.size("v_head_dim", default=0) if fields.first("kv_lora_rank")[0] else 0,
         "windows": _windows(fields, family),
         "attention_sinks": family.attention_sinks,
+        "attention_bias": fields.flag("attention_bias", default=family.attention_bias),
         "attention_scale": _attention_scale(fields, _head_dim(fields, hidden, heads)),
         "vocab": fields.size("vocab_size"),
     }

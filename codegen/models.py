@@ -75,6 +75,8 @@ class ModelShape:
     """Tokens that a query sees, of every kind of layer that there is; 0: all."""
     attention_sinks: bool = False
     """Whether each query head has a learned logit in the softmax's denominator."""
+    attention_bias: bool = False
+    """Whether some projections of attention have a bias."""
     attention_scale: float = 0.0
     """Factor of q . k before the softmax; 0: 1 / sqrt(head_dim)."""
     tp: int = 1
@@ -165,8 +167,8 @@ def load_model(name_or_path: str | os.PathLike[str], tp: int = 1, ep: int = 1) -
     """Shape of one rank of a model.
 
     Args:
-        name_or_path: a preset's name in any case, a Hugging Face ``config.json``, or a folder that holds one. A preset
-            wins over a file of the same name (write ``./name`` for the file).
+        name_or_path: a preset's name in any case, a Hugging Face ``config.json``, a folder that holds one, or a
+            safetensors file beside one. A preset wins over a file of the same name (``./name`` means the file).
         tp: ranks that share every expert.
         ep: ranks that share the set of experts.
 
@@ -190,11 +192,16 @@ def _shape(name: str, config: Mapping[str, Any], source: str) -> ModelShape:
 
 def _config_path(text: str) -> Path:
     path = Path(text)
+    if path.is_file() and path.name.endswith((".safetensors", ".safetensors.index.json")):
+        path = path.parent
     if path.is_file():
         return path
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise TilewrightError(f"the folder {text!r} holds no config.json; give the folder of a Hugging Face model")
+            found = "no config.json"
+            if any(path.glob("*.safetensors")):
+                found = "weights, but no config.json to say how many experts a token picks"
+            raise TilewrightError(f"the folder {str(path)!r} holds {found}; give the folder of a Hugging Face model")
         return path / "config.json"
     if path.suffix == ".json":
         raise TilewrightError(f"the model config {text!r} does not exist; check the path")

@@ -27,7 +27,7 @@ from tilewright.codegen.ops import attention_cpu, attention_triton, attention_tr
 from tilewright.codegen.ops.attention_inputs import draw, draw_cache, draw_queries, gather_cache, split_tokens
 from tilewright.codegen.ops.attention_problem import AttentionProblem
 from tilewright.codegen.ops.attention_signature import AttentionSignature, Stage
-from tilewright.codegen.ops.base import Arrays, OpDeclaration, Template, Workload
+from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Template, Workload
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.codegen.space import Config
 from tilewright.errors import TilewrightError
@@ -70,6 +70,10 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
     def ladder(self, signature: AttentionSignature) -> tuple[int, ...]:
         """Sequences that decode together, and tokens of a prompt."""
         return _LADDERS[signature.stage]
+
+    def calls_per_pass(self, signature: AttentionSignature, model: ModelShape, phase: Phase) -> float:
+        """Once in every layer of its kind, kinds being taken to be equally many; see :class:`OpDeclaration`."""
+        return model.layers / len(model.windows) if signature.stage == phase else 0.0
 
     def signature_from_dict(self, fields: Mapping[str, Any]) -> AttentionSignature:
         """Signature from its JSON form."""

@@ -40,6 +40,11 @@ class AttentionProblem(Problem):
             return self.tokens * self.context, self.tokens
         return self.tokens, -(-self.tokens // self.context)
 
+    @property
+    def assumes(self) -> str:
+        """How long sequences are that tokens are added to."""
+        return f"attention to {self.context} tokens" if self.signature.stage == "decode" else ""
+
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON."""
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from numpy.typing import NDArray
 
@@ -21,6 +21,7 @@ from tilewright.codegen.space import Config, Space
 from tilewright.codegen.work import LaunchWork
 from tilewright.errors import TilewrightError
 
+Phase = Literal["decode", "prefill"]
 Arrays = dict[str, NDArray[Any]]
 """Tensors of one call by name; optional ones that are absent are left out."""
 
@@ -56,6 +57,11 @@ class Problem:
     def output_sizes(self) -> Mapping[str, int]:
         """Sizes by name that no input shows: lengths of outputs that hold as much as the data may need."""
         return {}
+
+    @property
+    def assumes(self) -> str:
+        """What beside the dynamic size its time depends on, in words; empty where there is nothing to say."""
+        return ""
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON."""
@@ -144,10 +150,23 @@ class OpDeclaration(ABC, Generic[S, P]):
     def signatures(self, model: ModelShape) -> tuple[S, ...]:
         """Signatures that ``model`` calls this op with, in the order in which a layer calls them."""
 
+    def further_signatures(self, model: ModelShape) -> tuple[S, ...]:
+        """Signatures that ``model`` can be served with beside those that name the op; tuned where all ops are."""
+        del model
+        return ()
+
     def ladder(self, signature: S) -> tuple[int, ...]:
         """Dynamic sizes to tune where the user names none."""
         del signature
         return (1, 4, 16, 64, 256)
+
+    def calls_per_pass(self, signature: S, model: ModelShape, phase: Phase) -> float:
+        """How often one forward pass of ``model`` calls ``signature``; usually once in every layer with experts.
+
+        A pass is one token for each of some sequences (``decode``), or all tokens of a prompt (``prefill``).
+        """
+        del signature, phase
+        return float(model.moe_layers)
 
     @abstractmethod
     def signature_from_dict(self, fields: Mapping[str, Any]) -> S:

@@ -24,7 +24,7 @@ from tilewright.codegen.cpu_info import usable_cores
 from tilewright.codegen.dtypes import ITEMSIZE, ROUNDING, round_to
 from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops import moe_gemm_cpu, moe_gemm_triton
-from tilewright.codegen.ops.base import Arrays, OpDeclaration, Template, Workload
+from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Template, Workload
 from tilewright.codegen.ops.moe_gemm_problem import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.precisions import find_precision
@@ -60,6 +60,21 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         )
         return up, replace(up, stage="down", n=model.hidden, k=model.inter, activation="none")
 
+    def further_signatures(self, model: ModelShape) -> tuple[MoeGemmSignature, ...]:
+        """Linear layers outside of the experts, each a group of its own: attention's projections, and the head.
+
+        Without the projections of latent attention, whose inner sizes a shape does not hold, and those with a bias.
+        """
+        return tuple(_plain(shape) for shape in dict.fromkeys([*_projections(model), _head(model)]))
+
+    def calls_per_pass(self, signature: MoeGemmSignature, model: ModelShape, phase: Phase) -> float:
+        """Of linear layers, as many as have the shape; the head is called for one row of a prompt, which is no size."""
+        if signature.stage != "plain":
+            return super().calls_per_pass(signature, model, phase)
+        shape = (signature.n, signature.k)
+        head = phase == "decode" and shape == _head(model)
+        return float(model.layers * _projections(model).count(shape) + head)
+
     def signature_from_dict(self, fields: Mapping[str, Any]) -> MoeGemmSignature:
         """Signature from its JSON form."""
         return MoeGemmSignature.from_dict(fields)
@@ -71,7 +86,9 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
 
         Recorded routing that does not fit is refused here, not when a run has begun.
         """
-        problem = MoeGemmProblem(signature, tokens, routing, model.all_experts if model else signature.experts)
+        # Rows of a plain product are what its caller made of tokens and routing.
+        of_model = None if signature.stage == "plain" else model
+        problem = MoeGemmProblem(signature, tokens, routing, of_model.all_experts if of_model else signature.experts)
         if routing.path is not None:
             read_recorded_ids(routing.path, problem.all_experts, signature.top_k)
         return problem
@@ -200,6 +217,22 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
             return moe_gemm_triton.default_config(signature, arch)
         assert isinstance(arch, CpuArch)
         return moe_gemm_cpu.default_config(signature, arch)
+
+
+def _projections(model: ModelShape) -> list[tuple[int, int]]:
+    """(n, k) of query, key, value and output of one layer's attention, on one tensor-parallel rank."""
+    if model.value_dim != model.head_dim or model.attention_bias:
+        return []
+    heads, kv_heads = (count * model.head_dim for count in model.heads_per_rank())
+    return [(heads, model.hidden), (kv_heads, model.hidden), (kv_heads, model.hidden), (model.hidden, heads)]
+
+
+def _head(model: ModelShape) -> tuple[int, int]:
+    return model.vocab, model.hidden
+
+
+def _plain(shape: tuple[int, int]) -> MoeGemmSignature:
+    return MoeGemmSignature(stage="plain", experts=1, n=shape[0], k=shape[1])
 
 
 def _join_halves(activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

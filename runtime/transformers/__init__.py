@@ -4,7 +4,7 @@
 
     from tilewright.runtime.transformers import disable, enable
 
-    print(enable(model))     # its expert layers run on this machine's plans; the weights they replace are released
+    print(enable(model))     # its layers run on this machine's plans; the weights they replace are released
     model.generate(...)
     disable(model)           # as it was before
 
@@ -14,6 +14,6 @@ Needs Transformers 5 or newer (``pip install 'tilewright[transformers]'``); noth
 from __future__ import annotations
 
 from tilewright.runtime.transformers.enabling import disable, enable
-from tilewright.runtime.transformers.reports import Disabled, Enabled, LeftAlone, Memory, ServedLayer
+from tilewright.runtime.transformers.reports import Disabled, Enabled, LeftAlone, Memory, ServedLayer, ServedLinear
 
-__all__ = ["Disabled", "Enabled", "LeftAlone", "Memory", "ServedLayer", "disable", "enable"]
+__all__ = ["Disabled", "Enabled", "LeftAlone", "Memory", "ServedLayer", "ServedLinear", "disable", "enable"]

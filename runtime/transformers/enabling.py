@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from tilewright.codegen.model_config import TOP_K_KEYS
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.precisions import LOSSLESS
 from tilewright.errors import TilewrightError
 from tilewright.runtime.experts import Experts
 from tilewright.runtime.notices import warn_once
 from tilewright.runtime.plans import Database, is_planned
 from tilewright.runtime.prepared import PreparedCall
+from tilewright.runtime.transformers import linears
 from tilewright.runtime.transformers.interface import (
     IMPLEMENTATION,
     checked_model,
@@ -23,6 +25,7 @@ from tilewright.runtime.transformers.interface import (
     implementation_of,
     register,
 )
+from tilewright.runtime.transformers.linears import Place, TunedLinear
 from tilewright.runtime.transformers.recognition import ExpertWeights, Form, Refusal, read_form, read_weights
 from tilewright.runtime.transformers.reports import (
     Disabled,
@@ -30,15 +33,16 @@ from tilewright.runtime.transformers.reports import (
     LeftAlone,
     Memory,
     ServedLayer,
+    ServedLinear,
     describe_dequantised,
     describe_left_alone,
 )
-from tilewright.runtime.transformers.serving import Layer, attach, detach, experts_forward, layer_of, remember
+from tilewright.runtime.transformers.serving import Layer, attach, detach, experts_forward, remember
 
 _BEFORE = "_tilewright_experts_before"
 """Attribute of an enabled model: the experts implementations that it had, as Transformers gives them."""
 _SERVED = "_tilewright_served"
-"""Attribute of an enabled model: its :class:`ServedLayer`, by module name."""
+"""Attribute of an enabled model: what is served, :class:`ServedLayer` or :class:`ServedLinear`, by module name."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,15 @@ def enable(
     keep: bool = False,
     threads: int | None = None,
 ) -> Enabled:
-    """Serve the expert layers of ``model`` by this machine's tuned kernels.
+    """Serve the expert layers of ``model``, and its linear layers, by this machine's tuned kernels.
 
     Registers the experts implementation ``tilewright`` with Transformers and selects it. A layer is served where its
     experts follow Transformers' experts interface, lie on the CPU and have a plan; every other layer runs as before,
-    and one warning says why. Weights and inputs in bf16 or fp16 are widened to fp32, which takes twice the memory
-    unless a plan stores fewer bits. Values are those that the weights have now. Inference only: in training mode, or
-    where gradients are recorded, a layer with ``keep`` runs as before; without, training mode is refused, and so is a
-    backward pass.
+    and one warning says why. A linear layer outside of the experts is served where it is in fp32, its weight is tied to
+    no other, and there is a plan for it (`tune --op all` makes them). Weights and inputs of experts in bf16 or fp16 are
+    widened to fp32, which takes twice the memory unless a plan stores fewer bits. Values are those that the weights
+    have now. Inference only: in training mode, or where gradients are recorded, a layer with ``keep`` runs as before;
+    without, training mode is refused, and so is a backward pass.
 
     Args:
         model: a ``PreTrainedModel`` in evaluation mode, of Transformers 5 or newer.
@@ -98,18 +103,26 @@ def enable(
     register(experts_forward)
     try:
         model.set_experts_implementation(IMPLEMENTATION)
-        outcomes = _serve_all(modules, _Options(database, max_error, keep, threads))
+        options = _Options(database, max_error, keep, threads)
+        stand_ins = _tuned_linears(model, options)
+        outcomes = _serve_all(modules, options)
     except BaseException:
         _undo(model, implementations)
         raise
+    # Last, because nothing can fail from here on: a weight that was let go comes back rounded where it is quantised.
+    for place, stand_in in stand_ins:
+        place.put(stand_in)
+    served_linears = tuple(_describe_linear(place.name, stand_in) for place, stand_in in stand_ins)
     served = tuple(outcome for outcome in outcomes if isinstance(outcome, ServedLayer))
     left_alone = tuple(outcome for outcome in outcomes if isinstance(outcome, LeftAlone))
     if not served:
         model.set_experts_implementation(implementations)
     setattr(model, _BEFORE, implementations)
-    setattr(model, _SERVED, {layer.name: layer for layer in served})
+    all_served: tuple[ServedLayer | ServedLinear, ...] = (*served, *served_linears)
+    setattr(model, _SERVED, {layer.name: layer for layer in all_served})
     _say_left_alone(type(model).__name__, modules, left_alone)
-    return Enabled(type(model).__name__, served, left_alone, before, Memory.now())
+    del stand_ins  # and with it the last reference to weights that were replaced
+    return Enabled(type(model).__name__, served, served_linears, left_alone, before, Memory.now())
 
 
 def disable(model: Any) -> Disabled:
@@ -126,14 +139,13 @@ def disable(model: Any) -> Disabled:
     if not hasattr(model, _BEFORE):
         raise TilewrightError("the model is not enabled; there is nothing to disable")
     before = Memory.now()
-    served: Mapping[str, ServedLayer] = getattr(model, _SERVED)
-    layers = {name: layer for name, module in experts_modules(model) if (layer := layer_of(module)) is not None}
-    rounded = tuple(served[name] for name, layer in layers.items() if layer.released and layer.quantised)
+    served: Mapping[str, ServedLayer | ServedLinear] = getattr(model, _SERVED)
+    rounded = tuple(layer for layer in served.values() if layer.released and set(layer.precisions) != {LOSSLESS})
     _undo(model, getattr(model, _BEFORE))
     if rounded:
         warn_once(describe_dequantised(rounded))
     lossy = {layer.name for layer in rounded}
-    restored = tuple(name for name in layers if name not in lossy)
+    restored = tuple(name for name in served if name not in lossy)
     return Disabled(type(model).__name__, restored, rounded, before, Memory.now())
 
 
@@ -141,10 +153,35 @@ def _undo(model: Any, implementations: Mapping[str, str | None]) -> None:
     """Bring back the weights and the implementations of ``model``, from any state that ``enable`` may leave it in."""
     for _, module in experts_modules(model):
         detach(module)
+    for place in linears.served(model):
+        place.put(place.module.restored())
     model.set_experts_implementation(implementations)
     for attribute in (_BEFORE, _SERVED):
         if hasattr(model, attribute):
             delattr(model, attribute)
+
+
+def _tuned_linears(model: Any, options: _Options) -> list[tuple[Place[nn.Linear], TunedLinear]]:
+    """What is to stand in for linear layers; the model is as it was."""
+    found = []
+    for place in linears.servable(model):
+        stand_in = linears.tuned(
+            place.module,
+            database=options.database,
+            max_error=options.max_error,
+            threads=options.threads,
+            keep=options.keep,
+        )
+        if stand_in is not None:
+            found.append((place, stand_in))
+    return found
+
+
+def _describe_linear(name: str, layer: TunedLinear) -> ServedLinear:
+    prepared = layer.kernel.prepared
+    return ServedLinear(
+        name, prepared.precision, prepared.memory.weight_bytes, _held_bytes(prepared), layer.kernel.released
+    )
 
 
 def _serve_all(modules: Mapping[str, nn.Module], options: _Options) -> list[ServedLayer | LeftAlone]:

@@ -52,6 +52,30 @@ class ServedLayer:
     released: bool
     """Whether the module's own weights were given back to the system."""
 
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What weights are stored in."""
+        return self.precision_up, self.precision_down
+
+
+@dataclass(frozen=True)
+class ServedLinear:
+    """One linear layer outside of the experts that runs on a tuned kernel."""
+
+    name: str
+    precision: str
+    replaced_bytes: int
+    """Of the layer's own weight."""
+    packed_bytes: int
+    """Of what the kernel reads."""
+    released: bool
+    """Whether the layer's own weight was given back to the system."""
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What the weight is stored in."""
+        return (self.precision,)
+
 
 @dataclass(frozen=True)
 class LeftAlone:
@@ -67,16 +91,20 @@ class Enabled:
 
     model: str
     layers: tuple[ServedLayer, ...]
+    """With experts."""
+    linears: tuple[ServedLinear, ...]
     left_alone: tuple[LeftAlone, ...]
     before: Memory
     after: Memory
 
     def __str__(self) -> str:
-        precisions = sorted({p for layer in self.layers for p in (layer.precision_up, layer.precision_down)})
-        replaced, packed = (sum(getattr(layer, f) for layer in self.layers) for f in ("replaced_bytes", "packed_bytes"))
-        released = "released" if all(layer.released for layer in self.layers) else "kept"
+        served: tuple[ServedLayer | ServedLinear, ...] = (*self.layers, *self.linears)
+        precisions = sorted({precision for layer in served for precision in layer.precisions})
+        replaced, packed = (sum(getattr(layer, f) for layer in served) for f in ("replaced_bytes", "packed_bytes"))
+        released = "released" if all(layer.released for layer in served) else "kept"
         lines = [f"{self.model}: tilewright serves {len(self.layers)} expert layers"]
-        if self.layers:
+        lines[0] += f" and {len(self.linears)} linear layers" if self.linears else ""
+        if served:
             lines[0] += f" in {', '.join(precisions)}"
             lines.append(f"  weights: {_megabytes(packed)} packed, {_megabytes(replaced)} {released}")
         lines += [f"  left alone: {text}" for text in describe_left_alone(self.left_alone)]
@@ -90,13 +118,13 @@ class Disabled:
     model: str
     restored: tuple[str, ...]
     """Modules that run as before, with the weights that they had."""
-    dequantised: tuple[ServedLayer, ...]
+    dequantised: tuple[ServedLayer | ServedLinear, ...]
     """Modules whose released weights had been rounded: theirs are now the rounded values."""
     before: Memory
     after: Memory
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {len(self.restored) + len(self.dequantised)} expert layers run as before"]
+        lines = [f"{self.model}: {len(self.restored) + len(self.dequantised)} layers run as before"]
         if self.dequantised:
             lines.append(f"  {describe_dequantised(self.dequantised)}")
         return "\n".join([*lines, f"  memory before: {self.before}", f"  memory after: {self.after}"])
@@ -110,11 +138,11 @@ def describe_left_alone(modules: Sequence[LeftAlone]) -> list[str]:
     return [f"{of[0]}{f' and {len(of) - 1} more' if len(of) > 1 else ''}, for {reason}" for reason, of in names.items()]
 
 
-def describe_dequantised(layers: Sequence[ServedLayer]) -> str:
+def describe_dequantised(layers: Sequence[ServedLayer | ServedLinear]) -> str:
     """What the weights of ``layers`` are now."""
-    precisions = sorted({p for layer in layers for p in (layer.precision_up, layer.precision_down)} - {LOSSLESS})
+    precisions = sorted({precision for layer in layers for precision in layer.precisions} - {LOSSLESS})
     return (
-        f"the weights of {len(layers)} expert layers were stored as {', '.join(precisions)} and their originals "
+        f"the weights of {len(layers)} layers were stored as {', '.join(precisions)} and their originals "
         "released, so they hold the rounded values now; load the model again for the originals"
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from tilewright.codegen.precisions import LOSSLESS
 from tilewright.errors import TilewrightError
 from tilewright.runtime.experts import Experts
-from tilewright.runtime.torch_ops import refuse_backward
+from tilewright.runtime.transformers.inference import SharedByCopies, run_without_backward, wants_gradients
 from tilewright.runtime.transformers.interface import forward_of
 from tilewright.runtime.transformers.recognition import Form, as_module_weights
 
@@ -21,7 +20,7 @@ _REPLACED = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class Layer(SharedByCopies):
     """What serves one module."""
 
     experts: Experts
@@ -34,19 +33,6 @@ class Layer:
     def of(cls, module: nn.Module, experts: Experts, form: Form, *, released: bool) -> Layer:
         """``experts`` for ``module``, whose weights have the form ``form``."""
         return cls(experts, form, released, tuple(getattr(module, name).requires_grad for name in _REPLACED))
-
-    def __deepcopy__(self, _memo: object) -> Layer:
-        """A copy of a model shares what nobody writes."""
-        return self
-
-    def __reduce__(self) -> NoReturn:
-        """Kernels live in this process.
-
-        Raises:
-            TilewrightError: always.
-
-        """
-        raise TilewrightError("a model that tilewright serves cannot be pickled; call disable(model) first")
 
     @property
     def quantised(self) -> bool:
@@ -103,40 +89,17 @@ def experts_forward(module: nn.Module, x: Tensor, topk_ids: Tensor, topk_weights
 
     """
     layer = layer_of(module)
-    if layer is None or (not layer.released and _wants_gradients(module, x)):
+    if layer is None or (not layer.released and wants_gradients(module, x)):
         return forward_of(module, getattr(module, _BEFORE, None))(module, x, topk_ids, topk_weights)
     if module.training:
         raise TilewrightError(
             "the model is in training mode, but its expert weights were released for inference; call model.eval(), or "
             "disable(model) to train"
         )
-    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
-        result: Tensor = _WithoutBackward.apply(layer, x, topk_ids, topk_weights)  # type: ignore[no-untyped-call]
-        return result
-    return _run(layer, x, topk_ids, topk_weights)
-
-
-def _wants_gradients(module: nn.Module, x: Tensor) -> bool:
-    if module.training:
-        return True
-    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
+    return run_without_backward(_run, layer, x, topk_ids, topk_weights)
 
 
 def _run(layer: Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
     if x.dtype is torch.float32 and topk_weights.dtype is torch.float32:
         return layer.experts.run(x, topk_ids, topk_weights)
     return layer.experts.run(x.float(), topk_ids, topk_weights.float()).to(x.dtype)
-
-
-class _WithoutBackward(torch.autograd.Function):
-    """The right result where gradients are recorded, as happens without no_grad(); an error where they are used."""
-
-    @staticmethod
-    def forward(_ctx: Any, layer: Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """See :func:`_run`."""
-        return _run(layer, x.detach(), topk_ids, topk_weights.detach())
-
-    @staticmethod
-    def backward(_ctx: Any, *_gradients: Any) -> NoReturn:
-        """Refuse."""
-        refuse_backward()

@@ -1,18 +1,26 @@
 """Transformers models with random weights on real kernels: the same logits and tokens, and the way back."""
 
 import copy
+import math
 import pickle
 
 import pytest
 import torch
 from naive_kernels import build, needs_compiler, store_plan
 
+from tilewright.codegen.archs import native_arch
+from tilewright.codegen.building.cpp import CppBuilder
+from tilewright.codegen.cpu_info import read_cpu_info
 from tilewright.codegen.layouts import WeightLayout
+from tilewright.codegen.ops import find_op
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.errors import TilewrightError
 from tilewright.runtime import TilewrightWarning
 from tilewright.runtime.notices import forget_warnings
 from tilewright.runtime.transformers import disable, enable
+from tilewright.tuner.variants import Workshop
+from tilewright.tuning_db.records import PlanEntry, PlanRecord
+from tilewright.tuning_db.store import Store
 
 transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
 
@@ -128,6 +136,58 @@ def test_a_model_loaded_from_a_folder_is_served(tmp_path):
     expected = logits(model)
     assert len(enable(model).layers) == 2
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+def store_int8_plans(path, error: float):
+    op, arch = find_op("moe_gemm"), native_arch()
+    common = {"experts": 4, "top_k": 2}
+    with Store.open(path) as store:
+        for signature in (
+            MoeGemmSignature(stage="up", n=24, k=32, activation="swiglu", **common),
+            MoeGemmSignature(stage="down", n=32, k=24, **common),
+        ):
+            try:
+                workshop = Workshop(op, signature, arch, CppBuilder(arch))
+            except TilewrightError as failure:
+                pytest.skip(str(failure))
+            (built,) = workshop.build([next(iter(op.space(signature, arch, precisions=("int8",))))])
+            record, artifact = workshop.record(built, "device")
+            store.add_kernel(record, [artifact])
+            plan = PlanRecord(
+                op=op.name,
+                signature_key=signature.key,
+                signature=signature.to_dict(),
+                device_key=read_cpu_info().key,
+                threads=2,
+                layout=built.variant.layout_key,
+                timing="measured",
+                checked="device",
+                entries=(PlanEntry(None, record.key, 10.0, 20.0, 8),),
+                precision="int8",
+                error=error,
+            )
+            store.put_plan(plan)
+
+
+def test_weights_in_int8_stay_within_their_error_and_are_not_brought_back_unsaid(tmp_path):
+    model, bound = make_model("qwen3_moe"), 0.01
+    expected = logits(model)
+    store_plans(tmp_path / "tuning.db", "qwen3_moe")
+    store_int8_plans(tmp_path / "tuning.db", error=bound)
+    assert {layer.precision_up for layer in enable(model).layers} == {"fp32"}
+    disable(model)
+    report = enable(model, max_error=bound)
+    assert {layer.precision_up for layer in report.layers} == {"int8"}
+    assert sum(layer.packed_bytes for layer in report.layers) < 0.5 * sum(
+        layer.replaced_bytes for layer in report.layers
+    )
+    # The errors of up and down in each of two layers, which are independent of each other.
+    error = (logits(model) - expected).norm() / expected.norm()
+    assert 0 < error <= math.sqrt(4) * bound
+    served = logits(model)
+    with pytest.warns(TilewrightWarning, match="rounded values"):
+        assert len(disable(model).dequantised) == 2
+    torch.testing.assert_close(logits(model), served, rtol=1e-3, atol=1e-3)
 
 
 def test_a_bf16_model_is_widened_and_comes_back_as_it_was(tmp_path):
@@ -246,3 +306,60 @@ def test_an_enabled_model_compiles_in_one_graph(tmp_path):
         torch.testing.assert_close(torch.compile(experts, fullgraph=True, backend="aot_eager")(x), expected)
         exported = torch.export.export(experts, (x,))
         torch.testing.assert_close(exported.module()(x), expected)
+
+
+def store_linear_plans(path, *shapes: tuple[int, int]):
+    for n, k in shapes:
+        signature = MoeGemmSignature(stage="plain", experts=1, n=n, k=k)
+        store_plan(path, signature, [(None, build(signature, layout=WeightLayout(8)))])
+
+
+def test_linear_layers_with_a_plan_are_served_and_come_back(tmp_path):
+    model = make_model("qwen3_moe")
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    expected, tokens = logits(model), generate(model)
+    store_plans(tmp_path / "tuning.db", "qwen3_moe")
+    store_linear_plans(tmp_path / "tuning.db", (32, 32), (64, 32))  # query and output; the head; not key and value
+    report = enable(model)
+    assert sorted(layer.name.rpartition(".")[2] for layer in report.linears) == [
+        "lm_head",
+        *["o_proj"] * 2,
+        *["q_proj"] * 2,
+    ]
+    assert "serves 2 expert layers and 5 linear layers in fp32" in str(report)
+    assert model.state_dict().keys() == weights.keys()
+    assert model.lm_head.weight.device.type == "meta"
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(generate(model), tokens)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(PROMPT, use_cache=False)
+    torch.testing.assert_close(compiled.logits, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(TilewrightError, match="compute no gradients"):
+        other(PROMPT).logits.sum().backward()
+    with pytest.raises(TilewrightError, match="training mode"):
+        other.lm_head.train()(torch.ones(1, 32))
+
+    assert len(disable(model).restored) == 7
+    assert type(model.lm_head) is torch.nn.Linear
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert torch.equal(logits(model), expected)
+
+
+def test_tied_weights_and_kept_ones_stay(tmp_path):
+    torch.manual_seed(3)
+    config = transformers.AutoConfig.for_model("qwen3_moe", **SIZES, **CONFIGS["qwen3_moe"], tie_word_embeddings=True)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    plain = copy.deepcopy(model)
+    store_plans(tmp_path / "tuning.db", "qwen3_moe")
+    store_linear_plans(tmp_path / "tuning.db", (32, 32), (64, 32))
+    report = enable(model, keep=True)
+    assert not any(layer.name == "lm_head" for layer in report.linears)
+    assert len(report.linears) == 4
+    assert model.get_input_embeddings().weight is model.lm_head.weight
+    for each in (model, plain):
+        each(PROMPT).logits.sum().backward()
+    for (name, mine), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, msg=name)
+    disable(model)
+    assert torch.equal(logits(model), logits(plain))

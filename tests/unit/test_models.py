@@ -384,3 +384,12 @@ def test_a_shape_refuses_sizes_that_no_model_has(changes: dict[str, Any], messag
     fields = {**vars(load_model("mixtral-8x7b")), **changes}
     with pytest.raises(TilewrightError, match=message):
         ModelShape(**fields)
+
+
+def test_weights_stand_for_the_config_beside_them(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"")
+    with pytest.raises(TilewrightError, match=r"holds weights, but no config\.json"):
+        load_model(weights)
+    write_config(tmp_path, SMALL)
+    assert load_model(weights) == load_model(tmp_path)

@@ -19,8 +19,8 @@ from tilewright.tuner.roofline import Roofline
 from tilewright.tuner.standings import measured_document
 from tilewright.tuner.text import format_ratio, format_shape, format_threads, format_us, table, terminal_width, wrapped
 
-_HEAD = ("tokens", "torch", "default", "tuned", "vs default", "vs torch", "roofline", "noise", "kernel")
-_NOTES = """\
+HEAD = ("tokens", "torch", "default", "tuned", "vs default", "vs torch", "roofline", "noise", "kernel")
+NOTES = """\
 default: the config that one would write down without tuning, in one last race with the tuned one
 torch: a loop over experts in plain torch, raced with the plan as the runtime serves it
 roofline: share of what bandwidth or peak allow here; noise: the tuned kernel raced with itself"""
@@ -39,28 +39,39 @@ class Findings:
 
     def text(self) -> str:
         """Several lines: a table per signature, on what evidence, and what to do next."""
-        report, request, roofline = self.report, self.request, self.roofline
         lines = [""]
-        for mine in report.signatures:
-            lines += [format_shape(mine.signature.to_dict()), *self._table(mine)]
-            lines += self._restrictions(mine)
-            lines += [*self._front(mine), *self._plan(mine)]
-            lines.append("")
-        lines += [
-            *_NOTES.splitlines(),
-            "",
+        for mine in self.report.signatures:
+            lines += [format_shape(mine.signature.to_dict()), *self._table(mine), *self.remarks(mine), ""]
+        return "\n".join([*lines, *NOTES.splitlines(), "", *self.evidence(), *self.next_steps()])
+
+    def remarks(self, mine: SignatureReport) -> list[str]:
+        """What a signature's plan came to, beside its times."""
+        return [*self._restrictions(mine), *self._front(mine), *self._plan(mine)]
+
+    def rows(self, mine: SignatureReport) -> list[Sequence[str]]:
+        """A row under :data:`HEAD` for every tuned size of a signature."""
+        return [self._row(final, self.served(final.problem)) for final in mine.finals]
+
+    def evidence(self) -> list[str]:
+        """On what the times rest, and what they took."""
+        report, request, roofline = self.report, self.request, self.roofline
+        return [
             f"measured on {read_cpu_info().name}, {format_threads(request.threads)}, {request.arch.name}; "
             "every kernel checked against fp64",
             f"{report.trials} trials in {report.wall_s:.0f} s, {report.efficiency:.0%} of them spent compiling "
             f"({report.build_s:.0f} s), checking ({report.check_s:.0f} s), measuring ({report.measure_s:.0f} s)",
             f"roofline here: {roofline.peak_gflops:.0f} GFLOP/s, {roofline.bandwidth_gbps:.0f} GB/s",
             f"stored in {self.database}",
+        ]
+
+    def next_steps(self) -> list[str]:
+        """What to do with the plans."""
+        return [
             "",
             "next:  tune show                 what is known, and how",
             "       tune compare              variants side by side",
             "       from tilewright.runtime import Experts   serves this by itself; see README",
         ]
-        return "\n".join(lines)
 
     def document(self) -> dict[str, Any]:
         """The same as JSON; every measured entry with its sample count, interval and error."""
@@ -85,10 +96,10 @@ class Findings:
         }
 
     def _table(self, mine: SignatureReport) -> list[str]:
-        rows = [self._row(final, self._served(final.problem)) for final in mine.finals]
+        rows = self.rows(mine)
         failed = len(mine.results) - len(mine.finals)
         return [
-            *(table(_HEAD, rows, width=terminal_width()) if rows else []),
+            *(table(HEAD, rows, width=terminal_width()) if rows else []),
             *([f"{failed} of {len(mine.results)} sizes have no right kernel"] if failed else []),
         ]
 
@@ -181,7 +192,8 @@ class Findings:
             self._name(final),
         )
 
-    def _served(self, problem: Problem) -> Deployed | None:
+    def served(self, problem: Problem) -> Deployed | None:
+        """The plan at ``problem`` raced against plain torch, where it was."""
         rows = self.deployed.get(problem.signature.key, [])
         return next((row for row in rows if row.tokens == problem.dynamic_size), None)
 
@@ -209,7 +221,7 @@ class Findings:
         }
 
     def _final_document(self, final: Final) -> dict[str, Any]:
-        served = self._served(final.problem)
+        served = self.served(final.problem)
         return {
             "tokens": final.problem.dynamic_size,
             "kernel": final.winner.variant.key,
@@ -225,7 +237,7 @@ class Findings:
         }
 
     def _probe_document(self, probe: Probe) -> dict[str, Any]:
-        served = self._served(probe.problem)
+        served = self.served(probe.problem)
         median, low, high = probe.interval
         return {
             "tokens": probe.problem.dynamic_size,

@@ -1,23 +1,26 @@
-"""``tune --arch A --op O``: tune, then show what was found and what to do with it."""
+"""``tune --arch A --op O[,O...]``: tune, then show what was found and what to do with it."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tilewright.codegen.archs import find_arch, runs_on
 from tilewright.codegen.cpu_info import read_cpu_info, usable_cores
-from tilewright.codegen.models import load_model
+from tilewright.codegen.models import ModelShape, load_model
 from tilewright.codegen.ops import OPS, find_op
-from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.codegen.precisions import LOSSLESS, PRECISIONS, parse_precisions
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.errors import TilewrightError
-from tilewright.tuner.campaign import Campaign, Request, SignatureReport
+from tilewright.tuner.campaign import Campaign, Report, Request, SignatureReport
 from tilewright.tuner.commands.common import print_json
 from tilewright.tuner.commands.findings import Findings
+from tilewright.tuner.commands.model_findings import ModelFindings
 from tilewright.tuner.deployed import Deployed, race_against_torch
 from tilewright.tuner.precision import DEFAULT_MAX_ERROR
 from tilewright.tuner.progress import ENDLESS_TRIALS, Progress
@@ -29,6 +32,8 @@ from tilewright.tuning_db.store import Store
 DEFAULT_MODEL = "mixtral-8x7b"
 DEFAULT_TRIALS = 60
 DEFAULT_TIME_S = 120.0
+"""Of each op."""
+ALL_OPS = "all"
 DEFAULT_PROBES = 4
 _MAX_SEED = 2**32 - 1
 
@@ -37,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the tuning command."""
     what = parser.add_argument_group("what to tune")
     what.add_argument("--arch", required=True, help="native, or an arch by name")
-    what.add_argument("--op", required=True, help=", ".join(OPS))
-    what.add_argument("--model", help=f"preset name, config.json or its folder (default {DEFAULT_MODEL})")
+    what.add_argument("--op", required=True, help=f"{', '.join(OPS)}, several of them, or {ALL_OPS}")
+    what.add_argument("--model", help=f"preset name, config.json, or the model's folder (default {DEFAULT_MODEL})")
     what.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks")
     what.add_argument("--ep", type=int, default=1, metavar="N", help="expert-parallel ranks")
     what.add_argument("--problem", action="append", metavar="KEY=VALUE,...", help="one problem instead of a model")
@@ -57,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--template", metavar="NAME,...", help="search these alone, beside the default config")
     how = parser.add_argument_group("how hard")
     how.add_argument("--trials", type=int, metavar="N", help=f"variants per problem (default {DEFAULT_TRIALS})")
-    how.add_argument("--time", metavar="T", help=f"for everything: 90, 90s, 5m, 1h (default {DEFAULT_TIME_S:.0f}s)")
+    how.add_argument(
+        "--time", metavar="T", help=f"for everything: 90, 90s, 5m, 1h (default {DEFAULT_TIME_S:.0f}s an op)"
+    )
     how.add_argument("--search", default=DEFAULT_SEARCH, help=", ".join(SEARCHES))
     how.add_argument("--threads", type=int, metavar="N", help="threads of a kernel (default: all cores)")
     how.add_argument(
@@ -99,26 +106,35 @@ def run(arguments: argparse.Namespace) -> int:
         TilewrightError: for input that cannot be tuned.
 
     """
-    request = _request(arguments)
+    model = None if arguments.problem else _model(arguments)
+    requests = _requests(arguments, model)
     progress = Progress(sys.stderr)
     with Store.open(arguments.db) as store:
         if store.path is not None:
             _warn_if_not_servable(store.path)
         progress.say("measuring this machine's roofline")
-        before = measure_roofline(request.threads)
-        campaign = Campaign(request, store, progress)
-        report = campaign.run()
-        deployed = {
-            mine.signature.key: _race_deployed(mine, campaign, store, request, progress) for mine in report.signatures
-        }
+        threads = requests[0].threads
+        before = measure_roofline(threads)
+        tuned = [(request, *_tune(request, store, progress)) for request in requests]
         measure_roofline.cache_clear()
-        roofline = before.raised_to(measure_roofline(request.threads))
-        findings = Findings(report, request, deployed, roofline, store.name)
+        roofline = before.raised_to(measure_roofline(threads))
+        found = tuple(Findings(report, request, deployed, roofline, store.name) for request, report, deployed in tuned)
+    findings = found[0] if len(found) == 1 or model is None else ModelFindings(found, model)
     if arguments.json:
         print_json(findings.document())
     else:
         print(findings.text())
-    return 0 if all(len(mine.finals) == len(mine.results) for mine in report.signatures) else 1
+    signatures = [mine for _, report, _ in tuned for mine in report.signatures]
+    return 0 if all(len(mine.finals) == len(mine.results) for mine in signatures) else 1
+
+
+def _tune(request: Request, store: Store, progress: Progress) -> tuple[Report, dict[str, list[Deployed]]]:
+    """Run ``request``; what it found, and its plans raced against plain torch, by signature key."""
+    campaign = Campaign(request, store, progress)
+    report = campaign.run()
+    return report, {
+        mine.signature.key: _race_deployed(mine, campaign, store, request, progress) for mine in report.signatures
+    }
 
 
 def _warn_if_not_servable(path: Path) -> None:
@@ -129,8 +145,50 @@ def _warn_if_not_servable(path: Path) -> None:
         print(f"tune: warning: {error}", file=sys.stderr)
 
 
-def _request(arguments: argparse.Namespace) -> Request:
-    op = find_op(arguments.op)
+def _model(arguments: argparse.Namespace) -> ModelShape:
+    return load_model(DEFAULT_MODEL if arguments.model is None else arguments.model, tp=arguments.tp, ep=arguments.ep)
+
+
+def _requests(arguments: argparse.Namespace, model: ModelShape | None) -> list[Request]:
+    """One per op; they share the time by how many problems they have."""
+    names = _op_names(arguments.op)
+    if len(names) > 1:
+        for option in ("problem", "template"):
+            if getattr(arguments, option):
+                raise TilewrightError(
+                    f"--{option} is one op's own; name that op alone with --op instead of {arguments.op}"
+                )
+    requests = []
+    for name in names:
+        try:
+            request = _request(arguments, find_op(name), model)
+        except _NotInModelError as error:
+            # Asked for by name, it is a mistake; as a part of everything, it is what this model does without.
+            if arguments.op != ALL_OPS:
+                raise
+            print(f"tune: {name} is left out: {error}", file=sys.stderr)
+            continue
+        if len(names) > 1 and not any(request.op.precisions(problem.signature) for problem in request.problems):
+            request = replace(request, precisions=(LOSSLESS,))  # it has no weights to store
+        requests.append(request)
+    if not requests:
+        raise TilewrightError(f"none of {', '.join(names)} can be tuned for this model")
+    problems = sum(len(request.problems) for request in requests)
+    time_s = requests[0].time_s if arguments.time else sum(request.time_s for request in requests)
+    return [replace(each, time_s=time_s * len(each.problems) / problems) for each in requests]
+
+
+def _op_names(text: str) -> list[str]:
+    if text == ALL_OPS:
+        return list(OPS)
+    return list(dict.fromkeys(find_op(name).name for name in _names(text)))
+
+
+class _NotInModelError(TilewrightError):
+    """An op cannot be declared for a model."""
+
+
+def _request(arguments: argparse.Namespace, op: OpDeclaration[Any, Any], model: ModelShape | None) -> Request:
     arch = find_arch(arguments.arch)
     if not any(arch.family in template.families for template in op.templates):
         raise TilewrightError(f"{op.name} has no template for {arch.name}; tune it with --arch native")
@@ -142,35 +200,12 @@ def _request(arguments: argparse.Namespace) -> Request:
     if arguments.search not in SEARCHES:
         raise TilewrightError(f"unknown search {arguments.search!r}; choose one of {', '.join(SEARCHES)}")
     routing = RoutingSpec.parse(arguments.routing)
-    problems: list[Problem] = []
-    model_name = ""
-    if arguments.problem:
-        if arguments.model is not None:
-            raise TilewrightError("--model and --problem exclude each other; give one of them")
-        if (arguments.tp, arguments.ep) != (1, 1):
-            raise TilewrightError("--tp and --ep divide a model; give --problem the sizes of one rank instead")
-        for text in arguments.problem:
-            fields = _fields(text, op.problem_example)
-            for tokens in _tokens(arguments.tokens) if arguments.tokens is not None else [None]:
-                sized = fields if tokens is None else {**fields, "tokens": str(tokens)}
-                problems.append(op.parse_problem(sized, routing))
-    else:
-        model = load_model(
-            DEFAULT_MODEL if arguments.model is None else arguments.model, tp=arguments.tp, ep=arguments.ep
-        )
-        model_name = model.name
-        asked = None if arguments.tokens is None else _tokens(arguments.tokens)
-        problems = [
-            op.problem(signature, tokens, routing, model)
-            for signature in op.signatures(model)
-            for tokens in asked or op.ladder(signature)
-        ]
     if not 0 <= arguments.seed <= _MAX_SEED:
         raise TilewrightError(f"--seed {arguments.seed} is impossible; give a number from 0 to {_MAX_SEED}")
     trials, time_s = _budget(arguments)
     return Request(
         op=op,
-        problems=tuple(dict.fromkeys(problems)),
+        problems=tuple(dict.fromkeys(_problems(arguments, op, model, routing))),
         arch=arch,
         threads=_threads(arguments.threads),
         trials=trials,
@@ -178,13 +213,41 @@ def _request(arguments: argparse.Namespace) -> Request:
         search=arguments.search,
         seed=arguments.seed,
         resume=arguments.resume,
-        model=model_name,
+        model="" if model is None else model.name,
         probes=_probes(arguments.probes),
         templates=op.template_names(_names(arguments.template), arch) if arguments.template is not None else (),
         precisions=parse_precisions(arguments.precision),
         max_error=_max_error(arguments.max_error),
         batch_invariant=arguments.batch_invariant,
     )
+
+
+def _problems(
+    arguments: argparse.Namespace, op: OpDeclaration[Any, Any], model: ModelShape | None, routing: RoutingSpec
+) -> list[Problem]:
+    """Problems of the model, or those that were given one by one."""
+    if model is not None:
+        asked = None if arguments.tokens is None else _tokens(arguments.tokens)
+        try:
+            signatures = (*op.signatures(model), *(op.further_signatures(model) if arguments.op == ALL_OPS else ()))
+        except TilewrightError as error:
+            raise _NotInModelError(str(error)) from error
+        return [
+            op.problem(signature, tokens, routing, model)
+            for signature in signatures
+            for tokens in asked or op.ladder(signature)
+        ]
+    if arguments.model is not None:
+        raise TilewrightError("--model and --problem exclude each other; give one of them")
+    if (arguments.tp, arguments.ep) != (1, 1):
+        raise TilewrightError("--tp and --ep divide a model; give --problem the sizes of one rank instead")
+    problems: list[Problem] = []
+    for text in arguments.problem:
+        fields = _fields(text, op.problem_example)
+        for tokens in _tokens(arguments.tokens) if arguments.tokens is not None else [None]:
+            sized = fields if tokens is None else {**fields, "tokens": str(tokens)}
+            problems.append(op.parse_problem(sized, routing))
+    return problems
 
 
 def _max_error(asked: float) -> float:

@@ -1,0 +1,165 @@
+"""Linear layers outside of the experts (attention's projections, the head) on tuned kernels, where they have a plan.
+
+Transformers has no interface for them, so that the module itself is replaced: by one of the same parameters.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.errors import TilewrightError
+from tilewright.runtime.gemm import PreparedGemm, prepare
+from tilewright.runtime.handles import held
+from tilewright.runtime.plans import Database, is_planned
+from tilewright.runtime.torch_ops import define_operator
+from tilewright.runtime.transformers.inference import SharedByCopies, run_without_backward, wants_gradients
+
+M = TypeVar("M", bound=nn.Linear)
+
+
+@dataclass(frozen=True, eq=False)
+class _Kernel(SharedByCopies):
+    """What computes one linear layer, as one group of a grouped GEMM."""
+
+    prepared: PreparedGemm
+    released: bool
+    trainable: bool
+    """Whether the weight required gradients."""
+
+
+class TunedLinear(nn.Linear):
+    """Stands in for ``original``: the same parameters, of which a released weight has no memory."""
+
+    def __init__(self, original: nn.Linear, prepared: PreparedGemm, *, released: bool) -> None:
+        has_bias = original.bias is not None
+        super().__init__(original.in_features, original.out_features, bias=has_bias, device="meta")
+        self.kernel = _Kernel(prepared, released, original.weight.requires_grad)
+        if not released:
+            self.weight = original.weight
+        self.weight.requires_grad_(self.kernel.trainable and not released)
+        self.bias = original.bias
+        self.train(original.training)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear calls it so
+        """``input`` [..., in_features] to [..., out_features]; as before where gradients are wanted of kept weights.
+
+        Raises:
+            TilewrightError: in training mode and for a backward pass, where the weight was released.
+
+        """
+        kernel = self.kernel
+        if not kernel.released and wants_gradients(self, input):
+            return super().forward(input)
+        if self.training:
+            raise TilewrightError(
+                "the model is in training mode, but weights of linear layers were released for inference; call "
+                "model.eval(), or disable(model) to train"
+            )
+        return run_without_backward(_linear, kernel.prepared, input)
+
+    def restored(self) -> nn.Linear:
+        """The layer as it was before; a released weight comes back from what the kernel reads."""
+        layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        weight = self.weight
+        if self.kernel.released:
+            values = self.kernel.prepared.weights()["weight"][0]
+            weight = nn.Parameter(values, requires_grad=self.kernel.trainable)
+        layer.weight, layer.bias = weight, self.bias
+        return layer.train(self.training)
+
+
+@dataclass(frozen=True)
+class Place(Generic[M]):
+    """Where a linear layer is in a model."""
+
+    name: str
+    parent: nn.Module
+    module: M
+
+    def put(self, module: nn.Module) -> None:
+        """Replace the layer by ``module``."""
+        setattr(self.parent, self.name.rpartition(".")[2], module)
+
+
+def servable(model: nn.Module) -> Iterator[Place[nn.Linear]]:
+    """Linear layers in fp32 on the CPU whose weight is theirs alone: a tied one has to stay for its other owner."""
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for place in _places(model, nn.Linear):
+        weight = place.module.weight
+        if weight.device.type == "cpu" and weight.dtype is torch.float32 and owners[id(weight)] == 1:
+            yield place
+
+
+def served(model: nn.Module) -> list[Place[TunedLinear]]:
+    """Layers that :class:`TunedLinear` stands in for."""
+    return list(_places(model, TunedLinear))
+
+
+def _places(model: nn.Module, kind: type[M]) -> Iterator[Place[M]]:
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if type(module) is kind and name:
+            yield Place(name, modules[name.rpartition(".")[0]], module)
+
+
+def tuned(
+    module: nn.Linear, *, database: Database | None, max_error: float, threads: int | None, keep: bool
+) -> TunedLinear | None:
+    """What serves ``module``; None where there is no plan for it, or none whose kernels can be loaded."""
+    signature = MoeGemmSignature(
+        stage="plain", experts=1, n=module.out_features, k=module.in_features, bias=module.bias is not None
+    )
+    if not is_planned(signature, database, max_error):
+        return None
+    prepared = prepare(
+        module.weight.detach()[None],
+        stage="plain",
+        bias=None if module.bias is None else module.bias.detach()[None],
+        threads=threads,
+        database=database,
+        max_error=max_error,
+        keep_weight=keep,
+    )
+    return TunedLinear(module, prepared, released=not keep) if prepared.is_tuned else None
+
+
+@lru_cache(maxsize=64)
+def _one_group(rows: int) -> Tensor:
+    """Offsets that put all rows into one group."""
+    with torch.inference_mode(mode=False):
+        return torch.tensor([0, rows], dtype=torch.int32)
+
+
+def _linear(prepared: PreparedGemm, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        result: Tensor = torch.ops.tilewright.linear(x, prepared.handle)
+        return result
+    return _compute(prepared, x)
+
+
+def _compute(prepared: PreparedGemm, x: Tensor) -> Tensor:
+    signature = prepared.signature
+    rows = x.reshape(-1, signature.k)
+    rows = rows if rows.dtype is torch.float32 else rows.float()
+    out = torch.empty((rows.shape[0], signature.n))
+    prepared.call(rows.contiguous(), _one_group(rows.shape[0]), out)
+    return out.view(*x.shape[:-1], signature.n).to(x.dtype)
+
+
+def _fake(x: Tensor, handle: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], held(handle, PreparedGemm).signature.n))
+
+
+define_operator(
+    "linear(Tensor x, int handle) -> Tensor",
+    compute=lambda x, handle: _compute(held(handle, PreparedGemm), x),
+    fake=_fake,
+)

@@ -1,0 +1,81 @@
+"""What ops' gains come to in a forward pass."""
+
+import pytest
+
+from tilewright.codegen.models import load_model
+from tilewright.codegen.ops import OPS
+from tilewright.codegen.routing import RoutingSpec
+from tilewright.tuner.deployed import Deployed
+from tilewright.tuner.end_to_end import not_counted, passes, telling_names
+from tilewright.tuner.evaluation.statistics import Interval
+
+MODEL = load_model("gpt-oss-20b")  # 24 layers, all with experts, half of them with a window
+SIGNATURES = {name: op.signatures(MODEL) for name, op in OPS.items()}
+
+
+def raced(tokens: int, torch_us: float, speedup: float, noise: float = 0.0) -> Deployed:
+    once = Interval(torch_us, torch_us, torch_us)
+    low, high = speedup * (1 - noise), speedup * (1 + noise)
+    return Deployed(tokens, once, once, speedup, low, high, rounds=9, error=0.0)
+
+
+def test_calls_are_counted_per_layer_and_phase():
+    measured = [(s, [raced(4, 10.0, 2.0)]) for op in OPS for s in SIGNATURES[op]]
+    decode, prefill = passes(MODEL, measured)
+    assert (decode.phase, prefill.phase) == ("decode", "prefill")
+    # up, down and gating in 24 layers; attention in 12 with a window and 12 without
+    assert decode.torch_us == prefill.torch_us == pytest.approx(10.0 * (3 * 24 + 2 * 12))
+    assert decode.gain == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_a_pass_is_stated_only_where_every_op_was_measured():
+    up, down = SIGNATURES["moe_gemm"]
+    found = passes(MODEL, [(up, [raced(1, 5.0, 2.0), raced(4, 9.0, 2.0)]), (down, [raced(4, 9.0, 1.0)])])
+    assert [(each.phase, each.tokens) for each in found] == [("decode", 4), ("prefill", 4)]
+    assert passes(MODEL, []) == []
+
+
+def test_the_noise_of_parts_adds_in_quadrature():
+    up, down = SIGNATURES["moe_gemm"]
+    one = passes(MODEL, [(up, [raced(1, 100.0, 2.0, noise=0.1)])])[0]
+    median, low, high = one.gain
+    assert (median, low, high) == pytest.approx((2.0, 1.8, 2.2))
+    both = passes(MODEL, [(stage, [raced(1, 100.0, 2.0, noise=0.1)]) for stage in (up, down)])[0]
+    assert both.gain[0] == pytest.approx(2.0)
+    assert low < both.gain[1] < 2.0 < both.gain[2] < high
+
+
+def test_linear_layers_outside_of_experts_are_counted():
+    qwen, moe = load_model("qwen3-30b-a3b"), OPS["moe_gemm"]
+    counts = {
+        (s.n, s.k): tuple(moe.calls_per_pass(s, qwen, phase) for phase in ("decode", "prefill"))
+        for s in moe.further_signatures(qwen)
+    }
+    assert counts == {
+        (4096, 2048): (48, 48),
+        (512, 2048): (96, 96),
+        (2048, 4096): (48, 48),
+        (151936, 2048): (1, 0),
+    }
+    problem = moe.problem(moe.further_signatures(qwen)[0], 5, RoutingSpec.parse("balanced"), qwen)
+    assert moe.inputs(problem, seed=0)["x"].shape == (5, 2048)
+
+
+def test_what_is_left_out_is_named():
+    every = [signature for signatures in SIGNATURES.values() for signature in signatures]
+    assert "attention" in not_counted(MODEL, SIGNATURES["moe_gemm"])
+    assert "shared experts" in not_counted(load_model("deepseek-v3"), every)
+    assert not {"experts", "gating", "attention"} & set(not_counted(MODEL, every))
+    assert "projections" in not_counted(MODEL, every)
+    assert not any(s.n == 4096 for s in OPS["moe_gemm"].further_signatures(MODEL))  # gpt-oss' projections have a bias
+    with_head = not_counted(MODEL, [*every, *OPS["moe_gemm"].further_signatures(MODEL)])
+    assert "projections" in with_head
+    assert "the head" not in with_head
+    qwen = load_model("qwen3-30b-a3b")
+    assert not {"projections", "the head"} & set(not_counted(qwen, OPS["moe_gemm"].further_signatures(qwen)))
+
+
+def test_parts_that_share_a_title_say_how_they_differ():
+    decode = [signature for signature in SIGNATURES["attention"] if signature.stage == "decode"]
+    assert set(telling_names(decode).values()) == {"attention decode window=0", "attention decode window=128"}
+    assert set(telling_names(decode[:1]).values()) == {"attention decode"}
