@@ -47,6 +47,8 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
     name: ClassVar[str] = "attention"
     templates: ClassVar[tuple[Template[Any], ...]] = (*attention_cpu.TEMPLATES, *attention_triton.TEMPLATES)
     problem_example: ClassVar[str] = "stage=decode,heads=32,kv_heads=8,head_dim=128,context=4096"
+    served_by: ClassVar[tuple[str, ...]] = ("PagedDecode", "VarlenPrefill")
+    sizes_help: ClassVar[str] = "sequences that decode together (1,4,16,64), or tokens of prompts (64,256,1024)"
 
     def signatures(self, model: ModelShape) -> tuple[AttentionSignature, ...]:
         """Decode and prefill of every kind of layer of ``model``, with the heads of one tensor-parallel rank.

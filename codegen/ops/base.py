@@ -145,6 +145,10 @@ class OpDeclaration(ABC, Generic[S, P]):
     templates: ClassVar[tuple[Template[Any], ...]]
     problem_example: ClassVar[str]
     """A text that :meth:`parse_problem` understands, for messages."""
+    served_by: ClassVar[tuple[str, ...]]
+    """What of ``tilewright.runtime`` serves it, for hints."""
+    sizes_help: ClassVar[str] = "tokens of a call (1,4,16,64,256)"
+    """What ``--tokens`` counts, and which sizes are tuned where it is not given; for the command line."""
 
     @abstractmethod
     def signatures(self, model: ModelShape) -> tuple[S, ...]:

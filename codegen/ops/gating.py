@@ -38,6 +38,7 @@ class Gating(OpDeclaration[GatingSignature, GatingProblem]):
     name: ClassVar[str] = "gating"
     templates: ClassVar[tuple[Template[Any], ...]] = (*gating_cpu.TEMPLATES, *gating_triton.TEMPLATES)
     problem_example: ClassVar[str] = "experts=64,top_k=6,score=softmax,order=rows"
+    served_by: ClassVar[tuple[str, ...]] = ("Gate",)
 
     def signatures(self, model: ModelShape) -> tuple[GatingSignature, ...]:
         """The router of ``model``, with rows in order: every rank routes over all experts."""

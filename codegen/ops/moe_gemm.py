@@ -46,6 +46,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
     name: ClassVar[str] = "moe_gemm"
     templates: ClassVar[tuple[Template[Any], ...]] = (*moe_gemm_cpu.TEMPLATES, *moe_gemm_triton.TEMPLATES)
     problem_example: ClassVar[str] = "experts=8,n=2048,k=1024,top_k=2"
+    served_by: ClassVar[tuple[str, ...]] = ("Experts",)
 
     def signatures(self, model: ModelShape) -> tuple[MoeGemmSignature, ...]:
         """``up`` with the activation fused, then ``down``, of one expert layer."""
