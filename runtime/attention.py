@@ -37,6 +37,7 @@ class PagedDecode(PreparedCall):
         sinks: Tensor | None = None,
         threads: int | None = None,
         database: Database | None = None,
+        batch_invariant: bool = False,
     ) -> PagedDecode:
         """Find the tuned kernels on this machine; plain torch serves where there are none.
 
@@ -52,6 +53,7 @@ class PagedDecode(PreparedCall):
             sinks: fp32 [heads], learned logits in the softmax's denominator; None: there are none.
             threads: see :meth:`PreparedCall.prepare`.
             database: see :meth:`PreparedCall.prepare`.
+            batch_invariant: see :meth:`PreparedCall.prepare`; a sequence gets the same bits whatever others are there.
 
         Raises:
             TilewrightError: when the arguments do not fit together.
@@ -69,7 +71,8 @@ class PagedDecode(PreparedCall):
             page_size=page_size,
             kv_layout=kv_layout,
         )
-        return cls.prepare(signature, _weights(sinks, heads), threads=threads, database=database)
+        weights = _weights(sinks, heads)
+        return cls.prepare(signature, weights, threads=threads, database=database, batch_invariant=batch_invariant)
 
     def __call__(
         self,
@@ -122,6 +125,7 @@ class VarlenPrefill(PreparedCall):
         sinks: Tensor | None = None,
         threads: int | None = None,
         database: Database | None = None,
+        batch_invariant: bool = False,
     ) -> VarlenPrefill:
         """Find the tuned kernels on this machine; plain torch serves where there are none.
 
@@ -141,7 +145,8 @@ class VarlenPrefill(PreparedCall):
             window=window,
             sinks=sinks is not None,
         )
-        return cls.prepare(signature, _weights(sinks, heads), threads=threads, database=database)
+        weights = _weights(sinks, heads)
+        return cls.prepare(signature, weights, threads=threads, database=database, batch_invariant=batch_invariant)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Tensor | None = None) -> Tensor:
         """Attend.

@@ -65,6 +65,7 @@ class Gate(PreparedCall):
         block_size: int = 0,
         threads: int | None = None,
         database: Database | None = None,
+        batch_invariant: bool = False,
     ) -> Gate:
         """Find the tuned kernels for a router on this machine; plain torch serves where there are none.
 
@@ -85,7 +86,7 @@ class Gate(PreparedCall):
             block_size=block_size,
         )
         weights = {} if bias is None else {"bias": checked_bias(bias, experts)}
-        return cls.prepare(signature, weights, threads=threads, database=database)
+        return cls.prepare(signature, weights, threads=threads, database=database, batch_invariant=batch_invariant)
 
     def __call__(self, *tensors: Any) -> Gated:
         """Choose experts for ``logits`` [tokens, experts], fp32 on the CPU; further tensors are outputs to write.

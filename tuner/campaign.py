@@ -6,8 +6,8 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from math import ceil, log
 from typing import Any
@@ -28,9 +28,11 @@ from tilewright.tuner.evaluation.checking import PrecisionError
 from tilewright.tuner.evaluation.evaluator import CpuEvaluator
 from tilewright.tuner.finals import Finals, Probed, Verdict
 from tilewright.tuner.loop import Budget, Origin, ProblemResult, ProblemTuner
-from tilewright.tuner.plan import Final, Settled, choose_bonds, kept, with_torch
+from tilewright.tuner.plan import Final, Settled, choose_bonds, kept
+from tilewright.tuner.plan_facts import costs_document
 from tilewright.tuner.precision import FrontPoint, admit, bond_by_precision, front, storable
 from tilewright.tuner.progress import Progress
+from tilewright.tuner.proving import Default, Proof
 from tilewright.tuner.search import Prior
 from tilewright.tuner.text import format_shape
 from tilewright.tuner.variants import Bond, Workshop
@@ -76,6 +78,8 @@ class Request:
     """Largest relative error of the op's output that a precision may bring."""
     batch_invariant: bool = False
     """Whether the kernels of a plan must add up in one order."""
+    weight_copies: int = 1
+    """Most weight layouts of a plan: each is a copy of the weights where it is served."""
 
 
 @dataclass
@@ -87,6 +91,9 @@ class SignatureReport:
     verdict: Verdict | None = None
     plan: PlanRecord | None = None
     probed: Probed = field(default_factory=Probed)
+    """While it was made, against the default alone."""
+    proof: Proof | None = None
+    """Of the plan as it is stored and served."""
     front: list[FrontPoint] = field(default_factory=list)
     """Time against error, by rising error: a plan is stored for each."""
 
@@ -99,6 +106,15 @@ class SignatureReport:
     def settled(self) -> Settled | None:
         """The weight layouts of the plan, and what they cost."""
         return self.verdict.settled if self.verdict else None
+
+    def default_for(self, plan: PlanRecord) -> Default:
+        """The default config's kernel, beside one of the plans; only valid with a verdict."""
+        assert self.verdict is not None
+        variant = self.verdict.grid[0].default.built.variant
+        joins = variant.layout_key in plan.layout.split("+")
+        if plan.batch_invariant:  # the verdict knows the order of sums of the plan that it led to, and of no other
+            joins = plan is self.plan and variant.bond in self.verdict.settled.bonds
+        return Default(variant.key, variant.layout_key, joins)
 
 
 @dataclass
@@ -210,7 +226,7 @@ class Campaign:
                     tuner.replay(self._earlier(tuner.result.problem, space))
             explore = ceil(request.trials * _EXPLORE_SHARE)
             self._search(tuners, space, explore, _share(until, 1 - _REFINE_SHARE - _FINAL_SHARE))
-            bonds = choose_bonds(mine.results)
+            bonds = choose_bonds(mine.results, request.weight_copies)
             if request.batch_invariant and not bonds and any(tuner.result.candidates for tuner in tuners):
                 raise TilewrightError(
                     f"no kernel of {signature.describe()} adds up in an order that is its own whatever the batch; "
@@ -224,7 +240,7 @@ class Campaign:
                 within = self._with_bonds(space, workshop, bonds) or space
                 remaining = _REFINE_SHARE / (_REFINE_SHARE + _FINAL_SHARE)
                 self._search(tuners, within, request.trials, _share(until, remaining))
-                finals = Finals(make_tuner, evaluator, self._progress, until=until)
+                finals = Finals(make_tuner, evaluator, self._progress, copies=request.weight_copies, until=until)
                 self._finish(mine, bonds, tuners, finals, workshop)
             spent = evaluator.spent
         report.build_s += sum(tuner.build_s for tuner in tuners)
@@ -282,9 +298,11 @@ class Campaign:
         if not mine.verdict or not mine.finals:
             return
         mine.verdict, mine.probed = finals.probe(mine.verdict, self._request.probes, self._request.seed)
-        self._keep(workshop, [finalist.built.variant.config for finalist in mine.verdict.chosen])
-        mine.plan = self.store_plan(mine.verdict)
-        others = [bond for name, bond in of_precisions.items() if name not in mine.plan.precision.split("+")]
+        served = [finalist.built.variant.config for finalist in mine.verdict.chosen]
+        self._keep(workshop, [*served, op.default_config(signature, arch)])
+        mine.plan = self._plan(mine.verdict)
+        self._store.put_plan(mine.plan)
+        others = [bond for name, bond in of_precisions.items() if name != mine.plan.precision]
         verdicts = [verdict for bond in others if (verdict := finals.within(bond)) and verdict.finals]
         mine.front = front([self._point(mine.verdict, mine.plan), *(self._point(v, self._plan(v)) for v in verdicts)])
         for point in mine.front:
@@ -298,23 +316,6 @@ class Campaign:
     def _error(self, signature_key: str, precisions: str) -> PrecisionError:
         """The largest that one of ``precisions`` (joined by +) brings."""
         return max((self._errors[signature_key, name] for name in precisions.split("+")), key=lambda e: e.relative)
-
-    def store_plan(
-        self, verdict: Verdict, raced: Collection[int] = (), torch_us: Mapping[int, float] | None = None
-    ) -> PlanRecord:
-        """Store the plan that follows from ``verdict``, in place of an earlier one.
-
-        Args:
-            verdict: with at least one final.
-            raced: sizes at which the plan was raced against plain torch.
-            torch_us: those at which torch is faster, with its time; torch serves there.
-
-        """
-        plan = self._plan(verdict)
-        if torch_us:
-            plan = replace(plan, entries=tuple(with_torch(plan.entries, raced, torch_us)))
-        self._store.put_plan(plan)
-        return plan
 
     def _plan(self, verdict: Verdict) -> PlanRecord:
         """The plan that follows from ``verdict``, as if there were no plain torch."""
@@ -335,6 +336,7 @@ class Campaign:
             precision=precision,
             error=self._error(signature.key, precision).relative,
             batch_invariant=self._request.batch_invariant,
+            facts=costs_document(verdict),
         )
 
     def _keep(self, workshop: Workshop, configs: Sequence[Config]) -> None:

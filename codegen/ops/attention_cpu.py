@@ -49,9 +49,13 @@ def _decode_space(signature: AttentionSignature, arch: CpuArch) -> Space:
         Parameter("tile_values", (1, 2, 4, 8), "vectors of values of a register tile"),
         Parameter("block", (32, 64, 128, 256), "tokens between two visits to the softmax"),
         Parameter("chunk", (256, 512, 1024, 2048), "tokens of a sequence that one thread computes"),
+        Parameter("streams", (1, 2, 4), "places of a block whose tokens are read in turn"),
         Parameter("unroll", (1, 2, 4), "steps of a loop over vectors or tokens"),
         Parameter(
-            "prefetch", ("none", "second", "first"), "cache level that each product fetches the next one's rows to"
+            "prefetch",
+            ("none", "second", "before", "along"),
+            "how rows of values come to the cache: as they are summed; by instructions, as rows of keys do; read in "
+            "order before they are summed, or along with the keys",
         ),
         Parameter("grain", (64, 1024), "rows of the cache that are worth another thread"),
     )
@@ -257,9 +261,7 @@ def _context(signature: AttentionSignature, config: Config, arch: CpuArch) -> di
 def _order(signature: AttentionSignature, config: Config, arch: CpuArch) -> str:
     """Scores and values are summed token by token, rescaled after every block, and chunks put together in order."""
     del signature, arch
-    knobs = (
-        ("block", "chunk") if config["template"] == DECODE else ("block_keys", "block_rows", "tile_rows", "key_panel")
-    )
+    knobs = ("block", "chunk", "streams") if config["template"] == DECODE else ("block_keys",)
     return " ".join(f"{knob}={config[knob]}" for knob in knobs)
 
 
@@ -276,8 +278,9 @@ def default_config(signature: AttentionSignature, arch: CpuArch) -> tuple[str, d
             "tile_values": min(4 if wide or rows < 3 else 2, 1 << (columns.bit_length() - 1)),
             "block": 64,
             "chunk": 512,
+            "streams": 2,
             "unroll": 1,
-            "prefetch": "second",
+            "prefetch": "along",
             "grain": 64,
         }
     return PREFILL, {
@@ -300,7 +303,7 @@ TEMPLATES = (
         _recipe,
         _context,
         applies=lambda signature, _arch: signature.stage == "decode",
-        label=("tile_rows", "tile_keys", "tile_values", "block", "chunk", "prefetch"),
+        label=("tile_rows", "tile_keys", "tile_values", "block", "chunk", "streams"),
         order=_order,
     ),
     Template(

@@ -145,6 +145,10 @@ class OpDeclaration(ABC, Generic[S, P]):
     templates: ClassVar[tuple[Template[Any], ...]]
     problem_example: ClassVar[str]
     """A text that :meth:`parse_problem` understands, for messages."""
+    served_by: ClassVar[tuple[str, ...]]
+    """What of ``tilewright.runtime`` serves it, for hints."""
+    sizes_help: ClassVar[str] = "tokens of a call (1,4,16,64,256)"
+    """What ``--tokens`` counts, and which sizes are tuned where it is not given; for the command line."""
 
     @abstractmethod
     def signatures(self, model: ModelShape) -> tuple[S, ...]:
@@ -252,6 +256,10 @@ class OpDeclaration(ABC, Generic[S, P]):
         other = floats - {weight.dtype} if weight.dtype != LOSSLESS else set()
         return {name: PRECISIONS[name].refusal(int(weight.dims[2])) for name in names if name not in other}
 
+    def compute_dtype(self, signature: S) -> str:
+        """Dtype of the activations that kernels compute with: that of the weights as they are declared."""
+        return self.lossless(signature)
+
     def lossless(self, signature: S) -> str:
         """The precision in which the weights are stored as the op declares them."""
         weight = packable(self.tensors(signature))
@@ -259,8 +267,7 @@ class OpDeclaration(ABC, Generic[S, P]):
 
     def templates_for(self, signature: S, arch: Arch) -> tuple[Template[Any], ...]:
         """Templates for ``arch`` that can compute ``signature``."""
-        weight = packable(self.tensors(signature))
-        dtype = weight.dtype if weight else LOSSLESS
+        dtype = self.compute_dtype(signature)
         return tuple(
             t for t in self.templates if arch.family in t.families and dtype in t.dtypes and t.applies(signature, arch)
         )
@@ -291,10 +298,17 @@ class OpDeclaration(ABC, Generic[S, P]):
                     template.space(signature, arch, known) if template.precisions else template.space(signature, arch)
                 )
         if not spaces:
-            why = reasons[0] if reasons else f"no template computes {signature.describe()} in {', '.join(asked)}"
+            why = reasons[0] if reasons else self._no_template(signature, arch, asked)
             raise TilewrightError(f"{self.name} cannot be generated for {arch.name} so: {why}")
         union = Space.union(spaces)
         return union.of_templates(templates) if templates else union
+
+    def _no_template(self, signature: S, arch: Arch, precisions: Collection[str]) -> str:
+        dtype = self.compute_dtype(signature)
+        known = {each for t in self.templates if arch.family in t.families for each in t.dtypes}
+        if dtype not in known:
+            return f"its templates for that compute in {' or '.join(sorted(known)) or 'nothing'}, not in {dtype}"
+        return f"no template computes {signature.describe()} in {', '.join(precisions)}"
 
     def template_names(self, asked: Iterable[str], arch: Arch) -> tuple[str, ...]:
         """Full names (``op/file``) of the templates that users call by it, or by ``file`` alone.

@@ -21,7 +21,7 @@ from tilewright.codegen.activation_rounding import round_activations
 from tilewright.codegen.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
 from tilewright.codegen.archs import Arch, CpuArch, GpuArch
 from tilewright.codegen.cpu_info import usable_cores
-from tilewright.codegen.dtypes import ITEMSIZE, round_to
+from tilewright.codegen.dtypes import ITEMSIZE, ROUNDING, round_to
 from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops import moe_gemm_cpu, moe_gemm_triton
 from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Template, Workload
@@ -39,9 +39,6 @@ from tilewright.errors import TilewrightError
 if TYPE_CHECKING:
     import torch
 
-_ROUNDING = {"fp32": 0.0, "bf16": 2.0**-8, "fp16": 2.0**-11}
-"""Half the distance between neighbours, relative to the lower of them."""
-
 
 class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
     """The declaration of moe_gemm."""
@@ -49,6 +46,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
     name: ClassVar[str] = "moe_gemm"
     templates: ClassVar[tuple[Template[Any], ...]] = (*moe_gemm_cpu.TEMPLATES, *moe_gemm_triton.TEMPLATES)
     problem_example: ClassVar[str] = "experts=8,n=2048,k=1024,top_k=2"
+    served_by: ClassVar[tuple[str, ...]] = ("Experts",)
 
     def signatures(self, model: ModelShape) -> tuple[MoeGemmSignature, ...]:
         """``up`` with the activation fused, then ``down``, of one expert layer."""
@@ -190,7 +188,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         """
         clamped = 3.0 if signature.activation == "swiglu_clamped" else 1.0
         roundings = 2 if signature.stage == "down" else 1
-        return 2e-6 * clamped * max(1.0, math.sqrt(signature.k) / 16) + roundings * _ROUNDING[signature.out_dtype]
+        return 2e-6 * clamped * max(1.0, math.sqrt(signature.k) / 16) + roundings * ROUNDING[signature.out_dtype]
 
     def workload(self, problem: MoeGemmProblem, inputs: Arrays) -> Workload:
         """Two flops per multiply-add; every active expert's weights, the inputs and the output move once."""

@@ -1,7 +1,7 @@
 // Made by tilewright VERSION from templates/attention/cpu_decode.cpp.jinja for x86_64_avx512.
 // attention stage=decode heads=64 kv_heads=8 head_dim=64 value_dim=64 scale=0.125 window=128 sinks=True page_size=16
 // kv_layout=hnd q_dtype=fp32 kv_dtype=fp32 out_dtype=fp32
-// block=64 chunk=512 grain=64 prefetch=second tile_keys=4 tile_rows=4 tile_values=4 unroll=1
+// block=64 chunk=512 grain=64 prefetch=along streams=2 tile_keys=4 tile_rows=4 tile_values=4 unroll=1
 // Decoding: the 8 query heads of a key/value head read 4 keys together, in blocks of 64 that a softmax follows.
 
 #include <stdint.h>
@@ -51,7 +51,8 @@ INLINE vec fold_1(vec a, vec b) {
 }
 
 INLINE vec power_of_two(vec x) {
-  x = x < -126.0f ? splat(-126.0f) : x;
+  const ivec vanishes = x < -126.0f;
+  x = vanishes ? splat(-126.0f) : x;
   const vec rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
   const vec shifted = x + rounder;
   const vec r = x - (shifted - rounder);
@@ -62,7 +63,7 @@ INLINE vec power_of_two(vec x) {
   p = p * r + 2.4022651e-1f;
   p = p * r + 6.9314718e-1f;
   p = p * r + 1.0f;
-  return (vec)((ivec)p + ((ivec)shifted << 23));
+  return vanishes ? vec{} : (vec)((ivec)p + ((ivec)shifted << 23));
 }
 
 INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
@@ -99,6 +100,7 @@ constexpr int64_t kTokenRows = 1;  // rows of the cache from a token to the next
 constexpr int kKeyVectors = 4;  // of a key
 constexpr int kQuery = kKeyVectors * kLanes;  // room for a query, in whole vectors
 constexpr int kRows = 4;  // queries of a register tile
+constexpr int64_t kStreams = 2;  // places of a block that are read in turn
 constexpr int kKeys = 4;  // keys of a register tile
 constexpr int kBlock = 64;  // tokens between two visits to the softmax
 constexpr int64_t kChunk = 512;  // tokens of a sequence that one thread computes; part of the result's rounding
@@ -153,14 +155,22 @@ INLINE Chunks chunks_of(int64_t length) {
   return Chunks{first, (length - 1) / kChunk + 1 - first};
 }
 
-// The rows of the cache that hold tokens [token, end) of a sequence, padded to whole tiles with the last one.
-INLINE void find_rows(const int32_t *table, int64_t head, int64_t token, int64_t end, int64_t *rows) {
-  int64_t count = 0;
+// The rows of the cache that hold tokens [token, end) of a sequence, kStreams apart.
+INLINE void walk(const int32_t *table, int64_t head, int64_t token, int64_t end, int64_t *rows) {
   while (token < end) {
     const int64_t page = token / kPageSize, stop = least(end, (page + 1) * kPageSize);
     int64_t row = ((int64_t)table[page] * kKvHeads + head) * kPageSize + token % kPageSize * kTokenRows;
-    for (; token < stop; token++, row += kTokenRows) rows[count++] = row;
+    for (; token < stop; token++, row += kTokenRows, rows += kStreams) *rows = row;
   }
+}
+
+// The same of a block, in the order in which they are read: from 2 places in turn, which memory serves faster than one. Padded to
+// whole tiles with the last one.
+INLINE void find_rows(const int32_t *table, int64_t head, int64_t token, int64_t end, int64_t *rows) {
+  int64_t count = end - token;
+  const int64_t run = count / kStreams;
+  for (int64_t s = 0; s < kStreams; s++, token += run) walk(table, head, token, token + run, rows + s);
+  for (int64_t at = run * kStreams; at < count; at++, token++) walk(table, head, token, token + 1, rows + at);
   for (; count % kKeys; count++) rows[count] = rows[count - 1];
 }
 
@@ -175,9 +185,10 @@ INLINE void load_queries(const float *from, float *q) {
 INLINE int key_column(int i) { return i * kLanes; }
 INLINE int value_column(int i) { return i * kLanes; }
 
-INLINE void fetch(const float *row, int floats) {
+// Reads a row from end to end, for the cache: hardware sees streams coming in such reads, not in those of columns.
+INLINE void read(const float *row, int floats) {
 #pragma GCC unroll 16
-  for (int i = 0; i < floats; i += 16) __builtin_prefetch(row + i, 0, 2);
+  for (int i = 0; i < floats; i += 16) (void)*(const volatile float *)(row + i);
 }
 
 // Sums of the lanes of every vector, to neighbouring floats.
@@ -213,7 +224,7 @@ INLINE void score(const float *q, const float *const (&keys)[kKeys], float *scor
 // sums[m] = factors[m] * sums[m] + weights[m] * values, V vectors of M rows.
 template <int M, int V>
 INLINE void add_values(const float *values, const int64_t *rows, int64_t count, int first, const float *weights,
-                       const float *factors, float *sums, const float *next_keys, const int64_t *next_rows) {
+                       const float *factors, float *sums) {
   vec total[M][V];
   int columns[V];
 #pragma GCC unroll 16
@@ -227,7 +238,6 @@ INLINE void add_values(const float *values, const int64_t *rows, int64_t count, 
 #pragma GCC unroll 1
   for (int64_t t = 0; t < count; t++) {
     const float *row = values + rows[t] * kValueDim;
-    if (next_rows) fetch(next_keys + next_rows[t] * kHeadDim, kHeadDim);
     vec v[V];
 #pragma GCC unroll 16
     for (int j = 0; j < V; j++) v[j] = load(row + columns[j]);
@@ -251,7 +261,7 @@ void score_block(const Job &job, Scratch &scratch, const int64_t *rows, int64_t 
 #pragma GCC unroll 16
     for (int n = 0; n < kKeys; n++) {
       keys[n] = job.k_cache + rows[t + n] * kHeadDim;
-      fetch(job.v_cache + rows[t + n] * kValueDim, kValueDim);
+      read(job.v_cache + rows[t + n] * kValueDim, kValueDim);
     }
     int r = 0;
     for (; r + kRows <= kGroup; r += kRows) score<kRows>(scratch.q + r * kQuery, keys, scratch.scores + r * kBlock + t);
@@ -281,13 +291,13 @@ void weigh_block(Scratch &scratch, int64_t count) {
   }
 }
 
-void add_block(const Job &job, Scratch &scratch, const int64_t *rows, int64_t count, const int64_t *next_rows) {
+void add_block(const Job &job, Scratch &scratch, const int64_t *rows, int64_t count) {
   int r = 0;
   for (; r + kRows <= kGroup; r += kRows) {
     int j = 0;
     for (; j + 4 <= kValueVectors; j += 4) {
       add_values<kRows, 4>(job.v_cache, rows, count, j, scratch.scores + r * kBlock, scratch.factors + r,
-                       scratch.sums + r * kOutput, job.k_cache, r + j ? nullptr : next_rows);
+                       scratch.sums + r * kOutput);
     }
   }
 }
@@ -336,7 +346,7 @@ void attend(const Job &job, Scratch &scratch, int64_t sequence, int64_t head, in
     if (next < end) find_rows(table, head, next, least(next + kBlock, end), scratch.rows[side ^ 1]);
     score_block(job, scratch, rows, count);
     weigh_block(scratch, count);
-    add_block(job, scratch, rows, count, least(next + kBlock, end) - next == kBlock ? scratch.rows[side ^ 1] : nullptr);
+    add_block(job, scratch, rows, count);
   }
   float *out = job.out + (sequence * kHeads + head * kGroup) * kValueDim;
   if (chunks.count == 1) {

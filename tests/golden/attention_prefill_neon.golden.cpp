@@ -44,7 +44,8 @@ INLINE vec fold_1(vec a, vec b) {
 }
 
 INLINE vec power_of_two(vec x) {
-  x = x < -126.0f ? splat(-126.0f) : x;
+  const ivec vanishes = x < -126.0f;
+  x = vanishes ? splat(-126.0f) : x;
   const vec rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
   const vec shifted = x + rounder;
   const vec r = x - (shifted - rounder);
@@ -55,7 +56,7 @@ INLINE vec power_of_two(vec x) {
   p = p * r + 2.4022651e-1f;
   p = p * r + 6.9314718e-1f;
   p = p * r + 1.0f;
-  return (vec)((ivec)p + ((ivec)shifted << 23));
+  return vanishes ? vec{} : (vec)((ivec)p + ((ivec)shifted << 23));
 }
 
 INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
@@ -265,7 +266,7 @@ void score_block(const Job &job, const Block &block, Scratch &scratch, int64_t t
 }
 
 // From the scores of a tile to weights relative to the largest score so far, and the factors that this brings for what
-// was summed up. Tokens of the tile's span that a row does not see get a weight of 2^-126.
+// was summed up. Tokens of the tile's span that a row does not see get a weight of 0.
 void weigh(const Block &block, Scratch &scratch, int64_t r, int64_t token, Span span) {
   for (int64_t m = r; m < r + kRows; m++) {
     float *scores = scratch.scores + m * kBlockKeys - token;
@@ -315,7 +316,8 @@ void attend(const Job &job, const Block &block, Scratch &scratch) {
     scratch.totals[r] = vec{};
   }
   const int64_t end = block.token(block.rows - 1) + 1;
-  for (int64_t token = first_seen(block.token(0)) / kKeys * kKeys; token < end; token += kBlockKeys) {
+  // Blocks of keys begin where they do for every query, so that a token's sums do not depend on its block of queries.
+  for (int64_t token = first_seen(block.token(0)) / kBlockKeys * kBlockKeys; token < end; token += kBlockKeys) {
     score_block(job, block, scratch, token, least(token + kBlockKeys, end));
     for (int64_t r = 0; r < block.rows; r += kRows) {
       const Span span = span_of(block, r, token);

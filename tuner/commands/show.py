@@ -10,6 +10,7 @@ from typing import Any
 
 from tilewright.codegen.ops import find_op
 from tilewright.tuner.commands.common import add_options, only_one, print_json
+from tilewright.tuner.plan_facts import costs_text, probed_text
 from tilewright.tuner.standings import measured_document, right_trials, standings
 from tilewright.tuner.text import (
     format_interval,
@@ -19,6 +20,7 @@ from tilewright.tuner.text import (
     labelled,
     table,
     terminal_width,
+    wrapped,
 )
 from tilewright.tuning_db.records import KernelRecord, PlanEntry, PlanRecord, ProblemSummary, TrialRecord
 from tilewright.tuning_db.store import Store
@@ -195,6 +197,7 @@ def _plan_lines(plan: PlanRecord, store: Store) -> list[str]:
         f"plan of {made}{f' for {plan.model}' if plan.model else ''}, weight layout {plan.layout or 'as given'}; "
         f"timing: {plan.timing}, checked: {plan.checked}",
         *([f"precision {plan.precision}, off by {plan.error:.2g}"] if plan.error else []),
+        *(part for text in (*costs_text(plan), probed_text(plan)) if text for part in wrapped(text, terminal_width())),
     ]
     for entry in plan.entries:
         size = "any more" if entry.max_tokens is None else f"<= {entry.max_tokens}"

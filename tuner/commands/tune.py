@@ -21,12 +21,16 @@ from tilewright.tuner.campaign import Campaign, Report, Request, SignatureReport
 from tilewright.tuner.commands.common import print_json
 from tilewright.tuner.commands.findings import Findings
 from tilewright.tuner.commands.model_findings import ModelFindings
-from tilewright.tuner.deployed import Deployed, race_against_torch
+from tilewright.tuner.deployed import DeployedRaces
+from tilewright.tuner.finals import Probed
+from tilewright.tuner.plan_facts import probed_document
 from tilewright.tuner.precision import DEFAULT_MAX_ERROR
 from tilewright.tuner.progress import ENDLESS_TRIALS, Progress
+from tilewright.tuner.proving import Proof, Prover
 from tilewright.tuner.roofline import measure_roofline
 from tilewright.tuner.search import DEFAULT_SEARCH, SEARCHES
 from tilewright.tuning_db.integrity import UntrustedFile, check_private
+from tilewright.tuning_db.records import PlanRecord
 from tilewright.tuning_db.store import Store
 
 DEFAULT_MODEL = "mixtral-8x7b"
@@ -50,14 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--tokens",
         metavar="N,N,...",
-        help="tokens of a call (default 1,4,16,64,256; of attention: "
-        "sequences that decode together, 1,4,16,64, or tokens of prompts, 64,256,1024)",
+        help="sizes to tune; " + "; ".join(f"{name}: {op.sizes_help}" for name, op in OPS.items()),
     )
     what.add_argument(
         "--routing",
         default="balanced",
         metavar="KIND",
-        help="balanced, power-law[:ALPHA] or recorded:FILE; of attention: how uneven sequences are",
+        help="balanced, power-law[:ALPHA] or recorded:FILE: how uneven loads of experts or lengths of sequences are",
     )
     what.add_argument("--template", metavar="NAME,...", help="search these alone, beside the default config")
     how = parser.add_argument_group("how hard")
@@ -79,6 +82,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-invariant",
         action="store_true",
         help="one order of sums for all sizes: what a token gets does not depend on what else is in the batch",
+    )
+    how.add_argument(
+        "--weight-copies",
+        type=int,
+        default=1,
+        metavar="N",
+        help="weight layouts (and precisions) that a plan may use: each takes the memory of another copy (default 1)",
     )
     how.add_argument("--resume", action="store_true", help="count and use earlier trials of the same problems")
     how.add_argument(
@@ -115,26 +125,26 @@ def run(arguments: argparse.Namespace) -> int:
         progress.say("measuring this machine's roofline")
         threads = requests[0].threads
         before = measure_roofline(threads)
-        tuned = [(request, *_tune(request, store, progress)) for request in requests]
+        tuned = [(request, _tune(request, store, progress)) for request in requests]
         measure_roofline.cache_clear()
         roofline = before.raised_to(measure_roofline(threads))
-        found = tuple(Findings(report, request, deployed, roofline, store.name) for request, report, deployed in tuned)
+        found = tuple(Findings(report, request, roofline, store.name) for request, report in tuned)
     findings = found[0] if len(found) == 1 or model is None else ModelFindings(found, model)
     if arguments.json:
         print_json(findings.document())
     else:
         print(findings.text())
-    signatures = [mine for _, report, _ in tuned for mine in report.signatures]
+    signatures = [mine for _, report in tuned for mine in report.signatures]
     return 0 if all(len(mine.finals) == len(mine.results) for mine in signatures) else 1
 
 
-def _tune(request: Request, store: Store, progress: Progress) -> tuple[Report, dict[str, list[Deployed]]]:
-    """Run ``request``; what it found, and its plans raced against plain torch, by signature key."""
-    campaign = Campaign(request, store, progress)
-    report = campaign.run()
-    return report, {
-        mine.signature.key: _race_deployed(mine, campaign, store, request, progress) for mine in report.signatures
-    }
+def _tune(request: Request, store: Store, progress: Progress) -> Report:
+    """Run ``request``, and put its plans to the test."""
+    report = Campaign(request, store, progress).run()
+    with DeployedRaces() as races:
+        for mine in report.signatures:
+            _prove(mine, store, races, request, progress)
+    return report
 
 
 def _warn_if_not_servable(path: Path) -> None:
@@ -219,6 +229,7 @@ def _request(arguments: argparse.Namespace, op: OpDeclaration[Any, Any], model: 
         precisions=parse_precisions(arguments.precision),
         max_error=_max_error(arguments.max_error),
         batch_invariant=arguments.batch_invariant,
+        weight_copies=_weight_copies(arguments.weight_copies),
     )
 
 
@@ -316,31 +327,37 @@ def _probes(asked: int) -> int:
     return asked
 
 
-def _race_deployed(
-    mine: SignatureReport, campaign: Campaign, store: Store, request: Request, progress: Progress
-) -> list[Deployed]:
-    """Race the plan as the runtime serves it against plain torch, and have torch serve where it is faster.
+def _weight_copies(asked: int) -> int:
+    if asked < 1:
+        raise TilewrightError(f"--weight-copies {asked} is impossible; give at least 1")
+    return asked
 
-    Only where the runtime can read the database.
-    """
+
+def _prove(mine: SignatureReport, store: Store, races: DeployedRaces, request: Request, progress: Progress) -> None:
+    """Race each plan as the runtime serves it against the default and plain torch, and store what it becomes."""
     if mine.plan is None or mine.verdict is None:
-        return []
-    if store.path is None:
-        progress.say("the runtime reads SQLite only, so the plan is not raced against torch")
-        return []
-    progress.say("racing the stored plan, as the runtime serves it, against plain torch")
-    planned = {each.size: each.problem for each in mine.verdict.grid}
-    rows = race_against_torch(
-        [*planned.values(), *(probe.problem for probe in mine.probed.last)],
-        database=str(store.path),
+        return
+    progress.say("racing the frozen plans, as the runtime serves them, against the default and plain torch")
+    grid = {each.size: each.problem for each in mine.verdict.grid}
+    prover = Prover(
+        request.op,
+        store,
+        races,
         threads=request.threads,
-        max_error=mine.plan.error if mine.plan else 0.0,
         seed=request.seed,
         budget_s=min(12.0, 0.1 * request.time_s),
-        batch_invariant=request.batch_invariant,
+        say=progress.say,
     )
-    # Torch adds up in other orders for other batches, so it has no part in a plan that must not.
-    torch_us = {row.tokens: row.torch.median for row in rows if row.slower_than_torch}
-    if torch_us and not request.batch_invariant:
-        mine.plan = campaign.store_plan(mine.verdict, [row.tokens for row in rows], torch_us)
-    return rows
+
+    def proven(plan: PlanRecord, rehearsed: Probed) -> Proof:
+        proof = prover.prove(plan, list(grid.values()), mine.default_for(plan), request.probes)
+        facts = plan.facts | {"probed": probed_document(rehearsed, proof)}
+        store.put_plan(replace(proof.plan, facts=facts))
+        return replace(proof, plan=replace(proof.plan, facts=facts))
+
+    mine.proof = proven(mine.plan, mine.probed)
+    mine.plan = mine.proof.plan
+    mine.front = [
+        replace(point, plan=mine.plan if point.precision == mine.plan.precision else proven(point.plan, Probed()).plan)
+        for point in mine.front
+    ]

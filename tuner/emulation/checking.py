@@ -101,7 +101,7 @@ def run_emulated(
     if weight is not None and isinstance(recipe.weight_layout, RowLayout):
         tensors[weight.name] = pack_rows(tensors[weight.name], recipe.weight_layout)
     source = render(template, signature, config, arch)
-    return emulator.run(source, template.entries(signature, config, arch), recipe, tensors)
+    return emulator.run(source, template.entries(signature, config, arch), recipe, tensors, problem.output_sizes)
 
 
 def rounded_reference(op: OpDeclaration[Any, Any], problem: Problem, precision: str | None, seed: int) -> Arrays:

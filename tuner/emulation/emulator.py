@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.building.entry import EntrySpec
-from tilewright.codegen.dtypes import ITEMSIZE, round_to
+from tilewright.codegen.dtypes import ITEMSIZE, e4m3_bits, round_to
 from tilewright.codegen.expressions import IntExpr
 from tilewright.codegen.ops.base import Arrays
 from tilewright.codegen.recipe import Argument, Recipe, TensorSpec
@@ -78,10 +78,18 @@ class Emulator:
         self._kill()
         self._stack.close()
 
-    def run(self, source: str, entries: Sequence[EntrySpec], recipe: Recipe, tensors: Arrays) -> Arrays:
+    def run(
+        self,
+        source: str,
+        entries: Sequence[EntrySpec],
+        recipe: Recipe,
+        tensors: Arrays,
+        output_sizes: Mapping[str, int] | None = None,
+    ) -> Arrays:
         """Outputs of a kernel called with ``tensors``, by name: floats as float32 of the outputs' dtype.
 
         ``tensors`` holds everything but the outputs: floats as float32, the packed weight as bytes (uint8).
+        ``output_sizes`` are those that no input shows (:attr:`Problem.output_sizes`).
 
         Raises:
             EmulationError: when the kernel failed, crashed, or took longer than the limit.
@@ -93,7 +101,7 @@ class Emulator:
             # A file of its own: Python caches the text of sources by path.
             path = self._folder / f"kernel_{self._runs}.py"
             path.write_text(source)
-            sizes = _sizes(recipe, tensors)
+            sizes = {**_sizes(recipe, tensors), **(output_sizes or {})}
             buffers = _Buffers(folder)
             for spec in recipe.tensors:
                 if spec.role == "output":
@@ -281,6 +289,8 @@ def _to_bytes(array: NDArray[Any], dtype: str) -> bytes:
         return (round_to(array, "bf16").view(np.uint32) >> 16).astype(np.uint16).tobytes()
     if array.dtype == np.float32 and dtype == "fp16":
         return array.astype(np.float16).tobytes()
+    if array.dtype == np.float32 and dtype == "fp8_e4m3":
+        return e4m3_bits(array).tobytes()
     return np.ascontiguousarray(array).tobytes()
 
 
