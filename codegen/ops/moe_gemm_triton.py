@@ -252,7 +252,7 @@ def work(
         weights_first=config["operands"] == "weights_first",
         partial_dtype="fp32" if config["partials"] == "fp32" else signature.out_dtype,
         columns=combine_columns(signature),
-        split_k=config.get("splits") or 1,
+        split_k=parts_of_k(config),
     )
 
 
@@ -318,5 +318,6 @@ TEMPLATES = (
         dtypes=_DTYPES,
         entries=entries,
         emulated_problems=emulated_problems,
+        work=work,
     ),
 )

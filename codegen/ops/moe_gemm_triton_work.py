@@ -68,19 +68,22 @@ def gemm_work(
     return replace(work, tile=work.tile[::-1]) if weights_first else work
 
 
-def combine_work(problem: MoeGemmProblem, partial_bytes: float, columns: int) -> LaunchWork:
-    """Rows of a token added up, ``columns`` of them by one program."""
+def combine_work(problem: MoeGemmProblem, partial_bytes: float, columns: int, splits: int) -> LaunchWork:
+    """Partial results added up, ``columns`` of them by one program: of a token's experts, or of the parts of k."""
     signature = problem.signature
     rows, out_bytes = float(rows_of_experts(problem).sum()), float(ITEMSIZE[signature.out_dtype])
+    down = signature.stage == "down"
+    outputs = problem.tokens if down else int(rows)
+    read = splits * (signature.top_k if down else signature.halves)
     return LaunchWork(
-        "combine",
-        programs=problem.tokens * -(-signature.n // columns),
+        "combine" if down else "join",
+        programs=outputs * -(-signature.n // columns),
         steps=1,
         step_flops=0.0,
         mma_dtype="fp32",
-        step_bytes=signature.top_k * columns * partial_bytes,
-        scalar_ops=2.0 * signature.top_k * columns,
-        dram_bytes=signature.n * (rows * partial_bytes + problem.tokens * out_bytes),
+        step_bytes=read * columns * partial_bytes,
+        scalar_ops=2.0 * read * columns,
+        dram_bytes=signature.n * (rows * splits * signature.halves * partial_bytes + outputs * out_bytes),
         epilogue_bytes=columns * out_bytes,
     )
 
@@ -121,10 +124,11 @@ def grouped_work(
             before = (quantise_work(problem, "row_peaks", size), quantise_work(problem, "quantise", size + 1))
         else:
             before = (quantise_work(problem, "quantise", size + 1),)
-    out_bytes = float(ITEMSIZE[partial_dtype if signature.stage == "down" else signature.out_dtype])
+    partial = signature.stage == "down" or split_k > 1
+    out_bytes = float(ITEMSIZE[partial_dtype if partial else signature.out_dtype])
     product = gemm_work(
         problem, precision, config_tile, weights_first=weights_first, out_bytes=out_bytes, split_k=split_k
     )
-    if signature.stage != "down":
+    if not partial:
         return (*before, product)
-    return (*before, product, combine_work(problem, out_bytes, columns))
+    return (*before, product, combine_work(problem, out_bytes, columns, split_k))

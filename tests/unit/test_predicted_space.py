@@ -29,7 +29,9 @@ def signature(stage: str) -> MoeGemmSignature:
 def test_a_space_is_predicted_as_its_configs_are(stage: str, precision: str) -> None:
     mine = signature(stage)
     problem = OP.problem(mine, 48, RoutingSpec.parse("balanced"))
-    configs = random.Random(0).sample(list(OP.space(mine, H100.arch, (), (precision,))), 20)
+    space = OP.space(mine, H100.arch, (), (precision,))
+    configs = random.Random(0).sample(list(space), 24)
+    assert {config["template"] for config in configs} == {config["template"] for config in space}
     together = predict_configs(OP, problem, configs, H100)
     alone = [predict_config(OP.template(c), mine, problem, c, H100).us for c in configs]
     assert together == pytest.approx(np.array(alone))
