@@ -119,6 +119,7 @@ def test_the_fastest_plan_within_the_error_serves(weights, database, max_error, 
     words = layout.packed_words(*weights["weight"].shape)
     assert prepared.memory.bytes == 4 * words
     assert prepared.memory.weight_bytes == weights["weight"].nbytes
+    assert f"process before packing: {prepared.memory.before}" in str(explanation)
 
 
 def test_nothing_is_rounded_unless_it_is_asked_for(weights, database) -> None:
