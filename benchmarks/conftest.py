@@ -19,7 +19,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     from summary import POINTS, TABLES, render
 
     if TABLES:
-        terminalreporter.section("precisions against our own fp32")
+        terminalreporter.section("what races found")
         for line in (line for table in TABLES for line in table):
             terminalreporter.write_line(line)
     if POINTS:

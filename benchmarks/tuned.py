@@ -25,10 +25,11 @@ def ensure_tuned(
     op: str = "moe_gemm",
     trials: int = TRIALS,
     path: Path | None = None,
+    options: Sequence[str] = (),
 ) -> Path:
     """Tune ``problem`` (key=value,...) at all ``tokens``; finished trials of an earlier run count."""
     path = path or database()
-    arguments = ["--arch", "native", "--op", op, "--problem", problem, "--resume", "--db", str(path)]
+    arguments = [*options, "--arch", "native", "--op", op, "--problem", problem, "--resume", "--db", str(path)]
     sizes = ",".join(map(str, tokens))
     code = tune([*arguments, "--tokens", sizes, "--threads", str(threads), "--trials", str(trials)])
     if code != 0:

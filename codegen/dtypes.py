@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "int32": 4}
+ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8_e4m3": 1, "int32": 4}
 """Bytes of an element of a tensor."""
+
+ROUNDING = {"fp32": 0.0, "bf16": 2.0**-8, "fp16": 2.0**-11}
+"""Half the distance between neighbours, relative to the lower of them; nothing is rounded from fp32 to fp32."""
 
 _Floats = NDArray[np.float32]
 
@@ -37,3 +40,14 @@ def _round_e4m3(values: _Floats) -> _Floats:
     step = np.ldexp(np.float32(1), np.maximum(exponent - 4, -9)).astype(np.float32)
     rounded: _Floats = np.rint(clipped / step) * step
     return rounded
+
+
+def e4m3_bits(values: _Floats) -> NDArray[np.uint8]:
+    """Codes of ``values``, which :func:`round_to` made; NaN keeps no sign."""
+    codes = np.arange(0x7F, dtype=np.uint8)
+    exponent, mantissa = codes >> 3, codes & 7
+    normal = np.ldexp(1 + mantissa / 8, exponent.astype(np.int32) - 7)
+    magnitudes = np.where(exponent == 0, mantissa * 2.0**-9, normal)
+    found = np.searchsorted(magnitudes, np.abs(values)).astype(np.uint8)  # NaN sorts last: 0x7F
+    bits: NDArray[np.uint8] = found | np.where(values < 0, 0x80, 0).astype(np.uint8)
+    return bits

@@ -112,28 +112,28 @@ def decode_attention_work(
 ) -> LaunchWork:
     """One query per sequence against its paged cache; ``splits`` programs share a sequence's keys.
 
-    The group of query heads of one key/value head is a tile of ``block_rows`` rows or more. ``steps`` are those of the
+    The group of query heads of one key/value head is cut into tiles of ``block_rows`` rows. ``steps`` are those of the
     longest sequence's programs, since that is when the launch ends, where there is at most one block for each; the
     traffic is that of all.
     """
     seen = np.asarray(lengths, np.int64)
     seen = np.minimum(seen, window) if window else seen
     group = heads // kv_heads
-    rows = _ceil(max(group, block_rows), 16) * 16
+    row_tiles = _ceil(group, block_rows)
     steps_of = np.ceil(np.ceil(seen / block_kv) / splits)
     mean_steps = float(steps_of.mean()) if len(seen) else 0.0
     both = head_dim + value_dim
     return LaunchWork(
         entry,
-        programs=len(seen) * kv_heads * splits,
+        programs=len(seen) * kv_heads * row_tiles * splits,
         steps=mean_steps,
-        step_flops=2.0 * rows * block_kv * both,
+        step_flops=2.0 * block_rows * block_kv * both,
         mma_dtype=dtype,
         step_bytes=block_kv * both * kv_bytes,
-        scalar_ops=4.0 * rows * block_kv,
+        scalar_ops=4.0 * block_rows * block_kv,
         dram_bytes=float(seen.sum()) * kv_heads * both * kv_bytes + len(seen) * heads * both * ELEMENT_BYTES[dtype],
-        epilogue_bytes=rows * value_dim * (4.0 if splits > 1 else ELEMENT_BYTES[dtype]),
-        tile=(rows, value_dim),
+        epilogue_bytes=block_rows * value_dim * (4.0 if splits > 1 else ELEMENT_BYTES[dtype]),
+        tile=(block_rows, value_dim),
     )
 
 
@@ -150,8 +150,12 @@ def prefill_attention_work(
     dtype: str,
     kv_bytes: float,
     window: int = 0,
+    packed: int = 1,
 ) -> LaunchWork:
-    """Causal attention of whole sequences: a program takes ``block_q`` queries of one head over what they may see."""
+    """Causal attention of whole sequences: a program takes ``block_q`` queries over what they may see.
+
+    They are queries of ``packed`` heads, which share the keys and values that it loads.
+    """
     programs, steps = 0, 0
     for length in np.asarray(lengths, np.int64):
         ends = np.minimum(np.arange(block_q, int(length) + block_q, block_q), length)
@@ -159,17 +163,18 @@ def prefill_attention_work(
         programs += len(ends)
         steps += int((-(-ends // block_kv) - begins // block_kv).sum())
     tokens, both, size = int(np.sum(lengths)), head_dim + value_dim, ELEMENT_BYTES[dtype]
+    rows = block_q * packed
     return LaunchWork(
         entry,
-        programs=programs * heads,
+        programs=programs * kv_heads * _ceil(heads // kv_heads, packed),
         steps=steps / max(1, programs),
-        step_flops=2.0 * block_q * block_kv * both,
+        step_flops=2.0 * rows * block_kv * both,
         mma_dtype=dtype,
         step_bytes=block_kv * both * kv_bytes,
-        scalar_ops=4.0 * block_q * block_kv,
+        scalar_ops=4.0 * rows * block_kv,
         dram_bytes=tokens * (heads * both * size + kv_heads * both * kv_bytes),
-        epilogue_bytes=block_q * value_dim * size,
-        tile=(block_q, value_dim),
+        epilogue_bytes=rows * value_dim * size,
+        tile=(rows, value_dim),
     )
 
 

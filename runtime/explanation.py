@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 from tilewright.runtime.plans import Resolution, SizeRange
+from tilewright.runtime.process_memory import Memory
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,9 @@ class MemoryUse:
     """The packed copy; 0 where the weight is used as it is."""
     weight_bytes: int
     """The weight that it was made from, which belongs to the caller."""
+    before: Memory
+    """Of the whole process, before it was quantised and packed."""
+    after: Memory
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,13 @@ class Explanation:
             lines.append(
                 f"  plan of {made} for {plan.threads} threads{f' of {plan.model}' if plan.model else ''}; "
                 f"timing: {plan.timing}, checked: {plan.checked}; "
-                f"weight {'as declared' if resolution.layout is None else resolution.layout.key}, "
+                f"weight {' and '.join(layout.key if layout else 'as declared' for layout in resolution.layouts)}, "
                 f"{self.memory.bytes / 1e6:.1f} MB beside the original's {self.memory.weight_bytes / 1e6:.1f} MB"
             )
+            if self.memory.bytes:
+                lines.append(f"  process before packing: {self.memory.before}; after: {self.memory.after}")
+            if plan.batch_invariant:
+                lines.append(f"  {_on_batches(resolution)}")
             if plan.error:
                 lines.append(
                     f"  precision {plan.precision}: results are off by {plan.error:.2g} (relative, when tuned)"
@@ -73,6 +81,19 @@ class Explanation:
             lines.append(f"    {sizes:<16} {_describe(part)}")
             above = part.max_size or above
         return "\n".join(lines)
+
+
+def _on_batches(resolution: Resolution) -> str:
+    """What a batch-invariant plan promises, as it is served."""
+    if resolution.batch_invariant:
+        return (
+            "batch-invariant: a token gets the same bits whatever else is in the batch; "
+            "tensors that the kernels cannot take are refused"
+        )
+    return (
+        "tuned batch-invariant, but not promised: plain torch serves tensors that the kernels cannot take, in another "
+        "order of sums; ask with batch_invariant=True"
+    )
 
 
 def _describe(part: SizeRange) -> str:

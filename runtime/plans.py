@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 
@@ -61,6 +61,8 @@ class Resolution:
     database: str
     plan: PlanRecord | None
     ranges: tuple[SizeRange, ...]
+    batch_invariant: bool = False
+    """Whether a token is promised the same bits in every batch, and what cannot keep that is refused."""
 
     @property
     def kernels(self) -> tuple[LoadedKernel, ...]:
@@ -68,9 +70,9 @@ class Resolution:
         return tuple(part.kernel for part in self.ranges if part.kernel is not None)
 
     @property
-    def layout(self) -> WeightLayout | None:
-        """The layout that every served kernel takes its weight in; None: as declared."""
-        return self.kernels[0].recipe.panels if self.kernels else None
+    def layouts(self) -> tuple[WeightLayout | None, ...]:
+        """Layouts that served kernels take their weight in, each once; None: as declared."""
+        return tuple(dict.fromkeys(kernel.recipe.panels for kernel in self.kernels))
 
 
 def resolve(
@@ -111,7 +113,7 @@ def resolve(
             f"{signature.describe()} cannot be served batch-invariantly, for no kernel serves some sizes: "
             f"{missing.why_torch}"
         )
-    return Resolution(signature, device_key, database, plan, ranges)
+    return Resolution(signature, device_key, database, plan, ranges, batch_invariant)
 
 
 def is_planned(signature: Signature, database: Database | None, max_error: float = math.inf) -> bool:
@@ -171,15 +173,15 @@ def _fastest(plans: Sequence[PlanRecord]) -> PlanRecord:
 def _load_ranges(reader: Reader, plan: PlanRecord, signature: Signature) -> tuple[SizeRange, ...]:
     """The plan's entries with their kernels loaded; torch where that fails, and beyond the end of the plan."""
     ranges: list[SizeRange] = []
-    layouts: list[WeightLayout | None] = []
+    layouts: set[WeightLayout | None] = set()
     above = 0
     for entry in plan.entries:
         kernel, why_torch = None, "the plan found nothing faster"
         if entry.kernel_key is not None:
             try:
                 kernel = _load_kernel(reader, entry.kernel_key, signature)
-                layouts.append(kernel.recipe.panels)
-                _require_one_layout(layouts, kernel)
+                _require_allowed_layout(layouts, kernel, plan)
+                layouts.add(kernel.recipe.panels)
             except TilewrightError as error:
                 kernel, why_torch = None, str(error)
                 sizes = f"{above + 1} to {entry.max_tokens}" if entry.max_tokens else f"above {above}"
@@ -191,11 +193,13 @@ def _load_ranges(reader: Reader, plan: PlanRecord, signature: Signature) -> tupl
     return tuple(ranges)
 
 
-def _require_one_layout(layouts: Sequence[WeightLayout | None], kernel: LoadedKernel) -> None:
-    """Weights are packed once per plan, in the first kernel's layout."""
-    if layouts[-1] != layouts[0]:
+def _require_allowed_layout(layouts: Set[WeightLayout | None], kernel: LoadedKernel, plan: PlanRecord) -> None:
+    """Each layout is a copy of the weights, and the plan names those that it needs."""
+    allowed = len(plan.layout.split("+"))
+    if len(layouts | {kernel.recipe.panels}) > allowed:
         raise KernelRefused(
-            f"kernel {kernel.record.key[:16]} takes its weight in another layout than the plan's first; tune again"
+            f"kernel {kernel.record.key[:16]} takes its weight in another layout than "
+            f"{'the one' if allowed == 1 else f'the {allowed}'} of the plan; tune again"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -18,8 +19,10 @@ from tilewright.runtime.explanation import Explanation, MemoryUse
 from tilewright.runtime.handles import hold
 from tilewright.runtime.locks import fork_safe_lock
 from tilewright.runtime.ops import served_op
+from tilewright.runtime.ops.base import BoundWeights
 from tilewright.runtime.plain_torch import spare_torch_threads
 from tilewright.runtime.plans import Database, Resolution, SizeRange, resolve
+from tilewright.runtime.process_memory import Memory
 
 _live: weakref.WeakSet[PreparedCall] = weakref.WeakSet()
 _listing = fork_safe_lock()
@@ -95,18 +98,22 @@ class PreparedCall:
         resolution = resolve(
             signature, threads, database, _checked_max_error(max_error), batch_invariant=batch_invariant
         )
+        before = Memory.now()
         bound = op.bind(signature, weights, resolution, keep_weights=keep_weights)
+        declared = {spec.name: spec for spec in signature.tensors()}
         call = bind_call(
-            signature.tensors(),
-            bound.tensors,
+            (*declared.values(), *(replace(declared[copy.name], name=copy.alias) for copy in bound.copies)),
+            {**bound.tensors, **{copy.alias: copy.tensor for copy in bound.copies}},
             # Sizes beyond the end of a plan have no variant, so that meeting one is warned of.
-            tuple(_variant(part) for part in resolution.ranges if part.entry is not None or resolution.plan is None),
+            tuple(
+                _variant(part, bound) for part in resolution.ranges if part.entry is not None or resolution.plan is None
+            ),
             dynamic_size=signature.dynamic_size,
             threads=threads,
             fallback=_refusing(signature) if batch_invariant else bound.fallback,
             name=signature.title,
         )
-        memory = MemoryUse(signature.describe(), bound.copied_bytes, bound.weight_bytes)
+        memory = MemoryUse(signature.describe(), bound.copied_bytes, bound.weight_bytes, before, Memory.now())
         return cls(signature, threads, call, resolution, memory, bound.declared)
 
     def __call__(self, *tensors: Any) -> Any:
@@ -137,9 +144,9 @@ class PreparedCall:
 
     @property
     def precision(self) -> str:
-        """What the weights are stored in."""
-        layout = self._resolution.layout
-        return LOSSLESS if layout is None else layout.precision
+        """What the weights are stored in; several are joined by ``+``."""
+        layouts = self._resolution.layouts or (None,)
+        return "+".join(dict.fromkeys(LOSSLESS if layout is None else layout.precision for layout in layouts))
 
     def explain(self) -> Explanation:
         """Which kernel serves which sizes, on what evidence, and where torch does and why."""
@@ -155,14 +162,18 @@ def live_prepared() -> list[PreparedCall]:
         return list(_live)
 
 
-def _variant(part: SizeRange) -> CallVariant:
+def _variant(part: SizeRange, bound: BoundWeights) -> CallVariant:
     """One range of the plan as the call layer takes it; without launches, torch serves it."""
     if part.kernel is None:
         return CallVariant(part.max_size)
     recipe = part.kernel.recipe
+    aliases = {copy.name: copy.alias for copy in bound.copies if copy.layout == recipe.panels}
     return CallVariant(
         part.max_size,
-        part.kernel.launches,
+        tuple(
+            (entry, tuple(replace(each, source=aliases.get(each.source, each.source)) for each in arguments))
+            for entry, arguments in part.kernel.launches
+        ),
         workspace_bytes=recipe.workspace_bytes,
         workspace_zeroed=recipe.workspace_zeroed,
         guards=recipe.guards,

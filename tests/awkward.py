@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from tilewright.codegen.archs import Arch
 from tilewright.codegen.ops import OPS, find_op
-from tilewright.codegen.ops.attention import AttentionProblem
+from tilewright.codegen.ops.attention_problem import AttentionProblem
 from tilewright.codegen.ops.attention_signature import AttentionSignature as Attention
 from tilewright.codegen.ops.base import Arrays, Problem, Template
-from tilewright.codegen.ops.gating import GatingProblem
+from tilewright.codegen.ops.gating_problem import GatingProblem
 from tilewright.codegen.ops.gating_signature import GatingSignature as Gating
 from tilewright.codegen.ops.moe_gemm_problem import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature as MoeGemm

@@ -9,7 +9,9 @@ from covering import covering_rows
 
 from tilewright.codegen.archs import GPU_ARCHS, GpuArch
 from tilewright.codegen.ops import OPS, find_op
+from tilewright.codegen.ops.attention_signature import AttentionSignature as Attention
 from tilewright.codegen.ops.base import Template
+from tilewright.codegen.ops.gating_signature import GatingSignature as Gating
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature as MoeGemm
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.space import Space
@@ -24,8 +26,46 @@ GPU_SIGNATURES: Mapping[str, Sequence[Signature]] = {
         MoeGemm(stage="plain", experts=4, n=512, k=1024, x_dtype="bf16"),
         MoeGemm(stage="plain", experts=2, n=72, k=1096, bias=True, x_dtype="bf16"),
     ),
+    "gating": (
+        Gating(experts=8, top_k=2, order="rows"),
+        Gating(experts=128, top_k=8, order="blocks", block_size=16),
+        Gating(experts=256, top_k=8, score="sigmoid", bias=True, groups=8, top_groups=4, scale=2.5, order="rows"),
+        Gating(experts=60, top_k=4, groups=5, top_groups=2, renormalize=False),
+        Gating(experts=36, top_k=6, score="sigmoid", groups=6, top_groups=3, order="blocks", block_size=7),
+        Gating(experts=53, top_k=5, renormalize=False, order="rows"),
+        Gating(experts=7, top_k=7, score="sigmoid", renormalize=False, order="blocks", block_size=1),
+        Gating(experts=64, top_k=4, score="sigmoid", bias=True, scale=2.5),
+        Gating(experts=1, top_k=1, order="rows"),
+    ),
+    "attention": (
+        Attention(stage="decode", heads=32, kv_heads=8, head_dim=128, q_dtype="bf16"),
+        Attention(stage="decode", heads=64, kv_heads=8, head_dim=64, window=128, sinks=True, q_dtype="bf16"),
+        Attention(stage="decode", heads=40, kv_heads=1, head_dim=80, value_dim=72, page_size=256, q_dtype="fp16"),
+        Attention(
+            stage="decode", heads=5, kv_heads=5, head_dim=96, kv_layout="nhd", page_size=7, q_dtype="fp16", sinks=True
+        ),
+        Attention(
+            stage="decode",
+            heads=24,
+            kv_heads=8,
+            head_dim=128,
+            window=70,
+            kv_layout="nhd",
+            page_size=64,
+            q_dtype="bf16",
+            kv_dtype="fp8_e4m3",
+            out_dtype="fp32",
+        ),
+        Attention(stage="prefill", heads=32, kv_heads=8, head_dim=128, q_dtype="bf16"),
+        Attention(stage="prefill", heads=64, kv_heads=8, head_dim=64, window=128, sinks=True, q_dtype="bf16"),
+        Attention(stage="prefill", heads=10, kv_heads=2, head_dim=80, value_dim=72, window=33, q_dtype="fp16"),
+        Attention(stage="prefill", heads=3, kv_heads=3, head_dim=96, sinks=True, q_dtype="fp16", out_dtype="fp32"),
+    ),
 }
-"""Sizes that every tile divides, and sizes that none does; k that all groups of scales divide, and k that few do."""
+"""For moe_gemm: sizes that every tile divides, and sizes that none does; k that all groups of scales divide, and k that
+few do. For gating: every way to score, to choose and to order, experts and groups that are powers of two and not.
+For attention: groups that fill a tile, that do not, and that need several; head dims that are one power of two
+or need several products; pages larger than tiles, smaller, and odd; windows, sinks, and keys in 8 bits."""
 
 
 def space_of(op_name: str, template: Template[Any], signature: Signature, arch: GpuArch) -> Space | None:
@@ -33,6 +73,8 @@ def space_of(op_name: str, template: Template[Any], signature: Signature, arch: 
     op = find_op(op_name)
     if template not in op.templates_for(signature, arch):
         return None
+    if not template.precisions:
+        return template.space(signature, arch)
     possible = [name for name, refusal in op.precisions(signature).items() if refusal is None]
     names = tuple(name for name in template.precisions if name in possible and template.exclusion(name, arch) is None)
     return template.space(signature, arch, names) if names else None

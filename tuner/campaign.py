@@ -6,8 +6,8 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from math import ceil, log
 from typing import Any
@@ -16,25 +16,27 @@ import numpy as np
 import optuna
 
 from tilewright import __version__
-from tilewright.codegen.archs import Arch, CpuArch
-from tilewright.codegen.building.cpp import CppBuilder
-from tilewright.codegen.cpu_info import read_cpu_info
+from tilewright.codegen.archs import Arch
+from tilewright.codegen.devices import Device
 from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.precisions import LOSSLESS
 from tilewright.codegen.space import Config, Space
 from tilewright.errors import TilewrightError
 from tilewright.tuner.evaluation.checking import PrecisionError
-from tilewright.tuner.evaluation.evaluator import CpuEvaluator
+from tilewright.tuner.evaluation.interface import Evaluator
 from tilewright.tuner.finals import Finals, Probed, Verdict
 from tilewright.tuner.loop import Budget, Origin, ProblemResult, ProblemTuner
-from tilewright.tuner.plan import Final, Settled, choose_bonds, kept, with_torch
+from tilewright.tuner.plan import Final, Settled, choose_bonds, kept
+from tilewright.tuner.plan_facts import costs_document
 from tilewright.tuner.precision import FrontPoint, admit, bond_by_precision, front, storable
 from tilewright.tuner.progress import Progress
+from tilewright.tuner.proving import Default, Proof
 from tilewright.tuner.search import Prior
+from tilewright.tuner.target import Target
 from tilewright.tuner.text import format_shape
 from tilewright.tuner.variants import Bond, Workshop
-from tilewright.tuning_db.records import DeviceRecord, PlanRecord, TrialRecord
+from tilewright.tuning_db.records import PlanRecord, TrialRecord
 from tilewright.tuning_db.store import Store
 
 _KEPT_PER_PROBLEM = 6
@@ -47,6 +49,8 @@ _REFINE_SHARE = 0.25
 """Of the time, for the search within the layout."""
 _FINAL_SHARE = 0.25
 """Of the time, for the last race among the finalists."""
+_NO_ERROR = PrecisionError(0.0, 0.0)
+"""Of weights as the op declares them, whatever their precision is called."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,10 @@ class Request:
     problems: tuple[Problem, ...]
     """Grouped by signature, ascending in size within each."""
     arch: Arch
+    device: Device | None
+    """That a GPU arch's kernels are predicted for; None for a CPU, which is this machine's."""
     threads: int
+    """Of a CPU's kernels; 0 for a GPU's."""
     trials: int
     """Per problem."""
     time_s: float
@@ -76,6 +83,8 @@ class Request:
     """Largest relative error of the op's output that a precision may bring."""
     batch_invariant: bool = False
     """Whether the kernels of a plan must add up in one order."""
+    weight_copies: int = 1
+    """Most weight layouts of a plan: each is a copy of the weights where it is served."""
 
 
 @dataclass
@@ -87,6 +96,9 @@ class SignatureReport:
     verdict: Verdict | None = None
     plan: PlanRecord | None = None
     probed: Probed = field(default_factory=Probed)
+    """While it was made, against the default alone."""
+    proof: Proof | None = None
+    """Of the plan as it is stored and served."""
     front: list[FrontPoint] = field(default_factory=list)
     """Time against error, by rising error: a plan is stored for each."""
 
@@ -99,6 +111,15 @@ class SignatureReport:
     def settled(self) -> Settled | None:
         """The weight layouts of the plan, and what they cost."""
         return self.verdict.settled if self.verdict else None
+
+    def default_for(self, plan: PlanRecord) -> Default:
+        """The default config's kernel, beside one of the plans; only valid with a verdict."""
+        assert self.verdict is not None
+        variant = self.verdict.grid[0].default.built.variant
+        joins = variant.layout_key in plan.layout.split("+")
+        if plan.batch_invariant:  # the verdict knows the order of sums of the plan that it led to, and of no other
+            joins = plan is self.plan and variant.bond in self.verdict.settled.bonds
+        return Default(variant.key, variant.layout_key, joins)
 
 
 @dataclass
@@ -125,15 +146,13 @@ class Report:
 
 
 class Campaign:
-    """Runs a request against a store."""
+    """Runs a request for a target, against a store."""
 
-    def __init__(self, request: Request, store: Store, progress: Progress) -> None:
+    def __init__(self, request: Request, target: Target, store: Store, progress: Progress) -> None:
         self._request = request
+        self._target = target
         self._store = store
         self._progress = progress
-        self._device_key = read_cpu_info().key
-        assert isinstance(request.arch, CpuArch)
-        self._builder = CppBuilder(request.arch)
         self._errors: dict[tuple[str, str], PrecisionError] = {}
         """What precisions cost, by signature key and precision: of those within the budget."""
 
@@ -158,20 +177,12 @@ class Campaign:
         return report
 
     def _start_run(self) -> Any:
-        cpu = read_cpu_info()
-        facts = {
-            "l1d_bytes": cpu.l1d_bytes,
-            "l2_bytes": cpu.l2_bytes,
-            "l3_bytes": cpu.l3_bytes,
-            "memory_bytes": cpu.memory_bytes,
-            "features": sorted(cpu.features),
-        }
-        self._store.put_device(DeviceRecord(cpu.key, cpu.name, self._request.arch.name, facts))
+        self._store.put_device(self._target.device)
         versions = {
             "tilewright": __version__,
             "python": platform.python_version(),
             "optuna": optuna.__version__,
-            "toolchain": self._builder.toolchain,
+            "toolchain": self._target.builder.toolchain,
         }
         return self._store.start_run(shlex.join(["tune", *sys.argv[1:]]), versions=versions, host=platform.node())
 
@@ -184,15 +195,14 @@ class Campaign:
         """
         request = self._request
         mine = SignatureReport(signature)
-        workshop = Workshop(request.op, signature, request.arch, self._builder, batch_invariant=request.batch_invariant)
-        origin = Origin(run_id, self._device_key, request.threads, request.seed, request.search)
+        target = self._target
+        workshop = Workshop(request.op, signature, target.arch, target.builder, batch_invariant=request.batch_invariant)
+        origin = Origin(run_id, target.device.key, target.threads, request.seed, request.search)
         self._progress.say(format_shape(signature.to_dict()))
-        precisions = storable(request.precisions, request.op.precisions(signature), self._progress.say)
-        with CpuEvaluator(
-            request.op, signature, threads=request.threads, precisions=precisions, seed=request.seed
-        ) as evaluator:
+        precisions = storable(request.precisions, request.op.precisions(signature, target.arch), self._progress.say)
+        with target.evaluator(request.op, signature, precisions, request.seed) as evaluator:
             admitted = self._admit(evaluator, problems, precisions)
-            space = request.op.space(signature, request.arch, request.templates, admitted)
+            space = request.op.space(signature, target.arch, request.templates, admitted)
             self._progress.say(space.summary())
             make_tuner = partial(
                 ProblemTuner,
@@ -210,7 +220,7 @@ class Campaign:
                     tuner.replay(self._earlier(tuner.result.problem, space))
             explore = ceil(request.trials * _EXPLORE_SHARE)
             self._search(tuners, space, explore, _share(until, 1 - _REFINE_SHARE - _FINAL_SHARE))
-            bonds = choose_bonds(mine.results)
+            bonds = choose_bonds(mine.results, request.weight_copies)
             if request.batch_invariant and not bonds and any(tuner.result.candidates for tuner in tuners):
                 raise TilewrightError(
                     f"no kernel of {signature.describe()} adds up in an order that is its own whatever the batch; "
@@ -224,8 +234,8 @@ class Campaign:
                 within = self._with_bonds(space, workshop, bonds) or space
                 remaining = _REFINE_SHARE / (_REFINE_SHARE + _FINAL_SHARE)
                 self._search(tuners, within, request.trials, _share(until, remaining))
-                finals = Finals(make_tuner, evaluator, self._progress, until=until)
-                self._finish(mine, bonds, tuners, finals, workshop)
+                finals = Finals(make_tuner, evaluator, self._progress, copies=request.weight_copies, until=until)
+                self._finish(mine, bonds, tuners, finals, workshop, evaluator)
             spent = evaluator.spent
         report.build_s += sum(tuner.build_s for tuner in tuners)
         report.check_s += spent.checking_s
@@ -233,9 +243,9 @@ class Campaign:
         report.prepare_s += spent.preparing_s
         return mine
 
-    def _admit(self, evaluator: CpuEvaluator, problems: Sequence[Problem], precisions: Sequence[str]) -> list[str]:
+    def _admit(self, evaluator: Evaluator, problems: Sequence[Problem], precisions: Sequence[str]) -> list[str]:
         """Precisions within the budget of errors."""
-        errors = {LOSSLESS: PrecisionError(0.0, 0.0)}
+        errors = {LOSSLESS: _NO_ERROR}
         if len(precisions) > 1:
             errors = admit(evaluator, problems, precisions, self._request.max_error, self._progress.say)
         self._errors |= {(problems[0].signature.key, name): error for name, error in errors.items()}
@@ -248,7 +258,7 @@ class Campaign:
             self._progress.problem(problem.title)
             budget = Budget(trials, _share(until, 1 / (len(tuners) - done)))
             siblings = [other.result for other in tuners if other is not tuner]
-            tuner.search(space, budget, self._priors(problem, siblings))
+            tuner.search(space, budget, self._priors(problem, space, siblings))
 
     def _with_bonds(self, space: Space, workshop: Workshop, bonds: Sequence[Bond]) -> Space:
         """The part of ``space`` whose kernels have one of ``bonds``."""
@@ -262,10 +272,12 @@ class Campaign:
         tuners: Sequence[ProblemTuner],
         finals: Finals,
         workshop: Workshop,
+        evaluator: Evaluator,
     ) -> None:
         """Race the finalists, store the plan and the kernels that are worth keeping, and probe the plan."""
-        self._progress.say("finalists race again")
-        op, signature, arch = self._request.op, mine.signature, self._request.arch
+        self._progress.say(self._target.finals)
+        keep = partial(self._keep, workshop, evaluator)
+        op, signature, arch = self._request.op, mine.signature, self._target.arch
         # The default's layout is the one in which no size can be slower than the default.
         default = workshop.bond(op.default_config(signature, arch))
         of_precisions = bond_by_precision(mine.results)
@@ -278,18 +290,20 @@ class Campaign:
                 self._progress.say(f"{tuner.result.problem.title}: no finalist was right; the plan leaves it out")
             else:
                 fastest = kept(tuner.result, _KEPT_PER_PROBLEM)
-                self._keep(workshop, [final.winner.variant.config, *(c.config for c in fastest)])
+                keep([final.winner.variant.config, *(c.config for c in fastest)])
         if not mine.verdict or not mine.finals:
             return
         mine.verdict, mine.probed = finals.probe(mine.verdict, self._request.probes, self._request.seed)
-        self._keep(workshop, [finalist.built.variant.config for finalist in mine.verdict.chosen])
-        mine.plan = self.store_plan(mine.verdict)
-        others = [bond for name, bond in of_precisions.items() if name not in mine.plan.precision.split("+")]
+        served = [finalist.built.variant.config for finalist in mine.verdict.chosen]
+        keep([*served, op.default_config(signature, arch)])
+        mine.plan = self._plan(mine.verdict)
+        self._store.put_plan(mine.plan)
+        others = [bond for name, bond in of_precisions.items() if name != mine.plan.precision]
         verdicts = [verdict for bond in others if (verdict := finals.within(bond)) and verdict.finals]
         mine.front = front([self._point(mine.verdict, mine.plan), *(self._point(v, self._plan(v)) for v in verdicts)])
         for point in mine.front:
             if point.precision != mine.plan.precision:
-                self._keep(workshop, [final.winner.variant.config for final in point.finals])
+                keep([final.winner.variant.config for final in point.finals])
                 self._store.put_plan(point.plan)
 
     def _point(self, verdict: Verdict, plan: PlanRecord) -> FrontPoint:
@@ -297,24 +311,8 @@ class Campaign:
 
     def _error(self, signature_key: str, precisions: str) -> PrecisionError:
         """The largest that one of ``precisions`` (joined by +) brings."""
-        return max((self._errors[signature_key, name] for name in precisions.split("+")), key=lambda e: e.relative)
-
-    def store_plan(
-        self, verdict: Verdict, raced: Collection[int] = (), torch_us: Mapping[int, float] | None = None
-    ) -> PlanRecord:
-        """Store the plan that follows from ``verdict``, in place of an earlier one.
-
-        Args:
-            verdict: with at least one final.
-            raced: sizes at which the plan was raced against plain torch.
-            torch_us: those at which torch is faster, with its time; torch serves there.
-
-        """
-        plan = self._plan(verdict)
-        if torch_us:
-            plan = replace(plan, entries=tuple(with_torch(plan.entries, raced, torch_us)))
-        self._store.put_plan(plan)
-        return plan
+        known = [self._errors.get((signature_key, name), _NO_ERROR) for name in precisions.split("+")]
+        return max(known, key=lambda error: error.relative)
 
     def _plan(self, verdict: Verdict) -> PlanRecord:
         """The plan that follows from ``verdict``, as if there were no plain torch."""
@@ -325,31 +323,36 @@ class Campaign:
             op=self._request.op.name,
             signature_key=signature.key,
             signature=signature.to_dict(),
-            device_key=self._device_key,
-            threads=self._request.threads,
+            device_key=self._target.device.key,
+            threads=self._target.threads,
             layout="+".join(dict.fromkeys(variant.layout_key for variant in used)),
-            timing="measured",
-            checked="device",
+            timing=verdict.timing,
+            checked=verdict.checked,
             entries=verdict.entries,
             model=self._request.model,
             precision=precision,
             error=self._error(signature.key, precision).relative,
             batch_invariant=self._request.batch_invariant,
+            facts=costs_document(verdict),
         )
 
-    def _keep(self, workshop: Workshop, configs: Sequence[Config]) -> None:
+    def _keep(self, workshop: Workshop, evaluator: Evaluator, configs: Sequence[Config]) -> None:
         """Store kernels, source and bytes, so that they can be served and compared."""
         for built in workshop.build(list(dict.fromkeys(configs))):
-            record, artifact = workshop.record(built, "device")
-            self._store.add_kernel(record, [artifact])
+            if built.path is None:
+                continue  # a default that cannot be launched
+            record, artifacts = workshop.record(built, evaluator.checked(built.variant.key))
+            self._store.add_kernel(record, artifacts)
 
     def _earlier(self, problem: Problem, space: Space) -> list[TrialRecord]:
         """Trials of earlier runs on this problem, oldest first; without those of knobs that are no more."""
-        known = self._store.trials(problem_key=problem.key, device_key=self._device_key, threads=self._request.threads)
+        target = self._target
+        known = self._store.trials(problem_key=problem.key, device_key=target.device.key, threads=target.threads)
         return [trial for trial in known if Config(trial.config) in space]
 
-    def _priors(self, problem: Problem, siblings: Sequence[ProblemResult]) -> Iterator[Prior]:
-        """What is known of neighbours: this run's other sizes, nearest first, then the database's problems."""
+    def _priors(self, problem: Problem, space: Space, siblings: Sequence[ProblemResult]) -> Iterator[Prior]:
+        """What is known beforehand: by a model, of this run's other sizes, nearest first, then of the database's."""
+        yield from self._target.priors(self._request.op, problem, space)
         size = problem.dynamic_size
         for result in sorted(siblings, key=lambda r: abs(log(r.problem.dynamic_size / size))):
             best = result.ranked()[:_PRIOR_CONFIGS]
@@ -360,7 +363,7 @@ class Campaign:
             other_than=problem.key,
             per_problem=_PRIOR_CONFIGS,
             op=self._request.op.name,
-            device_key=self._device_key,
+            device_key=self._target.device.key,
         )
         for trial in known:
             if trial.problem_key not in seen and trial.median_us:

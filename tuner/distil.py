@@ -8,8 +8,8 @@ import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from tilewright.tuner.evaluation.statistics import clearly_slower, paired_ratio
-from tilewright.tuner.plan import TOLERATED, Finalist, Raced, geometric_mean
+from tilewright.tuner.evaluation.statistics import TOLERATED, clearly_slower, paired_ratio
+from tilewright.tuner.plan import Finalist, Raced, geometric_mean
 from tilewright.tuner.variants import Bond
 
 _NOISY = 0.05

@@ -106,8 +106,8 @@ def telling_names(signatures: Sequence[Signature]) -> dict[str, str]:
 
 def _part(title: str, calls: float, row: Deployed) -> Part:
     """Times are tied to torch's by the paired speed-up, in which drift cancels."""
-    torch = calls * row.torch.median
-    return Part(title, calls, torch, torch / row.speedup, torch / row.speedup_high, torch / row.speedup_low)
+    torch, ratio = calls * row.torch.median, row.over_torch
+    return Part(title, calls, torch, torch / ratio.median, torch / ratio.high, torch / ratio.low)
 
 
 def not_counted(model: ModelShape, tuned: Sequence[Signature]) -> list[str]:

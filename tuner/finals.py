@@ -11,13 +11,14 @@ from tilewright.codegen.ops.base import Problem
 from tilewright.codegen.space import Config
 from tilewright.errors import TilewrightError
 from tilewright.tuner.distil import Crossing, assign, cost_of, distil, equals_best, probe_sizes, sizes_between
-from tilewright.tuner.evaluation.evaluator import CpuEvaluator
+from tilewright.tuner.entries import plan_entries
+from tilewright.tuner.evaluation.interface import Evaluator
 from tilewright.tuner.evaluation.statistics import Ratio, paired_ratio
 from tilewright.tuner.loop import ProblemTuner
-from tilewright.tuner.plan import Final, Finalist, Raced, Settled, plan_entries, priced, race_configs, settle
+from tilewright.tuner.plan import Final, Finalist, Raced, Settled, priced, race_configs, settle
 from tilewright.tuner.progress import Progress
 from tilewright.tuner.variants import Bond
-from tilewright.tuning_db.records import PlanEntry
+from tilewright.tuning_db.records import CHECKED_LEVELS, TIMINGS, Checked, PlanEntry, Timing
 
 FINALISTS = 3
 """Fastest candidates of a problem, with each bond in question, that are raced again at their own size."""
@@ -54,6 +55,16 @@ class Verdict:
     """Kernels that won at some tuned size."""
 
     @property
+    def timing(self) -> Timing:
+        """The weakest evidence of a time among those that serve."""
+        return min((each.evaluation.timing for each in self.chosen), key=TIMINGS.index)
+
+    @property
+    def checked(self) -> Checked:
+        """How far the least checked of those that serve was checked."""
+        return min((each.evaluation.checked for each in self.chosen), key=CHECKED_LEVELS.index)
+
+    @property
     def entries(self) -> tuple[PlanEntry, ...]:
         """Rows of the plan."""
         changes = [a.size for a, b, c in zip(self.grid, self.chosen, self.chosen[1:], strict=False) if b.key != c.key]
@@ -82,11 +93,6 @@ class Probe:
     slower: bool
     """Whether the kernel is slower than the default beyond the noise."""
 
-    @property
-    def interval(self) -> tuple[float, float, float]:
-        """Median, low and high of the speedup."""
-        return self.speedup.median, self.speedup.low, self.speedup.high
-
 
 @dataclass(frozen=True)
 class Probed:
@@ -100,14 +106,9 @@ class Probed:
         return self.rounds[-1] if self.rounds else ()
 
     @property
-    def count(self) -> int:
-        """Sizes of all rounds."""
-        return sum(map(len, self.rounds))
-
-    @property
-    def mended(self) -> int:
-        """Sizes at which an earlier plan was slower than the default."""
-        return sum(probe.slower for each in self.rounds[:-1] for probe in each)
+    def mended_sizes(self) -> list[int]:
+        """At which an earlier plan was slower than the default."""
+        return [probe.problem.dynamic_size for each in self.rounds[:-1] for probe in each if probe.slower]
 
 
 class Finals:
@@ -117,6 +118,7 @@ class Finals:
         make_tuner: for a problem; its tuner builds and stores what is raced.
         evaluator: of the signature.
         progress: told of every race.
+        copies: of the weights, in as many layouts, that a plan may need.
         until: the moment (monotonic clock) by which all but the probes should be over.
 
     """
@@ -124,14 +126,16 @@ class Finals:
     def __init__(
         self,
         make_tuner: Callable[[Problem], ProblemTuner],
-        evaluator: CpuEvaluator,
+        evaluator: Evaluator,
         progress: Progress,
         *,
+        copies: int,
         until: float,
     ) -> None:
         self._make_tuner = make_tuner
         self._evaluator = evaluator
         self._progress = progress
+        self._copies = copies
         self._until = until
         self._tuned: list[Raced] = []
 
@@ -140,12 +144,12 @@ class Finals:
         solved = [tuner for tuner in tuners if tuner.result.candidates]
         until = self._share(_TUNED_SHARE)
         for done, tuner in enumerate(solved):
-            contenders = _contenders(tuner, solved, bonds)
+            contenders = _contenders(tuner, solved, bonds, bonds[: self._copies])
             raced = self._race(tuner, contenders, until, len(solved) - done, _MOST_S)
             if raced is not None:
                 self._tuned.append(raced)
         self._tuned.sort(key=lambda each: each.size)
-        if not self._tuned or not (settled := settle(self._tuned)).bonds:
+        if not self._tuned or not (settled := settle(self._tuned, self._copies)).bonds:
             return None
         tuned = [each for each in self._tuned if each.with_bonds(settled.bonds)]
         winners = _winners(tuned, settled.bonds)
@@ -185,11 +189,18 @@ class Finals:
         return verdict, Probed(tuple(rounds))
 
     def _mended(self, verdict: Verdict, raced: Sequence[Raced]) -> Verdict:
-        """The plan with further sizes to rest on."""
+        """The plan with further sizes to rest on.
+
+        In the default's weight layout, if with what the plan shares nothing is as fast as the default there.
+        """
         grid = sorted([*verdict.grid, *raced], key=lambda each: each.size)
+        settled = verdict.settled
         keys = [finalist.key for finalist in verdict.chosen] + [each.default.key for each in raced]
-        tuned = [each for each in verdict.grid if each.size in {f.problem.dynamic_size for f in verdict.finals}]
-        return self._decided(grid, tuned, verdict.settled, keys, verdict.candidates, finals=verdict.finals)
+        if any(all(map(each.slower_than_default, each.with_bonds(settled.bonds))) for each in raced):
+            settled = settle(grid, self._copies)
+            keys = distil(grid, settled.bonds)
+        tuned = [each for each in grid if each.size in {f.problem.dynamic_size for f in verdict.finals}]
+        return self._decided(grid, tuned, settled, keys, verdict.candidates, finals=verdict.finals)
 
     def _decided(
         self,
@@ -285,11 +296,13 @@ class Finals:
         return now + max(0.0, self._until - now) * share
 
 
-def _contenders(tuner: ProblemTuner, solved: Sequence[ProblemTuner], bonds: Sequence[Bond]) -> list[Config]:
-    """A size's own fastest with each bond and of all, and the fastest of every other size with the first bond."""
+def _contenders(
+    tuner: ProblemTuner, solved: Sequence[ProblemTuner], bonds: Sequence[Bond], likely: Sequence[Bond]
+) -> list[Config]:
+    """A size's own fastest with each bond and of all, and the fastest of every other size with each likely one."""
     own = [c.config for bond in bonds for c in tuner.result.ranked(bond)[:FINALISTS]]
     of_all = [c.config for c in tuner.result.ranked()[:1]]
-    others = [c.config for bond in bonds[:1] for other in solved for c in other.result.ranked(bond)[:1]]
+    others = [c.config for bond in likely for other in solved for c in other.result.ranked(bond)[:1]]
     return list(dict.fromkeys([*own, *of_all, *others]))
 
 

@@ -1,8 +1,7 @@
-"""Which weight layouts a plan uses, what the last races say of each size, and the plan as it is stored."""
+"""Which weight layouts a plan uses, and what the last races say of each size."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +12,11 @@ from numpy.typing import NDArray
 from tilewright.codegen.ops.base import Problem
 from tilewright.codegen.space import Config
 from tilewright.tuner.evaluation.outcome import Evaluation
-from tilewright.tuner.evaluation.statistics import Ratio, clearly_slower
+from tilewright.tuner.evaluation.statistics import MIN_SAMPLES, TOLERATED, Ratio, clearly_slower
 from tilewright.tuner.loop import Candidate, ProblemResult, ProblemTuner
 from tilewright.tuner.variants import Bond, BuildResult
-from tilewright.tuning_db.records import Outcome, PlanEntry
+from tilewright.tuning_db.records import Outcome
 
-TOLERATED = 0.02
-"""By which a kernel may be slower before that speaks against it: what races here resolve."""
 _WORTH_A_COPY = 0.02
 """Of the time over all sizes, that another copy of the weights must save."""
 
@@ -34,6 +31,8 @@ class Settled:
     """Geometric mean, over the tuned sizes, of the best time with these bonds against the best time with any."""
     order_cost: float = 1.0
     """The same against as many weight layouts with any order of sums."""
+    another: Settled | None = None
+    """With one more weight layout; None where that is not worth its memory."""
 
     @property
     def layout(self) -> str:
@@ -65,7 +64,9 @@ class Finalist:
 
     @property
     def samples_us(self) -> NDArray[np.float64]:
-        """Of the race, in order."""
+        """Of the race, in order. A prediction is the same every time, and so are its samples."""
+        if self.evaluation.timing == "predicted":
+            return np.full(MIN_SAMPLES, self.median_us)
         return np.asarray(self.evaluation.samples_us)
 
     @property
@@ -168,6 +169,9 @@ def settle(raced: Sequence[Raced], copies: int = 1) -> Settled:
     if not bonds:
         return Settled((), 1.0)
     settled = priced(bonds, raced)
+    more = _pick([standings(each, ordered=True) for each in raced], best_us, copies + 1)
+    if len(more) > len(bonds):
+        settled = replace(settled, another=priced(more, raced))
     if not settled.order:
         return settled
     free = [standings(each, ordered=False) for each in raced]
@@ -193,38 +197,6 @@ def race_configs(tuner: ProblemTuner, configs: Sequence[Config], budget_s: float
     right = tuple(Finalist(*pair) for pair in raced if pair[1].outcome is Outcome.OK)
     default = next((finalist for finalist in right if finalist.built.variant.config == result.default), None)
     return None if default is None else Raced(result.problem, right, default)
-
-
-def plan_entries(
-    grid: Sequence[Raced], chosen: Sequence[Finalist], switches: Mapping[int, int], tuned: Collection[int]
-) -> tuple[PlanEntry, ...]:
-    """Rows of a plan from who serves at each size of an ascending ``grid``.
-
-    ``switches``: for each size of the grid after which another kernel serves, the last size of the one before. A kernel
-    that serves at several ``tuned`` sizes has a row for each, which keeps what was measured there.
-    """
-    entries: list[PlanEntry] = []
-    first = 0
-    for position, (each, finalist) in enumerate(zip(grid, chosen, strict=True)):
-        last = position == len(grid) - 1
-        if not last and chosen[position + 1].key == finalist.key:
-            continue
-        run = grid[first : position + 1]
-        witnesses = [point for point in run if point.size in tuned] or [run[0]]
-        for witness, following in itertools.zip_longest(witnesses, witnesses[1:]):
-            mine = witness.of(finalist.key)
-            bound = None if last else switches[each.size]
-            entries.append(
-                PlanEntry(
-                    max_tokens=bound if following is None else math.isqrt(witness.size * following.size),
-                    kernel_key=finalist.key,
-                    median_us=mine.evaluation.median_us if mine else None,
-                    default_us=witness.default.evaluation.median_us,
-                    tuned_tokens=witness.size,
-                )
-            )
-        first = position + 1
-    return tuple(entries)
 
 
 def kept(result: ProblemResult, count: int) -> list[Candidate]:
@@ -260,35 +232,3 @@ def _pick(sizes: Sequence[Mapping[Bond, _Standing]], best_us: Sequence[float], c
             break
         picked = better
     return picked
-
-
-def with_torch(entries: Sequence[PlanEntry], sizes: Collection[int], torch_us: Mapping[int, float]) -> list[PlanEntry]:
-    """``entries`` with plain torch around the sizes of ``torch_us``, its times: halfway, by ratio, to the next size.
-
-    ``sizes`` are all at which torch was raced.
-    """
-    ordered = sorted({*sizes, *torch_us})
-    ranges = []
-    for at, size in enumerate(ordered):
-        if size in torch_us:
-            low = 0 if at == 0 else math.isqrt(ordered[at - 1] * size)
-            high = None if at == len(ordered) - 1 else math.isqrt(size * ordered[at + 1])
-            ranges.append((low, high, size))
-    cuts = {bound for low, high, _ in ranges for bound in (low, high) if bound}
-    bounds = sorted(cuts | {entry.max_tokens for entry in entries if entry.max_tokens is not None})
-    made: list[PlanEntry] = []
-    for bound in (*bounds, None):
-        last = math.inf if bound is None else bound
-        mine = next((e for e in entries if e.max_tokens is None or e.max_tokens >= last), None)
-        if mine is None:
-            continue
-        around = next((s for low, high, s in ranges if low < last <= (math.inf if high is None else high)), None)
-        if around is not None:
-            default_us = mine.default_us if mine.tuned_tokens == around else None
-            mine = PlanEntry(bound, None, torch_us[around], default_us, around)
-        mine = replace(mine, max_tokens=bound)
-        if made and replace(made[-1], max_tokens=bound) == mine:
-            made[-1] = mine
-        else:
-            made.append(mine)
-    return made

@@ -14,23 +14,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.codegen.archs import Arch, CpuArch
+from tilewright.codegen.archs import Arch, CpuArch, GpuArch
+from tilewright.codegen.dtypes import ITEMSIZE, ROUNDING, round_to
 from tilewright.codegen.models import ModelShape
-from tilewright.codegen.ops import attention_cpu
+from tilewright.codegen.ops import attention_cpu, attention_triton, attention_triton_space
 from tilewright.codegen.ops.attention_inputs import draw, draw_cache, draw_queries, gather_cache, split_tokens
+from tilewright.codegen.ops.attention_problem import AttentionProblem
 from tilewright.codegen.ops.attention_signature import AttentionSignature, Stage
-from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Problem, Template, Workload
+from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Template, Workload
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.codegen.space import Config
 from tilewright.errors import TilewrightError
 
-MAX_TOKENS = 1 << 20
 DEFAULT_CONTEXT = 2048
 _REFERENCE_ROWS = 256
 """Queries that the reference computes at once, which bounds its memory."""
@@ -40,54 +41,11 @@ _EXPONENTIAL_FLOPS = 16
 _LADDERS: Mapping[Stage, tuple[int, ...]] = {"decode": (1, 4, 16, 64), "prefill": (64, 256, 1024)}
 
 
-@dataclass(frozen=True)
-class AttentionProblem(Problem):
-    """A signature with ``tokens`` tokens of sequences that have ``context`` tokens on average.
-
-    ``decode``: ``tokens`` sequences, one query each. ``prefill``: as many sequences as ``tokens`` make up. ``routing``
-    says how uneven lengths are: ``balanced`` even, ``power-law`` skewed. ``steep`` problems have scores far apart.
-    """
-
-    signature: AttentionSignature
-    tokens: int
-    context: int
-    routing: RoutingSpec
-    steep: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "context"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_TOKENS:
-                raise TilewrightError(f"{name}={value!r} is impossible; give a whole number from 1 to {MAX_TOKENS}")
-
-    @property
-    def lengths_total(self) -> tuple[int, int]:
-        """Tokens of all sequences together, and how many sequences there are."""
-        if self.signature.stage == "decode":
-            return self.tokens * self.context, self.tokens
-        return self.tokens, -(-self.tokens // self.context)
-
-    @property
-    def assumes(self) -> str:
-        """How long sequences are that tokens are added to."""
-        return f"attention to {self.context} tokens" if self.signature.stage == "decode" else ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON."""
-        return {
-            "signature": self.signature.to_dict(),
-            "tokens": self.tokens,
-            "context": self.context,
-            "routing": str(self.routing),
-            "steep": self.steep,
-        }
-
-
 class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
     """The declaration of attention."""
 
     name: ClassVar[str] = "attention"
-    templates: ClassVar[tuple[Template[Any], ...]] = attention_cpu.TEMPLATES
+    templates: ClassVar[tuple[Template[Any], ...]] = (*attention_cpu.TEMPLATES, *attention_triton.TEMPLATES)
     problem_example: ClassVar[str] = "stage=decode,heads=32,kv_heads=8,head_dim=128,context=4096"
     served_by: ClassVar[tuple[str, ...]] = ("PagedDecode", "VarlenPrefill")
     sizes_help: ClassVar[str] = "sequences that decode together (1,4,16,64), or tokens of prompts (64,256,1024)"
@@ -114,6 +72,10 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
     def ladder(self, signature: AttentionSignature) -> tuple[int, ...]:
         """Sequences that decode together, and tokens of a prompt."""
         return _LADDERS[signature.stage]
+
+    def gpu_ladder(self, signature: AttentionSignature) -> tuple[int, ...]:
+        """The same: what limits sequences and prompts is not the kernel."""
+        return self.ladder(signature)
 
     def calls_per_pass(self, signature: AttentionSignature, model: ModelShape, phase: Phase) -> float:
         """Once in every layer of its kind, kinds being taken to be equally many; see :class:`OpDeclaration`."""
@@ -158,19 +120,28 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
         return {"sinks": np.random.default_rng((seed, 7)).normal(0, 1, signature.heads).astype(np.float32)}
 
     def inputs(self, problem: AttentionProblem, seed: int) -> Arrays:
-        """Queries, keys, values, and where they lie."""
+        """Queries, keys, values (float32, of their dtypes' values), and where they lie."""
         signature = problem.signature
         random = np.random.default_rng((seed, 8))
         lengths = split_tokens(problem.routing, *problem.lengths_total, seed)
         q = draw_queries(signature, problem.tokens, random, steep=problem.steep)
         if signature.stage == "decode":
-            return {"q": q, **draw_cache(signature, lengths, random)}
-        return {
-            "q": q,
-            "k": draw((problem.tokens, signature.kv_heads, signature.head_dim), random),
-            "v": draw((problem.tokens, signature.kv_heads, signature.value_dim), random),
-            "cu_seqlens": np.concatenate(([0], np.cumsum(lengths))).astype(np.int32),
-        }
+            arrays: Arrays = {"q": q, **draw_cache(signature, lengths, random)}
+        else:
+            arrays = {
+                "q": q,
+                "k": draw((problem.tokens, signature.kv_heads, signature.head_dim), random),
+                "v": draw((problem.tokens, signature.kv_heads, signature.value_dim), random),
+                "cu_seqlens": np.concatenate(([0], np.cumsum(lengths))).astype(np.int32),
+            }
+        for spec in signature.tensors():
+            if spec.name in arrays and spec.dtype != "int32":
+                arrays[spec.name] = round_to(arrays[spec.name], spec.dtype)
+        return arrays
+
+    def compute_dtype(self, signature: AttentionSignature) -> str:
+        """That of the queries."""
+        return signature.q_dtype
 
     def reference(self, signature: AttentionSignature, weights: Arrays, inputs: Arrays) -> Arrays:
         """Sequence by sequence in float64."""
@@ -191,9 +162,11 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
         return {"out": out}
 
     def tolerance(self, signature: AttentionSignature) -> float:
-        """A score of 150 is known to 3e-5 in fp32, and its exponential no better; usual scores to a hundredth."""
-        del signature
-        return 5e-5
+        """A score of 150 is known to 3e-5 in fp32, and its exponential no better; usual scores to a hundredth.
+
+        Exponentials are rounded to the queries' dtype before the second product, and outputs to theirs.
+        """
+        return 5e-5 + ROUNDING[signature.q_dtype] + ROUNDING[signature.out_dtype]
 
     def workload(self, problem: AttentionProblem, inputs: Arrays) -> Workload:
         """Two products and an exponential for every pair of a query and a token that it sees; tensors move once."""
@@ -209,8 +182,11 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
             pairs, kv_rows = int((inside * (inside + 1) // 2 + (lengths - inside) * inside).sum()), problem.tokens
         dims = signature.head_dim + signature.value_dim
         flops = pairs * signature.heads * (2 * dims + _EXPONENTIAL_FLOPS)
-        elements = kv_rows * signature.kv_heads * dims + problem.tokens * signature.heads * dims
-        return Workload(flops=float(flops), min_bytes=4.0 * elements)
+        kv_bytes = ITEMSIZE[signature.kv_dtype] * kv_rows * signature.kv_heads * dims
+        row_bytes = (
+            ITEMSIZE[signature.q_dtype] * signature.head_dim + ITEMSIZE[signature.out_dtype] * signature.value_dim
+        )
+        return Workload(flops=float(flops), min_bytes=float(kv_bytes + problem.tokens * signature.heads * row_bytes))
 
     def awkward_problems(self, signature: AttentionSignature) -> tuple[AttentionProblem, ...]:
         """One token; short sequences of uneven lengths with scores far apart; and sequences that are split."""
@@ -223,7 +199,10 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
         return one, replace(short, routing=uneven, steep=True), replace(long, routing=uneven)
 
     def default_config(self, signature: AttentionSignature, arch: Arch) -> Config:
-        """Blocks that fit the first cache, tiles that fill the registers."""
+        """CPUs: blocks that fit the first cache, tiles that fill the registers. GPUs: vLLM's."""
+        if isinstance(arch, GpuArch):
+            own_template, knobs = attention_triton_space.default_config(signature, arch)
+            return self.space(signature, arch).lift(own_template, knobs)
         assert isinstance(arch, CpuArch)
         template, own = attention_cpu.default_config(signature, arch)
         return self.space(signature, arch).lift(template, own)

@@ -16,7 +16,7 @@ KvLayout = Literal["hnd", "nhd"]
 
 DEFAULT_PAGE_SIZE = 16
 
-_DTYPES = {"q_dtype": ("fp32",), "kv_dtype": ("fp32",), "out_dtype": ("fp32",)}
+_DTYPES = ("fp32", "bf16", "fp16")
 _HEAD_STEP = 8
 """Head dims are multiples of it: of every arch's vectors, or of half of one."""
 _MIN_DIM = 16
@@ -62,8 +62,11 @@ class AttentionSignature(Signature):
     """``decode``: order within a page, heads before tokens (``hnd``) or after them (``nhd``); "", and afterwards
     ``hnd``, for what CPUs read best. ``prefill``: "", its tensors are [tokens, heads, dim]."""
     q_dtype: str = "fp32"
-    kv_dtype: str = "fp32"
-    out_dtype: str = "fp32"
+    """``fp32`` for CPUs, ``bf16`` or ``fp16`` for GPUs."""
+    kv_dtype: str = ""
+    """Empty, and afterwards ``q_dtype``; or ``fp8_e4m3`` beside ``bf16`` and ``fp16``, without a scale."""
+    out_dtype: str = ""
+    """Empty, and afterwards ``q_dtype``; or ``fp32``."""
 
     def __post_init__(self) -> None:
         if self.stage not in get_args(Stage):
@@ -103,13 +106,18 @@ class AttentionSignature(Signature):
             raise TilewrightError(f"attention: sinks={self.sinks!r} is neither true nor false")
         if not isinstance(self.scale, float) or not math.isfinite(self.scale) or self.scale <= 0:
             raise TilewrightError(f"attention: scale={self.scale!r} is impossible; give a number above 0")
-        for name, supported in _DTYPES.items():
+        for name, supported in (
+            ("q_dtype", _DTYPES),
+            ("kv_dtype", (self.q_dtype,) if self.q_dtype == "fp32" else (self.q_dtype, "fp8_e4m3")),
+            ("out_dtype", tuple(dict.fromkeys((self.q_dtype, "fp32")))),
+        ):
             if getattr(self, name) not in supported:
-                raise TilewrightError(f"attention: {name}={getattr(self, name)!r} is not supported; use {supported[0]}")
+                choices = " or ".join(filter(None, (", ".join(supported[:-1]), supported[-1])))
+                raise TilewrightError(f"attention: {name}={getattr(self, name)!r} is not supported; use {choices}")
 
     def _fill_in(self) -> None:
         """Replace what stands for the usual by what that is, so that equal signatures have equal fields."""
-        usual: dict[str, Any] = {}
+        usual: dict[str, Any] = {name: self.q_dtype for name in ("kv_dtype", "out_dtype") if getattr(self, name) == ""}
         if self.value_dim == 0:
             usual["value_dim"] = self.head_dim
         if _is_whole(self.scale):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ Phase = Literal["decode", "prefill"]
 Arrays = dict[str, NDArray[Any]]
 """Tensors of one call by name; optional ones that are absent are left out."""
 
+SERVED_DTYPE = "bf16"
+"""That models are served in where nothing else is said, and kernels do not compute in fp32."""
 
 S = TypeVar("S", bound=Signature)
 P = TypeVar("P", bound="Problem")
@@ -164,6 +166,11 @@ class OpDeclaration(ABC, Generic[S, P]):
         del signature
         return (1, 4, 16, 64, 256)
 
+    def gpu_ladder(self, signature: S) -> tuple[int, ...]:
+        """The same for GPU archs, which serve larger batches."""
+        del signature
+        return (1, 8, 32, 128, 512, 2048)
+
     def calls_per_pass(self, signature: S, model: ModelShape, phase: Phase) -> float:
         """How often one forward pass of ``model`` calls ``signature``; usually once in every layer with experts.
 
@@ -244,8 +251,29 @@ class OpDeclaration(ABC, Generic[S, P]):
     def default_config(self, signature: S, arch: Arch) -> Config:
         """The config that a careful engineer would write down without tuning; always a candidate."""
 
-    def precisions(self, signature: S) -> dict[str, str | None]:
-        """Precisions that some template can read weights in; each with why this signature's cannot be stored so."""
+    def on(self, signature: S, arch: Arch) -> S:
+        """``signature`` in bf16, where no template for ``arch`` computes in fp32 and no other dtype was asked for."""
+        here = {dtype for template in self.templates if arch.family in template.families for dtype in template.dtypes}
+        dtypes = [field.name for field in fields(signature) if field.name.endswith("_dtype")]
+        if LOSSLESS in here or SERVED_DTYPE not in here or any(getattr(signature, n) != LOSSLESS for n in dtypes):
+            return signature
+        changes: dict[str, Any] = dict.fromkeys(dtypes, SERVED_DTYPE)
+        return replace(signature, **changes)
+
+    def served_on(self, problem: P, arch: Arch) -> P:
+        """``problem`` with its signature as :meth:`on` gives it."""
+        signature: Any = problem.signature
+        return replace(problem, signature=self.on(signature, arch))
+
+    def sample(self, problem: P) -> P:
+        """A smaller problem with reductions of the same length, on which precisions can be judged."""
+        return problem
+
+    def precisions(self, signature: S, arch: Arch | None = None) -> dict[str, str | None]:
+        """Precisions that some template can read weights in; each with why this signature's cannot be stored so.
+
+        With ``arch``, also those that no template for it can read are refused, in words.
+        """
         weight = packable(self.tensors(signature))
         if weight is None:
             return {}
@@ -254,7 +282,19 @@ class OpDeclaration(ABC, Generic[S, P]):
         floats = {name for t in self.templates for name in t.dtypes} - {LOSSLESS}
         # bf16 says "as they are" of a signature in bf16, "rounded" of one in fp32, and nothing of one in fp16.
         other = floats - {weight.dtype} if weight.dtype != LOSSLESS else set()
-        return {name: PRECISIONS[name].refusal(int(weight.dims[2])) for name in names if name not in other}
+        refusals = {name: PRECISIONS[name].refusal(int(weight.dims[2])) for name in names if name not in other}
+        if arch is not None:
+            here = self.templates_for(signature, arch)
+            for name, refusal in refusals.items():
+                reasons = [t.exclusion(name, arch) for t in here if name in t.precisions]
+                if refusal is None and all(reasons):
+                    why = next(iter(reasons), "no template for it reads them")
+                    refusals[name] = f"weights in precision {name} are impossible on {arch.name}: {why}"
+        return refusals
+
+    def compute_dtype(self, signature: S) -> str:
+        """Dtype of the activations that kernels compute with: that of the weights as they are declared."""
+        return self.lossless(signature)
 
     def lossless(self, signature: S) -> str:
         """The precision in which the weights are stored as the op declares them."""
@@ -263,8 +303,7 @@ class OpDeclaration(ABC, Generic[S, P]):
 
     def templates_for(self, signature: S, arch: Arch) -> tuple[Template[Any], ...]:
         """Templates for ``arch`` that can compute ``signature``."""
-        weight = packable(self.tensors(signature))
-        dtype = weight.dtype if weight else LOSSLESS
+        dtype = self.compute_dtype(signature)
         return tuple(
             t for t in self.templates if arch.family in t.families and dtype in t.dtypes and t.applies(signature, arch)
         )
@@ -295,10 +334,17 @@ class OpDeclaration(ABC, Generic[S, P]):
                     template.space(signature, arch, known) if template.precisions else template.space(signature, arch)
                 )
         if not spaces:
-            why = reasons[0] if reasons else f"no template computes {signature.describe()} in {', '.join(asked)}"
+            why = reasons[0] if reasons else self._no_template(signature, arch, asked)
             raise TilewrightError(f"{self.name} cannot be generated for {arch.name} so: {why}")
         union = Space.union(spaces)
         return union.of_templates(templates) if templates else union
+
+    def _no_template(self, signature: S, arch: Arch, precisions: Collection[str]) -> str:
+        dtype = self.compute_dtype(signature)
+        known = {each for t in self.templates if arch.family in t.families for each in t.dtypes}
+        if dtype not in known:
+            return f"its templates for that compute in {' or '.join(sorted(known)) or 'nothing'}, not in {dtype}"
+        return f"no template computes {signature.describe()} in {', '.join(precisions)}"
 
     def template_names(self, asked: Iterable[str], arch: Arch) -> tuple[str, ...]:
         """Full names (``op/file``) of the templates that users call by it, or by ``file`` alone.

@@ -15,70 +15,28 @@ refused by the runtime with a sentence that names the logit.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.codegen.archs import Arch
+from tilewright.codegen.archs import Arch, GpuArch
 from tilewright.codegen.models import ModelShape
-from tilewright.codegen.ops import gating_cpu
-from tilewright.codegen.ops.base import Arrays, OpDeclaration, Problem, Template, Workload
+from tilewright.codegen.ops import gating_cpu, gating_triton
+from tilewright.codegen.ops.base import Arrays, OpDeclaration, Template, Workload
 from tilewright.codegen.ops.gating_inputs import biased_scores, generate_bias, generate_logits, group_scores
+from tilewright.codegen.ops.gating_problem import GatingProblem
 from tilewright.codegen.ops.gating_signature import GatingSignature
 from tilewright.codegen.routing import RoutingSpec, pad_blocks, sort_tokens
 from tilewright.codegen.space import Config
 from tilewright.errors import TilewrightError
-
-MAX_TOKENS = 1 << 20
-
-
-@dataclass(frozen=True)
-class GatingProblem(Problem):
-    """A signature with ``tokens`` tokens whose logits make experts as popular as ``routing`` says.
-
-    ``tied`` problems have many equal logits.
-    """
-
-    signature: GatingSignature
-    tokens: int
-    routing: RoutingSpec
-    tied: bool = False
-
-    def __post_init__(self) -> None:
-        tokens = self.tokens
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= MAX_TOKENS:
-            raise TilewrightError(f"tokens={tokens!r} is impossible; give a whole number from 1 to {MAX_TOKENS}")
-
-    @property
-    def dynamic_size(self) -> int:
-        """Tokens."""
-        return self.tokens
-
-    @property
-    def output_sizes(self) -> Mapping[str, int]:
-        """Lengths of the padded order, at their largest."""
-        if self.signature.order != "blocks":
-            return {}
-        padded = self.signature.padded_rows(self.tokens)
-        return {"padded": padded, "blocks": padded // self.signature.block_size}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON."""
-        return {
-            "signature": self.signature.to_dict(),
-            "tokens": self.tokens,
-            "routing": str(self.routing),
-            "tied": self.tied,
-        }
 
 
 class Gating(OpDeclaration[GatingSignature, GatingProblem]):
     """The declaration of gating."""
 
     name: ClassVar[str] = "gating"
-    templates: ClassVar[tuple[Template[Any], ...]] = gating_cpu.TEMPLATES
+    templates: ClassVar[tuple[Template[Any], ...]] = (*gating_cpu.TEMPLATES, *gating_triton.TEMPLATES)
     problem_example: ClassVar[str] = "experts=64,top_k=6,score=softmax,order=rows"
     served_by: ClassVar[tuple[str, ...]] = ("Gate",)
 
@@ -172,7 +130,9 @@ class Gating(OpDeclaration[GatingSignature, GatingProblem]):
         )
 
     def default_config(self, signature: GatingSignature, arch: Arch) -> Config:
-        """Sorted insertion, token by token."""
+        """CPUs: sorted insertion, token by token. GPUs: the best of a few tokens at a time, one by one."""
+        if isinstance(arch, GpuArch):
+            return self.space(signature, arch).lift(*gating_triton.default_config(signature, arch))
         own = gating_cpu.default_config(signature)
         return self.space(signature, arch).lift(gating_cpu.INSERT, own)
 

@@ -21,7 +21,7 @@ from tilewright.codegen.activation_rounding import round_activations
 from tilewright.codegen.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
 from tilewright.codegen.archs import Arch, CpuArch, GpuArch
 from tilewright.codegen.cpu_info import usable_cores
-from tilewright.codegen.dtypes import ITEMSIZE, round_to
+from tilewright.codegen.dtypes import ITEMSIZE, ROUNDING, round_to
 from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops import moe_gemm_cpu, moe_gemm_triton
 from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Template, Workload
@@ -39,8 +39,7 @@ from tilewright.errors import TilewrightError
 if TYPE_CHECKING:
     import torch
 
-_ROUNDING = {"fp32": 0.0, "bf16": 2.0**-8, "fp16": 2.0**-11}
-"""Half the distance between neighbours, relative to the lower of them."""
+_SAMPLED_EXPERTS, _SAMPLED_COLUMNS, _SAMPLED_TOKENS = 4, 256, 32
 
 
 class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
@@ -109,6 +108,15 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         values = dict(fields)
         tokens = _whole("tokens", values.pop("tokens", "1"))
         return self.problem(MoeGemmSignature.parse(values), tokens, routing)
+
+    def sample(self, problem: MoeGemmProblem) -> MoeGemmProblem:
+        """Few experts, columns and tokens, but the whole k."""
+        signature = problem.signature
+        experts = min(signature.experts, _SAMPLED_EXPERTS)
+        small = replace(
+            signature, experts=experts, n=min(signature.n, _SAMPLED_COLUMNS), top_k=min(signature.top_k, experts)
+        )
+        return MoeGemmProblem(small, min(problem.tokens, _SAMPLED_TOKENS), RoutingSpec.parse("balanced"), experts)
 
     def weights(self, signature: MoeGemmSignature, seed: int) -> Arrays:
         """Normal weights scaled so that sums are of the inputs' magnitude, and a small bias.
@@ -191,7 +199,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         """
         clamped = 3.0 if signature.activation == "swiglu_clamped" else 1.0
         roundings = 2 if signature.stage == "down" else 1
-        return 2e-6 * clamped * max(1.0, math.sqrt(signature.k) / 16) + roundings * _ROUNDING[signature.out_dtype]
+        return 2e-6 * clamped * max(1.0, math.sqrt(signature.k) / 16) + roundings * ROUNDING[signature.out_dtype]
 
     def workload(self, problem: MoeGemmProblem, inputs: Arrays) -> Workload:
         """Two flops per multiply-add; every active expert's weights, the inputs and the output move once."""

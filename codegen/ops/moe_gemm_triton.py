@@ -7,19 +7,30 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright.codegen.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
-from tilewright.codegen.archs import Arch, GpuArch
+from tilewright.codegen.archs import GpuArch
 from tilewright.codegen.building.entry import EntrySpec
 from tilewright.codegen.dtypes import ITEMSIZE
 from tilewright.codegen.layouts import RowLayout
 from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.moe_gemm_problem import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.ops.moe_gemm_triton_space import GROUPED, decodes, default_knobs, grouped_space, stored
+from tilewright.codegen.ops.moe_gemm_triton_space import (
+    GROUPED,
+    LEAST_SPLIT_K,
+    SPLIT_K,
+    decodes,
+    default_knobs,
+    grouped_space,
+    split_k_space,
+    stored,
+)
+from tilewright.codegen.ops.moe_gemm_triton_work import grouped_work
 from tilewright.codegen.precisions import GPU_PRECISIONS, Precision
 from tilewright.codegen.recipe import Argument, Recipe
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.codegen.space import Config, Space
 from tilewright.codegen.triton_launch import EntryLaunch, EntryParameter, Workspace, guards
+from tilewright.codegen.work import LaunchWork
 
 _MOST_COMBINED_COLUMNS = 1024
 """Output columns that one program of the combination adds up: 8 for each of 128 threads."""
@@ -49,26 +60,35 @@ def launches(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> tupl
     precision, workspace = stored(config), Workspace()
     before = _quantise_launches(signature, precision, workspace)
     gemm = _gemm_parameters(signature, config, workspace)
-    if signature.stage != "down":
+    splits = parts_of_k(config)
+    if signature.stage != "down" and splits == 1:
         return (*before, _gemm_launch(signature, config, (*gemm, _out(signature)))), workspace
     dtype = "fp32" if config["partials"] == "fp32" else signature.out_dtype
-    workspace.add("partials", f"{ITEMSIZE[dtype]} * rows * {signature.n}")
+    width = signature.n if splits == 1 else signature.halves * signature.n
+    workspace.add("partials", f"{ITEMSIZE[dtype] * splits * width} * rows")
     partials = EntryParameter("partials", _POINTERS[dtype], workspace.argument("partials"), aligned=True)
     columns = combine_columns(signature)
-    combine = EntryLaunch(
-        "combine",
-        (partials, _tensor("slot_row", "*i32"), _tensor("topk_weights", "*fp32"), _out(signature)),
-        grid=("tokens", str(-(-signature.n // columns))),
-        num_warps=max(1, columns // 256),
-    )
-    return (*before, _gemm_launch(signature, config, (*gemm, partials)), combine), workspace
+    tiles, warps = str(-(-signature.n // columns)), max(1, columns // 256)
+    if signature.stage == "down":
+        routing = (_tensor("slot_row", "*i32"), _tensor("topk_weights", "*fp32"))
+        last = EntryLaunch("combine", (partials, *routing, _out(signature)), ("tokens", tiles), num_warps=warps)
+    else:
+        last = EntryLaunch("join", (partials, _out(signature)), ("rows", tiles), num_warps=warps)
+    return (*before, _gemm_launch(signature, config, (*gemm, partials)), last), workspace
+
+
+def parts_of_k(config: Config) -> int:
+    """Programs that share the sum of a tile."""
+    return int(config.get("splits") or 1)
 
 
 def _gemm_launch(signature: MoeGemmSignature, config: Config, parameters: tuple[EntryParameter, ...]) -> EntryLaunch:
+    splits = parts_of_k(config)
+    tiles = f"{most_tiles_m(signature, config)} * {tiles_n(signature, config)}"
     return EntryLaunch(
         "moe_gemm",
         parameters,
-        grid=(f"{most_tiles_m(signature, config)} * {tiles_n(signature, config)}",),
+        grid=(tiles,) if splits == 1 else (tiles, str(splits)),
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )
@@ -188,6 +208,7 @@ def context(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> dict[
     """Names that the templates use beside the signature and the config."""
     precision = stored(config)
     group = precision.group(signature.k) if precision.scales and precision.scales.group else 0
+    steps = -(-signature.k // config["block_k"])
     parts = {"none": (("out", ""),), "two_dots": (("gate", ""), ("up", " + N")), "interleaved": (("pair", ""),)}
     return {
         "halves": signature.halves,
@@ -200,9 +221,11 @@ def context(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> dict[
         "gate_up": config["gate_up"],
         "parts": parts[config["gate_up"]],
         "fuses_activation": signature.activation != "none",
-        "target": "partials" if signature.stage == "down" else "out",
+        "target": "partials" if signature.stage == "down" or parts_of_k(config) > 1 else "out",
         "tiles_n": tiles_n(signature, config),
-        "steps": -(-signature.k // config["block_k"]),
+        "steps": steps,
+        "share": -(-steps // parts_of_k(config)),
+        "joined": (("gate", ""), ("up", " + N")) if signature.halves == 2 else (("result", ""),),
         "experts_padded": power_of_two(signature.experts),
         "k_padded": power_of_two(signature.k),
         "x_groups_padded": power_of_two(max(1, signature.k // (precision.x_scales.group or signature.k)))
@@ -214,6 +237,25 @@ def context(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> dict[
     }
 
 
+def work(
+    signature: MoeGemmSignature,
+    config: Config,
+    arch: GpuArch,  # noqa: ARG001
+    problem: MoeGemmProblem,
+) -> tuple[LaunchWork, ...]:
+    """What every launch has to do, for predictions."""
+    return grouped_work(
+        signature,
+        stored(config),
+        (config["block_m"], config["block_n"], config["block_k"]),
+        problem,
+        weights_first=config["operands"] == "weights_first",
+        partial_dtype="fp32" if config["partials"] == "fp32" else signature.out_dtype,
+        columns=combine_columns(signature),
+        split_k=parts_of_k(config),
+    )
+
+
 def emulated_problems(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> tuple[MoeGemmProblem, ...]:  # noqa: ARG001
     """Three tiles along k at least, two along n, an expert with two tiles of rows, one without any, ragged ends.
 
@@ -221,7 +263,7 @@ def emulated_problems(signature: MoeGemmSignature, config: Config, arch: GpuArch
     """
     group = stored(config).group(signature.k)
     unit = math.lcm(config["block_k"], group if group < signature.k else 1)
-    splits = config.get("splits") or 1
+    splits = parts_of_k(config)
     whole = -(-3 * splits * config["block_k"] // unit) * unit
     k = min(signature.k, whole + signature.k % unit)
     ragged = signature.n % config["block_n"]
@@ -238,13 +280,9 @@ def emulated_problems(signature: MoeGemmSignature, config: Config, arch: GpuArch
 
 def default_config(signature: MoeGemmSignature, arch: GpuArch) -> Config:
     """The grouped template with vLLM's untuned tile."""
-    spaces = {t.name: t.space(signature, arch, (signature.w_dtype,)) for t in templates_for(arch)}
+    mine = (t for t in TEMPLATES if arch.family in t.families and t.applies(signature, arch))
+    spaces = {t.name: t.space(signature, arch, (signature.w_dtype,)) for t in mine}
     return Space.union(spaces).lift(GROUPED, default_knobs(signature, arch))
-
-
-def templates_for(arch: Arch) -> tuple[Template[MoeGemmSignature], ...]:
-    """Those that have an exclusion neither for the arch nor for its lossless precisions."""
-    return tuple(t for t in TEMPLATES if arch.family in t.families)
 
 
 _LABEL = ("precision", "block_m", "block_n", "block_k", "num_warps", "num_stages")
@@ -264,5 +302,22 @@ TEMPLATES = (
         dtypes=_DTYPES,
         entries=entries,
         emulated_problems=emulated_problems,
+        work=work,
+    ),
+    Template(
+        SPLIT_K,
+        "triton",
+        ("cuda", "hip"),
+        split_k_space,
+        layout,
+        recipe,
+        context,
+        applies=lambda signature, _arch: signature.k >= LEAST_SPLIT_K,
+        label=(*_LABEL, "splits"),
+        precisions=GPU_PRECISIONS,
+        dtypes=_DTYPES,
+        entries=entries,
+        emulated_problems=emulated_problems,
+        work=work,
     ),
 )

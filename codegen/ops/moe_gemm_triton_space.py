@@ -14,6 +14,10 @@ from tilewright.codegen.space import Constraint, Parameter, Space, Value
 from tilewright.errors import TilewrightError
 
 GROUPED = "moe_gemm/triton_grouped"
+SPLIT_K = "moe_gemm/triton_split_k"
+
+LEAST_SPLIT_K = 512
+"""Steps of k that are worth sharing: below, one program goes through them before a second launch has begun."""
 
 MOST_SUMS_PER_THREAD = 128
 """fp32 sums of a tile that a thread may hold: half of its registers, so that operands and addresses fit beside them."""
@@ -154,6 +158,26 @@ def common_constraints(signature: MoeGemmSignature, arch: GpuArch) -> tuple[Cons
 def grouped_space(signature: MoeGemmSignature, arch: GpuArch, precisions: tuple[str, ...]) -> Space:
     """One tile per program."""
     return Space.enumerate(common_parameters(signature, arch, precisions), common_constraints(signature, arch))
+
+
+@lru_cache(maxsize=64)
+def split_k_space(signature: MoeGemmSignature, arch: GpuArch, precisions: tuple[str, ...]) -> Space:
+    """Few rows to a tile, whose sum several programs share; they leave fp32 parts."""
+    own = {
+        "block_m": Parameter("block_m", (16, 32, 64), "rows of a tile"),
+        "partials": Parameter("partials", ("fp32",), "what parts are added up from"),
+    }
+    parameters = (
+        *(own.get(each.name, each) for each in common_parameters(signature, arch, precisions)),
+        Parameter("splits", (2, 4, 8, 16), "programs that share the sum of a tile"),
+    )
+    worth = Constraint(
+        "share",
+        lambda c: bool(c["splits"] * c["block_k"] <= signature.k),
+        "every program has a step of k",
+        ("block_k", "splits"),
+    )
+    return Space.enumerate(parameters, (*common_constraints(signature, arch), worth))
 
 
 def default_knobs(signature: MoeGemmSignature, arch: GpuArch) -> dict[str, Value]:

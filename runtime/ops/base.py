@@ -9,10 +9,26 @@ from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
+from tilewright.codegen.layouts import WeightLayout
 from tilewright.codegen.ops.signature import Signature
 from tilewright.runtime.plans import Resolution
 
 S = TypeVar("S", bound=Signature)
+
+
+@dataclass(frozen=True)
+class WeightCopy:
+    """One weight in one layout."""
+
+    name: str
+    """Of the tensor, as the op declares it."""
+    layout: WeightLayout | None
+    tensor: Tensor
+
+    @property
+    def alias(self) -> str:
+        """Name by which kernels of this layout take it."""
+        return f"{self.name} as {self.layout.key if self.layout else 'declared'}"
 
 
 @dataclass(frozen=True)
@@ -26,6 +42,8 @@ class BoundWeights:
     declared: Callable[[], Mapping[str, Tensor]]
     """Gives the weights as the op declares them: the originals where they were kept, else copies with the values that
     kernels read."""
+    copies: tuple[WeightCopy, ...] = ()
+    """Further ones, for kernels of the plan that take a weight in another layout than that among ``tensors``."""
     copied_bytes: int = 0
     """What is held beside the weights that were passed."""
     weight_bytes: int = 0

@@ -15,17 +15,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from tilewright.codegen.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
+from tilewright.codegen.layouts import WeightLayout
 from tilewright.codegen.ops.moe_gemm_signature import Activation, MoeGemmSignature
 from tilewright.errors import TilewrightError
 from tilewright.runtime.calls import pack_weight
-from tilewright.runtime.ops.base import BoundWeights, ServedOp
+from tilewright.runtime.ops.base import BoundWeights, ServedOp, WeightCopy
 from tilewright.runtime.plain_torch import plain_torch
 from tilewright.runtime.plans import Resolution
 from tilewright.runtime.weights import DeclaredWeights, ExpertWeights, PackedWeights
 
 
 class ServedMoeGemm(ServedOp[MoeGemmSignature]):
-    """Packs ``weight`` [experts, n, k] in the plan's layout."""
+    """Packs ``weight`` [experts, n, k] in the plan's layout, or in each of them."""
 
     name: ClassVar[str] = "moe_gemm"
 
@@ -35,27 +36,35 @@ class ServedMoeGemm(ServedOp[MoeGemmSignature]):
         """See :class:`ServedOp`. Without a kernel the weight stays as it is, and may be strided."""
         weight, bias = weights["weight"], weights.get("bias")
         weight_shape = weight.shape  # by itself, so that nothing here keeps the weight alive
-        served, readable = _lay_out(weight, resolution, keep_weights)
+        copies, readable = _lay_out(weight, resolution, keep_weights)
+        served: Tensor | int = copies[0].tensor if copies else 0
         return BoundWeights(
-            {"weight": 0 if served is None else served.view(torch.float32), **({} if bias is None else {"bias": bias})},
+            {"weight": served, **({} if bias is None else {"bias": bias})},
             fallback_for(signature, readable, bias),
             lambda: {"weight": _read_all(readable, weight_shape), **({} if bias is None else {"bias": bias})},
-            copied_bytes=0 if served is None or served.data_ptr() == weight.data_ptr() else served.nbytes,
+            copies=copies[1:],
+            copied_bytes=sum(each.tensor.nbytes for each in copies if each.tensor.data_ptr() != weight.data_ptr()),
             weight_bytes=weight.nbytes,
         )
 
 
-def _lay_out(weight: Tensor, resolution: Resolution, keep_weight: bool) -> tuple[Tensor | None, ExpertWeights]:
-    """The weight as the plan's kernels take it (None: there is no kernel), and as the fallback reads it."""
-    if not resolution.kernels:
-        return None, DeclaredWeights(weight)
-    if resolution.layout is None:
-        contiguous = weight.contiguous()
-        return contiguous, DeclaredWeights(contiguous)
-    packed = pack_weight(weight, resolution.layout)
-    if keep_weight:
-        return packed, DeclaredWeights(weight)
-    return packed, PackedWeights(packed, resolution.layout, weight.shape[1], weight.shape[2])
+def _lay_out(weight: Tensor, resolution: Resolution, keep_weight: bool) -> tuple[tuple[WeightCopy, ...], ExpertWeights]:
+    """The weight as the plan's kernels take it, in each of their layouts, and as the fallback reads it."""
+    copies: list[WeightCopy] = []
+    packed: dict[WeightLayout, Tensor] = {}
+    declared = weight if keep_weight or not resolution.kernels else None
+    for layout in resolution.layouts:
+        if layout is None:
+            declared = weight.contiguous()
+            copies.append(WeightCopy("weight", None, declared))
+        else:
+            packed[layout] = pack_weight(weight, layout)
+            copies.append(WeightCopy("weight", layout, packed[layout].view(torch.float32)))
+    if declared is not None:
+        return tuple(copies), DeclaredWeights(declared)
+    # Of several, the copy that says most of what the weight was.
+    finest = max(packed, key=lambda layout: layout.stored.bits)
+    return tuple(copies), PackedWeights(packed[finest], finest, weight.shape[1], weight.shape[2])
 
 
 def _read_all(weights: ExpertWeights, shape: torch.Size) -> Tensor:

@@ -17,8 +17,8 @@ from tilewright.tuner.emulation.checking import EmulatedChecker
 from tilewright.tuner.emulation.emulator import Emulator
 
 FULL = os.environ.get("TILEWRIGHT_FULL_EMULATION") == "1"
-CASES = 48
-"""Of all templates together, where not all are run: about 40 s."""
+CASES = 24
+"""Of all templates together, where not all are run: less than a minute."""
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,11 @@ import re
 
 import pytest
 from awkward import SIGNATURES, attention_signatures, gating_signatures
+from gpu_signatures import GPU_SIGNATURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tilewright.codegen.archs import CPU_ARCHS, Arch
+from tilewright.codegen.archs import CPU_ARCHS, GPU_ARCHS, Arch
 from tilewright.codegen.model_presets import PRESETS
 from tilewright.codegen.models import load_model
 from tilewright.codegen.ops import OPS, find_op
@@ -138,6 +139,52 @@ def test_every_knob_changes_the_code(op: OpDeclaration, arch: Arch) -> None:
                     index = space.find(neighbour)
                     if index is not None and index != start:
                         assert without_comments(source(op, signature, space[index], arch)) != code, (config, neighbour)
+
+
+def gpu_signatures(op: OpDeclaration, arch: Arch) -> list[Signature]:
+    """Those that some template computes on ``arch``."""
+    return [s for s in GPU_SIGNATURES.get(op.name, ()) if op.templates_for(s, arch)]
+
+
+@pytest.mark.parametrize("arch", GPU_ARCHS.values(), ids=lambda arch: arch.name)
+@each_op
+def test_spaces_of_gpus_hold_the_default_and_render(op: OpDeclaration, arch: Arch) -> None:
+    for signature in gpu_signatures(op, arch):
+        space = op.space(signature, arch, precisions=[op.lossless(signature)])
+        default = op.default_config(signature, arch)
+        assert default in space
+        assert len(space) <= MOST_CONFIGS
+        for config in (default, space[len(space) // 2], space[len(space) - 1]):
+            template = op.template(config)
+            assert template.entries is not None
+            entries = template.entries(signature, config, arch)
+            recipe = template.recipe(signature, config, arch)
+            assert [entry.entry for entry in entries] == [launch.entry for launch in recipe.launches]
+            text = source(op, signature, config, arch)
+            for entry in entries:
+                assert f"def {entry.entry}({', '.join(name for name, _ in entry.arguments)}" in text
+
+
+@pytest.mark.parametrize("arch_name", ["sm_90", "gfx942"])
+@each_op
+def test_every_knob_of_a_gpu_changes_the_code_or_its_launch(op: OpDeclaration, arch_name: str) -> None:
+    arch = GPU_ARCHS[arch_name]
+
+    def made(config: Config, signature: Signature) -> tuple[object, ...]:
+        template = op.template(config)
+        assert template.entries is not None
+        text = "\n".join(line for line in source(op, signature, config, arch).splitlines() if line[:1] != "#")
+        return text, template.entries(signature, config, arch), template.recipe(signature, config, arch)
+
+    for signature in gpu_signatures(op, arch):
+        space = op.space(signature, arch, precisions=[op.lossless(signature)])
+        for start in random.Random(1).sample(range(len(space)), min(3, len(space))):
+            config = space[start]
+            for parameter in space.parameters:
+                for value in parameter.values:
+                    index = space.find({**config, parameter.name: value})
+                    if index is not None and index != start:
+                        assert made(space[index], signature) != made(config, signature), (config, parameter.name)
 
 
 @each_op

@@ -29,6 +29,7 @@ _SOURCE = r"""
 #include <math.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <unistd.h>
 
 typedef void (*fork_fn)(void (*)(void *), void *, unsigned, unsigned);
 struct host { int32_t abi_version, threads; fork_fn fork; };
@@ -104,6 +105,8 @@ static void body(void *data) {
 int32_t naive(const struct host *host, const int64_t *args) {
     struct job job = {args, 0};
     if (FAIL) return 7;
+    const int64_t size = args[SIZE_ARGUMENT];
+    if (SLOW_FROM <= size && size <= SLOW_TO) usleep(20000);
     if (host->fork) host->fork(body, &job, (unsigned)host->threads, 0);
     else body(&job);
     return 0;
@@ -129,9 +132,15 @@ def build(
     abi: int = ABI_VERSION,
     salt: int = 0,
     fail: bool = False,
+    slow_sizes: tuple[int, int] = (1, 0),
     guards: tuple[Guard, ...] = (),
 ) -> Built:
-    """A correct kernel whose results are multiplied by ``mark``, so that a test sees who computed them."""
+    """A correct kernel whose results are multiplied by ``mark``, so that a test sees who computed them.
+
+    From the first to the last of ``slow_sizes`` it takes 20 ms longer.
+    """
+    names = ["x", "weight", "bias" if signature.bias else "", "expert_offsets", "out"]
+    names += {"up": ["row_token"], "down": ["slot_row", "topk_weights"], "plain": [""]}[signature.stage]
     data = _compile(
         {
             "EXPERTS": signature.experts,
@@ -147,11 +156,12 @@ def build(
             "ABI": abi,
             "SALT": salt,
             "FAIL": int(fail),
+            "SLOW_FROM": slow_sizes[0],
+            "SLOW_TO": slow_sizes[1],
+            "SIZE_ARGUMENT": len(names),
         }
     )
     artifact = ArtifactRecord.from_bytes(data, kind="host_so", abi_version=abi)
-    names = ["x", "weight", "bias" if signature.bias else "", "expert_offsets", "out"]
-    names += {"up": ["row_token"], "down": ["slot_row", "topk_weights"], "plain": [""]}[signature.stage]
     arguments = [Argument("tensor", name) if name else Argument("size", "0") for name in names]
     recipe = Recipe(
         tensors=signature.tensors(),
@@ -185,15 +195,23 @@ def store_plan(
     *,
     device_key: str | None = None,
     threads: int = 2,
+    copies: bool = False,
 ) -> Path:
-    """Write a plan with its kernels into the database ``path`` and return ``path``."""
+    """Write a plan with its kernels into the database ``path`` and return ``path``.
+
+    It names the layout of the first kernel, or with ``copies`` those of all.
+    """
     device_key = device_key or read_cpu_info().key
     with Store.open(path) as store:
         store.put_device(DeviceRecord(device_key, "test", native_arch().name))
         for _, built in entries:
             if built is not None:
                 store.add_kernel(built.record, [built.artifact])
-        layouts = [built.record.recipe["weight_layout"] for _, built in entries if built is not None]
+        layouts = [
+            WeightLayout.from_dict(layout).key if (layout := built.record.recipe["weight_layout"]) else ""
+            for _, built in entries
+            if built is not None
+        ]
         store.put_plan(
             PlanRecord(
                 op=signature.op,
@@ -201,7 +219,7 @@ def store_plan(
                 signature=signature.to_dict(),
                 device_key=device_key,
                 threads=threads,
-                layout=WeightLayout.from_dict(layouts[0]).key if layouts and layouts[0] else "",
+                layout="+".join(dict.fromkeys(layouts if copies else layouts[:1])),
                 timing="measured",
                 checked="device",
                 entries=tuple(PlanEntry(bound, built and built.record.key, 12.5, 25.0, 8) for bound, built in entries),

@@ -1,5 +1,6 @@
 """`tune --batch-invariant` and `batch_invariant=True`: what a token gets, to the bit, whatever else is in the batch."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from tilewright.codegen.ops import find_op
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.errors import TilewrightError
-from tilewright.runtime import prepare
+from tilewright.runtime import TilewrightWarning, prepare
+from tilewright.runtime.notices import forget_warnings
 from tilewright.tuner.cli import main as tune
 
 pytestmark = needs_compiler
@@ -63,6 +65,33 @@ def test_what_no_kernel_takes_is_refused(database: Path) -> None:
     tensors[0] = tensors[0].t().contiguous().t()
     with pytest.raises(TilewrightError, match="pass contiguous ones"):
         call(*tensors, torch.empty(4, SIGNATURE.n))
+
+
+def test_what_is_promised_is_shown_and_explained(database: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune(["show", "--db", str(database)]) == 0
+    assert re.search(
+        r"batch-invariant: one order of sums for all sizes, which\s+costs -?[\d.]+%", capsys.readouterr().out
+    )
+    weight = torch.from_numpy(find_op("moe_gemm").weights(SIGNATURE, 0)["weight"])
+    promised = prepare(weight, stage="down", top_k=2, database=database, batch_invariant=True)
+    assert "batch-invariant: a token gets the same bits" in str(promised.explain())
+    not_asked = prepare(weight, stage="down", top_k=2, database=database)
+    assert "but not promised" in str(not_asked.explain())
+
+
+def test_a_promise_warns_where_it_is_not_asked_for_and_cannot_be_kept(database: Path) -> None:
+    """The same strided tensors that are refused with the promise go to torch without it, with one warning."""
+    forget_warnings()
+    weight = torch.from_numpy(find_op("moe_gemm").weights(SIGNATURE, 0)["weight"])
+    call = prepare(weight, stage="down", top_k=2, database=database)
+    op = find_op("moe_gemm")
+    inputs = op.inputs(op.problem(SIGNATURE, 4, RoutingSpec.parse("balanced")), 3)
+    tensors = [torch.from_numpy(inputs[name]) for name in INPUTS]
+    expected = call(*tensors, torch.empty(4, SIGNATURE.n)).clone()
+    tensors[0] = tensors[0].t().contiguous().t()
+    with pytest.warns(TilewrightWarning, match="not contiguous; plain torch serves such calls"):
+        out = call(*tensors, torch.empty(4, SIGNATURE.n))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_other_plans_are_refused(tmp_path: Path) -> None:

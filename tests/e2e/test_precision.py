@@ -45,15 +45,15 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rank, (precision, error) in enumerate(ERRORS.items()):
             space = OP.space(SIGNATURE, arch, precisions=(precision,))
             built = []
-            for template in OP.templates:
+            for template in (each for each in OP.templates if arch.family in each.families):
                 fitting = [c for c in space if c["template"] == template.name]
                 first = next((b.variant.layout_key for b in built), None)
                 config = next(c for c in fitting if first in (None, OP.layout_key(SIGNATURE, c, arch)))
                 built += workshop.build([config])
             entries = []
             for bound, each in zip((2, None), built, strict=True):
-                record, artifact = workshop.record(each, "device")
-                store.add_kernel(record, [artifact])
+                record, artifacts = workshop.record(each, "device")
+                store.add_kernel(record, artifacts)
                 entries.append(PlanEntry(bound, record.key, 100.0 - rank, 200.0, bound or 8))
             store.put_plan(
                 PlanRecord(
@@ -115,9 +115,11 @@ def test_the_fastest_plan_within_the_error_serves(weights, database, max_error, 
     assert (f"precision {precision}: results are off by {ERRORS[precision]:.2g}" in str(explanation)) == (
         precision != LOSSLESS
     )
-    words = explanation.resolution.layout.packed_words(*weights["weight"].shape)
+    (layout,) = explanation.resolution.layouts
+    words = layout.packed_words(*weights["weight"].shape)
     assert prepared.memory.bytes == 4 * words
     assert prepared.memory.weight_bytes == weights["weight"].nbytes
+    assert f"process before packing: {prepared.memory.before}" in str(explanation)
 
 
 def test_nothing_is_rounded_unless_it_is_asked_for(weights, database) -> None:

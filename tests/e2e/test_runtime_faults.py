@@ -206,7 +206,7 @@ def test_only_the_damaged_kernels_sizes_go_to_torch(weight, tmp_path):
 def test_kernel_of_another_layout_than_its_plan(weight, tmp_path):
     entries = [(2, fresh_kernel(layout=WeightLayout(8))), (None, fresh_kernel(layout=WeightLayout(16)))]
     database = store_plan(tmp_path / "tuning.db", SIGNATURE, entries)
-    with pytest.warns(TilewrightWarning, match="in another layout than the plan's first"):
+    with pytest.warns(TilewrightWarning, match="in another layout than the one of the plan"):
         prepared = prepare(weight, stage="plain", database=database)
     for rows, mark in ((2, 2), (3, 1)):
         x, offsets, out = compute(prepared, rows)

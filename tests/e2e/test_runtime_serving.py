@@ -195,6 +195,30 @@ def test_memory_is_stated(tmp_path):
     assert any(explanation.memory is prepared.memory for explanation in runtime.explain())
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("implementation", ["native", "pure"])
+def test_a_plan_of_two_weight_layouts_holds_two_copies(tmp_path, monkeypatch, implementation, keep):
+    if implementation == "pure":
+        monkeypatch.setattr("tilewright.runtime.calls._NATIVE", None)
+    signature = MoeGemmSignature(stage="plain", experts=2, n=5, k=3)
+    narrow, wide = (
+        build(signature, layout=WeightLayout(4), mark=2.0),
+        build(signature, layout=WeightLayout(8), mark=3.0),
+    )
+    declared = build(signature, mark=5.0)
+    entries = [(2, narrow), (4, wide), (6, declared), (8, narrow), (9, None)]
+    store_plan(tmp_path / "tuning.db", signature, entries, copies=True)
+    weight = torch.randn(2, 5, 3)
+    prepared = prepare(weight, stage="plain", keep_weight=keep)
+    for rows, mark in ((1, 2), (2, 2), (3, 3), (4, 3), (6, 5), (7, 2), (9, 1)):
+        x, split = torch.randn(rows, 3), rows // 2
+        out = prepared(x, torch.tensor([0, split, rows], dtype=torch.int32), torch.empty(rows, 5))
+        expected = torch.cat([x[:split] @ weight[0].T, x[split:] @ weight[1].T])
+        torch.testing.assert_close(out, mark * expected)
+    assert prepared.memory_bytes == 2 * 2 * 3 * 4 * 4 + 2 * 1 * 3 * 8 * 4  # experts, panels, k, columns, bytes
+    assert "weight panel4_fp32 and panel8_fp32 and as declared" in str(prepared.explain())
+
+
 def test_experts_that_let_their_weights_go_still_fall_back(tmp_path):
     up, down = up_signature(), down_signature()
     guards = (Guard("tokens", 2),)

@@ -7,7 +7,7 @@ from tilewright.codegen.ops import OPS
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.tuner.deployed import Deployed
 from tilewright.tuner.end_to_end import not_counted, passes, telling_names
-from tilewright.tuner.evaluation.statistics import Interval
+from tilewright.tuner.evaluation.statistics import Interval, Ratio
 
 MODEL = load_model("gpt-oss-20b")  # 24 layers, all with experts, half of them with a window
 SIGNATURES = {name: op.signatures(MODEL) for name, op in OPS.items()}
@@ -15,8 +15,8 @@ SIGNATURES = {name: op.signatures(MODEL) for name, op in OPS.items()}
 
 def raced(tokens: int, torch_us: float, speedup: float, noise: float = 0.0) -> Deployed:
     once = Interval(torch_us, torch_us, torch_us)
-    low, high = speedup * (1 - noise), speedup * (1 + noise)
-    return Deployed(tokens, once, once, speedup, low, high, rounds=9, error=0.0)
+    ratio = Ratio(speedup, speedup * (1 - noise), speedup * (1 + noise), pairs=9)
+    return Deployed(tokens, once, once, None, ratio, None, error=0.0)
 
 
 def test_calls_are_counted_per_layer_and_phase():

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from tilewright.codegen.models import load_model
 from tilewright.codegen.ops import find_op
-from tilewright.codegen.ops.gating import Gating, GatingProblem
+from tilewright.codegen.ops.gating import Gating
 from tilewright.codegen.ops.gating_inputs import unstable_tokens
+from tilewright.codegen.ops.gating_problem import GatingProblem
 from tilewright.codegen.ops.gating_signature import GatingSignature
 from tilewright.codegen.routing import RoutingSpec, pad_blocks, sort_tokens
 from tilewright.errors import TilewrightError

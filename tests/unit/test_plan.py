@@ -16,9 +16,10 @@ from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.codegen.space import Config
 from tilewright.tuner.distil import Crossing, assign, cost_of, distil, probe_sizes, sizes_between
+from tilewright.tuner.entries import Substitute, plan_entries, substituted
 from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation
 from tilewright.tuner.loop import Candidate, ProblemResult
-from tilewright.tuner.plan import Finalist, Raced, choose_bonds, plan_entries, settle, with_torch
+from tilewright.tuner.plan import Finalist, Raced, choose_bonds, settle
 from tilewright.tuner.variants import Bond, BuildResult, Workshop
 from tilewright.tuning_db.records import Outcome, PlanEntry
 
@@ -91,6 +92,11 @@ def test_the_last_race_settles_the_layout(workshop: Workshop) -> None:
     assert settle([faster, slower]).bonds == WIDE_ONES
     assert settle([faster, slower]).cost == pytest.approx((100 / 40) ** 0.5)
     assert settle([faster, slower], copies=2).cost == pytest.approx(1.0)
+    assert settle([faster, slower], copies=2).another is None
+    another = settle([faster, slower]).another
+    assert another is not None
+    assert (another.layout, another.cost) == (f"{WIDE}+{NARROW}", pytest.approx(1.0))
+    assert settle([faster]).another is None
 
 
 def test_a_size_that_only_another_layout_solves_is_not_lost(workshop: Workshop) -> None:
@@ -188,16 +194,16 @@ def test_a_plan_switches_where_it_was_measured_and_keeps_the_evidence_of_tuned_s
     assert (entries[0].median_us, entries[0].default_us) == (54, 100)
 
 
-def test_torch_serves_around_the_sizes_where_it_is_faster() -> None:
+def test_a_substitute_serves_around_its_sizes() -> None:
     entries = [PlanEntry(20, "a", 5.0, 9.0, 4), PlanEntry(None, "b", 50.0, 90.0, 64)]
-    made = with_torch(entries, [1, 4, 16, 64], {16: 7.0})
-    assert [(e.max_tokens, e.kernel_key, e.median_us) for e in made] == [
-        (8, "a", 5.0),
-        (32, None, 7.0),
-        (None, "b", 50.0),
+    made = substituted(entries, [1, 4, 16, 64], {16: Substitute(None, 7.0, 8.0)})
+    assert [(e.max_tokens, e.kernel_key, e.median_us, e.default_us) for e in made] == [
+        (8, "a", 5.0, 9.0),
+        (32, None, 7.0, 8.0),
+        (None, "b", 50.0, 90.0),
     ]
-    assert with_torch(entries, [1, 4, 16, 64], {}) == entries
-    last = with_torch(entries, [1, 4, 16, 64], {64: 40.0})
-    assert [(e.max_tokens, e.kernel_key) for e in last] == [(20, "a"), (32, "b"), (None, None)]
-    first = with_torch(entries, [1, 4], {1: 1.0})
+    assert substituted(entries, [1, 4, 16, 64], {}) == tuple(entries)
+    last = substituted(entries, [1, 4, 16, 64], {64: Substitute("c", 40.0)})
+    assert [(e.max_tokens, e.kernel_key) for e in last] == [(20, "a"), (32, "b"), (None, "c")]
+    first = substituted(entries, [1, 4], {1: Substitute(None, 1.0)})
     assert [(e.max_tokens, e.kernel_key) for e in first] == [(2, None), (20, "a"), (None, "b")]

@@ -12,8 +12,9 @@ from tilewright.codegen.ops.base import Problem
 from tilewright.codegen.precisions import LOSSLESS
 from tilewright.tuner.campaign import Report, Request, SignatureReport
 from tilewright.tuner.deployed import Deployed
-from tilewright.tuner.finals import Probe
+from tilewright.tuner.evaluation.statistics import Ratio
 from tilewright.tuner.plan import Final
+from tilewright.tuner.plan_facts import costs_text, probed_text
 from tilewright.tuner.precision import FrontPoint
 from tilewright.tuner.roofline import Roofline
 from tilewright.tuner.standings import measured_document
@@ -32,10 +33,13 @@ class Findings:
 
     report: Report
     request: Request
-    deployed: dict[str, list[Deployed]]
-    """By signature key: the stored plan as the runtime serves it, against plain torch."""
     roofline: Roofline
     database: str
+
+    @property
+    def reports(self) -> list[Report]:
+        """Of its one run."""
+        return [self.report]
 
     def text(self) -> str:
         """Several lines: a table per signature, on what evidence, and what to do next."""
@@ -46,7 +50,7 @@ class Findings:
 
     def remarks(self, mine: SignatureReport) -> list[str]:
         """What a signature's plan came to, beside its times."""
-        return [*self._restrictions(mine), *self._front(mine), *self._plan(mine)]
+        return [*self._front(mine), *self._plan(mine)]
 
     def rows(self, mine: SignatureReport) -> list[Sequence[str]]:
         """A row under :data:`HEAD` for every tuned size of a signature."""
@@ -133,61 +137,24 @@ class Findings:
         entries = mine.plan.entries
         kernels = len({entry.kernel_key for entry in entries if entry.kernel_key})
         by_torch = [str(entry.tuned_tokens) for entry in entries if entry.kernel_key is None]
+        texts = costs_text(mine.plan)
         line = f"plan: {kernels} kernels over {len(entries)} ranges of sizes"
         if mine.verdict is not None:
             line += f", distilled from {mine.verdict.candidates}, which costs {mine.verdict.distilling_cost - 1:.1%}"
             measured = [str(crossing.last_below) for crossing in mine.verdict.crossings]
             line += f"; they hand over after {', '.join(measured)} (raced there)" if measured else ""
         line += f"; torch is faster around {', '.join(by_torch)} and serves there" if by_torch else ""
-        return [*wrapped(line, terminal_width()), *(self._probed(mine) if mine.probed.last else [])]
-
-    def _restrictions(self, mine: SignatureReport) -> list[str]:
-        """What it costs that kernels share a weight layout, and an order of sums where they must."""
-        settled, lines = mine.settled, []
-        if settled is not None and settled.cost > 1.005:
-            lines.append(f"one weight layout for all sizes ({settled.layout}) costs {settled.cost - 1:.1%}")
-        if settled is not None and settled.order:
-            lines.append(
-                f"batch-invariant: one order of sums ({settled.order}) for all sizes, "
-                f"{settled.order_cost - 1:+.1%} time against any order"
-            )
-        return lines
-
-    def _probed(self, mine: SignatureReport) -> list[str]:
-        worse = [
-            f"{probe.problem.dynamic_size} ({format_ratio(*probe.interval)} the default)"
-            for probe in mine.probed.last
-            if probe.slower
-        ]
-        worse += [f"{row.tokens} ({row.speedup:.2f}x torch)" for row in self._slower_than_torch(mine)]
-        sizes = ", ".join(str(probe.problem.dynamic_size) for probe in mine.probed.last)
-        found = f"slower at {', '.join(worse)}" if worse else "at none slower than the default or torch"
-        if mine.probed.mended:
-            found += f", after it was mended for {mine.probed.mended} of {mine.probed.count} sizes probed"
-        text = f"probed at {len(mine.probed.last)} sizes drawn at random ({sizes}): {found} beyond the noise"
-        return wrapped(text, terminal_width())
-
-    def _slower_than_torch(self, mine: SignatureReport) -> list[Deployed]:
-        """Probes at which torch is faster than the kernel that the plan has there."""
-        if mine.plan is None:
-            return []
-        by_kernel = {
-            probe.problem.dynamic_size
-            for probe in mine.probed.last
-            if (entry := mine.plan.entry_for(probe.problem.dynamic_size)) and entry.kernel_key
-        }
-        rows = self.deployed.get(mine.signature.key, [])
-        return [row for row in rows if row.tokens in by_kernel and row.slower_than_torch]
+        texts += [line, probed_text(mine.plan)]
+        return [part for text in texts if text for part in wrapped(text, terminal_width())]
 
     def _row(self, final: Final, served: Deployed | None) -> Sequence[str]:
-        speedup = final.speedup
         return (
             str(final.problem.dynamic_size),
             format_us(served.torch.median) if served else "-",
             format_us(final.default_us.median_us or 0),
             format_us(final.winner_us.median_us or 0),
-            format_ratio(speedup.median, speedup.low, speedup.high),
-            format_ratio(served.speedup, served.speedup_low, served.speedup_high) if served else "-",
+            format_ratio(*_interval(final.speedup)),
+            format_ratio(*_interval(served.over_torch)) if served else "-",
             f"{self._roofline_share(final):.0%}",
             f"{final.noise.noise:.1%}",
             self._name(final),
@@ -195,7 +162,8 @@ class Findings:
 
     def served(self, problem: Problem) -> Deployed | None:
         """The plan at ``problem`` raced against plain torch, where it was."""
-        rows = self.deployed.get(problem.signature.key, [])
+        mine = next(each for each in self.report.signatures if each.signature == problem.signature)
+        rows = mine.proof.rows if mine.proof else ()
         return next((row for row in rows if row.tokens == problem.dynamic_size), None)
 
     def _roofline_share(self, final: Final) -> float:
@@ -211,13 +179,15 @@ class Findings:
             "order_cost": mine.settled.order_cost if mine.settled else None,
             "distilling_cost": mine.verdict.distilling_cost if mine.verdict else None,
             "layout_cost": mine.settled.cost if mine.settled else None,
+            "facts": mine.plan.facts if mine.plan else None,
             "switches": [asdict(crossing) for crossing in mine.verdict.crossings] if mine.verdict else [],
             "problems": [self._final_document(final) for final in mine.finals],
             "precision": mine.plan.precision if mine.plan else None,
             "error": mine.plan.error if mine.plan else None,
             "front": [_point_document(point) for point in mine.front],
             "plan": [asdict(entry) for entry in mine.plan.entries] if mine.plan else [],
-            "probes": [self._probe_document(probe) for probe in mine.probed.last],
+            "probed": mine.plan.facts.get("probed") if mine.plan else None,
+            "probes": [{"tokens": row.tokens, **row.document()} for row in (mine.proof.last if mine.proof else ())],
             "unsolved": len(mine.results) - len(mine.finals),
         }
 
@@ -237,21 +207,13 @@ class Findings:
             "deployed": None if served is None else served.document(),
         }
 
-    def _probe_document(self, probe: Probe) -> dict[str, Any]:
-        served = self.served(probe.problem)
-        median, low, high = probe.interval
-        return {
-            "tokens": probe.problem.dynamic_size,
-            "kernel": probe.kernel_key,
-            "speedup": {"median": median, "low": low, "high": high},
-            "samples": probe.speedup.pairs,
-            "slower_than_default": probe.slower,
-            "deployed": None if served is None else served.document(),
-        }
-
     def _name(self, final: Final) -> str:
         """Enough to recognise a kernel by; ``the default`` where that won."""
         return "the default" if final.winner == final.default else self.request.op.label(final.winner.variant.config)
+
+
+def _interval(ratio: Ratio) -> tuple[float, float, float]:
+    return ratio.median, ratio.low, ratio.high
 
 
 def _point_document(point: FrontPoint) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.building.entry import EntrySpec
-from tilewright.codegen.dtypes import ITEMSIZE, round_to
+from tilewright.codegen.dtypes import ITEMSIZE, e4m3_bits, round_to
 from tilewright.codegen.expressions import IntExpr
 from tilewright.codegen.ops.base import Arrays
 from tilewright.codegen.recipe import Argument, Recipe, TensorSpec
@@ -66,6 +66,7 @@ class Emulator:
         self.limit_s = limit_s
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
+        self._ready = False
         self._log = -1
         self._stack = ExitStack()
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tilewright-emulation-")))
@@ -78,10 +79,18 @@ class Emulator:
         self._kill()
         self._stack.close()
 
-    def run(self, source: str, entries: Sequence[EntrySpec], recipe: Recipe, tensors: Arrays) -> Arrays:
+    def run(
+        self,
+        source: str,
+        entries: Sequence[EntrySpec],
+        recipe: Recipe,
+        tensors: Arrays,
+        output_sizes: Mapping[str, int] | None = None,
+    ) -> Arrays:
         """Outputs of a kernel called with ``tensors``, by name: floats as float32 of the outputs' dtype.
 
         ``tensors`` holds everything but the outputs: floats as float32, the packed weight as bytes (uint8).
+        ``output_sizes`` are those that no input shows (:attr:`Problem.output_sizes`).
 
         Raises:
             EmulationError: when the kernel failed, crashed, or took longer than the limit.
@@ -93,7 +102,7 @@ class Emulator:
             # A file of its own: Python caches the text of sources by path.
             path = self._folder / f"kernel_{self._runs}.py"
             path.write_text(source)
-            sizes = _sizes(recipe, tensors)
+            sizes = {**_sizes(recipe, tensors), **(output_sizes or {})}
             buffers = _Buffers(folder)
             for spec in recipe.tensors:
                 if spec.role == "output":
@@ -121,6 +130,14 @@ class Emulator:
                 if spec.role == "output"
             }
 
+    def start(self) -> None:
+        """Start the worker without waiting for it, so that the first run need not wait so long.
+
+        It ends with the thread that started it.
+        """
+        if self._process is None or self._process.poll() is not None or self._channel is None:
+            self._spawn()
+
     def _request(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         channel = self._start()
         try:
@@ -137,8 +154,18 @@ class Emulator:
         return answer
 
     def _start(self) -> socket.socket:
-        if self._process is not None and self._process.poll() is None and self._channel is not None:
-            return self._channel
+        self.start()
+        assert self._channel is not None
+        if not self._ready:
+            self._channel.settimeout(_START_LIMIT_S)
+            try:
+                receive(self._channel)
+            except (OSError, EOFError, ValueError) as error:
+                raise EmulationError(f"the interpreter did not start: {self._how_it_ended()}") from error
+            self._ready = True
+        return self._channel
+
+    def _spawn(self) -> None:
         self._kill()
         self._log = os.memfd_create("tilewright-emulation", os.MFD_CLOEXEC)
         self._channel, theirs = socket.socketpair()
@@ -165,12 +192,6 @@ class Emulator:
                     "OPENBLAS_NUM_THREADS": "1",
                 },
             )
-        self._channel.settimeout(_START_LIMIT_S)
-        try:
-            receive(self._channel)
-        except (OSError, EOFError, ValueError) as error:
-            raise EmulationError(f"the interpreter did not start: {self._how_it_ended()}") from error
-        return self._channel
 
     def _how_it_ended(self) -> str:
         process = self._process
@@ -196,6 +217,7 @@ class Emulator:
         return lines[-1].strip() if lines else ""
 
     def _kill(self) -> None:
+        self._ready = False
         if self._process is not None:
             if self._process.poll() is None:
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -281,6 +303,8 @@ def _to_bytes(array: NDArray[Any], dtype: str) -> bytes:
         return (round_to(array, "bf16").view(np.uint32) >> 16).astype(np.uint16).tobytes()
     if array.dtype == np.float32 and dtype == "fp16":
         return array.astype(np.float16).tobytes()
+    if array.dtype == np.float32 and dtype == "fp8_e4m3":
+        return e4m3_bits(array).tobytes()
     return np.ascontiguousarray(array).tobytes()
 
 

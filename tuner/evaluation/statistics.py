@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _CONFIDENCE = 0.95
+TOLERATED = 0.02
+"""By which a kernel may be slower before that speaks against it: what races here resolve."""
 MIN_SAMPLES = 6
 """Fewest samples whose range bounds the median with 95 % confidence."""
 

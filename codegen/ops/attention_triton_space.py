@@ -1,0 +1,189 @@
+"""attention on GPUs: knobs of the Triton templates, and the rules that valid configs keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from tilewright.codegen.archs import GpuArch
+from tilewright.codegen.dtypes import ITEMSIZE
+from tilewright.codegen.ops.attention_signature import AttentionSignature
+from tilewright.codegen.space import Constraint, Parameter, Space, Value
+from tilewright.errors import TilewrightError
+
+DECODE = "attention/triton_decode"
+PREFILL = "attention/triton_prefill"
+
+_LEAST_SIDE = 16
+"""Of an operand of a matrix product."""
+_MOST_ROWS = 128
+_MOST_PACKED = 16
+_MOST_SUMS_PER_THREAD = 192
+"""fp32 sums and scores that a thread may hold, so that operands and addresses fit beside them."""
+_WIDE_LOAD_BYTES = 16
+_MOST_STEPS_PER_QUERY = 32
+"""Tokens of a tile to a query of it: below, most of a masked tile is thrown away."""
+
+
+@dataclass(frozen=True)
+class DimPart:
+    """A run of a head dim that one matrix product goes through."""
+
+    first: int
+    width: int
+    """A power of two, at least 16; what lies beyond the head dim is masked."""
+
+
+def dim_parts(dim: int) -> tuple[DimPart, ...]:
+    """``dim`` as few powers of two: 80 is 64 and 16, 192 is 128 and 64."""
+    parts, first = [], 0
+    while first < dim:
+        left = dim - first
+        width = max(_LEAST_SIDE, 1 << (left.bit_length() - 1))
+        parts.append(DimPart(first, width))
+        first += width
+    return tuple(parts)
+
+
+def padded(dim: int) -> int:
+    """Elements that the parts of ``dim`` have together."""
+    return sum(part.width for part in dim_parts(dim))
+
+
+def power_of_two(number: int) -> int:
+    """The least that is not below ``number``."""
+    return 1 << (number - 1).bit_length()
+
+
+def _shared_memory_bytes(signature: AttentionSignature, rows: int, c: Mapping[str, Any], arch: GpuArch) -> int:
+    """Of tokens in flight, of the queries, and of the weights on their way to the second product."""
+    buffers = c["num_stages"] if arch.family == "cuda" else max(c["num_stages"] - 1, 1)
+    dims = padded(signature.head_dim) + padded(signature.value_dim)
+    itemsize = ITEMSIZE[signature.q_dtype]
+    tokens = buffers * c["block_kv"] * dims * ITEMSIZE[signature.kv_dtype]
+    if signature.kv_dtype != signature.q_dtype:
+        tokens += c["block_kv"] * dims * itemsize
+    if arch.family == "hip":  # keeps queries and weights in registers
+        return int(tokens)
+    return int(tokens + rows * (padded(signature.head_dim) + c["block_kv"]) * itemsize)
+
+
+def _constraints(signature: AttentionSignature, arch: GpuArch, rows: str) -> tuple[Constraint, ...]:
+    """Rules of both templates; ``rows`` is the knob that holds the rows of a tile."""
+
+    def fits_registers(c: Mapping[str, Any]) -> bool:
+        held = c[rows] * (padded(signature.value_dim) + c["block_kv"])
+        return bool(held <= _MOST_SUMS_PER_THREAD * c["num_warps"] * arch.warp_size)
+
+    def loads_wide(c: Mapping[str, Any]) -> bool:
+        threads = c["num_warps"] * arch.warp_size
+        widest = max(part.width for part in dim_parts(signature.head_dim))
+        tile_bytes = c["block_kv"] * widest * ITEMSIZE[signature.kv_dtype]
+        # One warp always may: nothing else can load a tile of small heads.
+        return bool(c["num_warps"] == 1 or tile_bytes >= _WIDE_LOAD_BYTES * threads)
+
+    return (
+        Constraint(
+            "registers", fits_registers, "sums and scores of a tile fit the registers", (rows, "block_kv", "num_warps")
+        ),
+        Constraint(
+            "wide_loads", loads_wide, "every thread reads 16 bytes of keys at a time", ("block_kv", "num_warps")
+        ),
+        Constraint(
+            "shared_memory",
+            lambda c: _shared_memory_bytes(signature, c[rows], c, arch) <= arch.smem_bytes_per_block,
+            "tokens in flight fit the shared memory of a block",
+            (rows, "block_kv", "num_stages"),
+        ),
+    )
+
+
+def _stages(arch: GpuArch) -> Parameter:
+    return Parameter("num_stages", (1, 2, 3, 4) if arch.family == "cuda" else (1, 2), "tiles of tokens in flight")
+
+
+@lru_cache(maxsize=64)
+def decode_space(signature: AttentionSignature, arch: GpuArch) -> Space:
+    """Tiles, and how many programs share a sequence."""
+    rows = power_of_two(signature.group)
+    parameters = (
+        Parameter(
+            "block_rows",
+            tuple(r for r in (16, 32, 64, _MOST_ROWS) if r == _LEAST_SIDE or r <= rows),
+            "query heads of a tile, which read keys and values together",
+        ),
+        Parameter("block_kv", (16, 32, 64, 128, 256), "tokens of a tile"),
+        Parameter("splits", (1, 2, 4, 8, 16, 32, 64), "programs that share a sequence"),
+        Parameter(
+            "operands",
+            ("queries_first", "keys_first"),
+            "whose rows are the rows of the matrix unit's tile: few queries leave most of it idle unless keys are",
+        ),
+        Parameter("num_warps", (1, 2, 4, 8), "warps of a program"),
+        _stages(arch),
+    )
+    return Space.enumerate(parameters, _constraints(signature, arch, "block_rows"))
+
+
+@lru_cache(maxsize=64)
+def prefill_space(signature: AttentionSignature, arch: GpuArch) -> Space:
+    """Tiles of queries and of tokens, and the order of programs."""
+    group = power_of_two(signature.group)
+    parameters = (
+        Parameter("block_m", (16, 32, 64, 128), "rows of a tile: queries times packed heads"),
+        Parameter(
+            "packed",
+            tuple(p for p in (1, 2, 4, 8, _MOST_PACKED) if p <= group),
+            "query heads of a tile, which share keys and values",
+        ),
+        Parameter("block_kv", (16, 32, 64, 128), "tokens of a tile"),
+        Parameter("masks", ("all", "ends"), "scores are masked in all tiles, or where some row sees a part only"),
+        Parameter("schedule", ("by_head", "longest_first"), "programs of a head are neighbours, or of late queries"),
+        Parameter("num_warps", (1, 2, 4, 8), "warps of a program"),
+        _stages(arch),
+    )
+    own = Constraint(
+        "queries",
+        lambda c: bool(c["block_kv"] <= _MOST_STEPS_PER_QUERY * (c["block_m"] // c["packed"])),
+        "a tile has queries enough for its tokens",
+        ("block_m", "packed", "block_kv"),
+    )
+    return Space.enumerate(parameters, (own, *_constraints(signature, arch, "block_m")))
+
+
+def default_config(signature: AttentionSignature, arch: GpuArch) -> tuple[str, dict[str, Value]]:
+    """What vLLM's unified attention takes: 16 rows (or the group), 16 tokens to decode in 16 parts, 32 to prefill.
+
+    Where it would not fit, or not load 16 bytes a thread: fewer tiles in flight, then fewer warps, then larger tiles.
+    Source: ``vllm/v1/attention/ops/triton_unified_attention.py`` (``_get_tile_size``, ``BLOCK_M``), 2025.
+
+    Raises:
+        TilewrightError: when no such config is valid.
+
+    """
+    rows = max(_LEAST_SIDE, power_of_two(signature.group))
+    if signature.stage == "decode":
+        space, name, least_kv = decode_space(signature, arch), DECODE, 16
+        knobs: dict[str, Value] = {"block_rows": min(rows, _MOST_ROWS), "splits": 16, "operands": "queries_first"}
+    else:
+        space, name, least_kv = prefill_space(signature, arch), PREFILL, 32
+        packed = min(power_of_two(signature.group), _MOST_PACKED)
+        knobs = {"block_m": min(rows, _MOST_ROWS), "packed": packed, "masks": "all", "schedule": "by_head"}
+    for own in _tiles(least_kv, arch):
+        if space.find({**knobs, **own}) is not None:
+            return name, {**knobs, **own}
+    raise TilewrightError(
+        f"{signature.describe()} has no valid default config for {arch.name}; its heads are too large"
+    )
+
+
+def _tiles(least_kv: int, arch: GpuArch) -> Sequence[dict[str, Value]]:
+    stages = (3, 2, 1) if arch.family == "cuda" else (2, 1)
+    return [
+        {"block_kv": block_kv, "num_warps": num_warps, "num_stages": num_stages}
+        for block_kv in (least_kv, 2 * least_kv, 4 * least_kv, 16)
+        for num_warps in (4, 2, 8, 1)
+        for num_stages in stages
+    ]

@@ -1,0 +1,130 @@
+"""The last races with made-up times: a kernel that is slow between the tuned sizes is found by probes, and replaced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from tilewright.codegen.archs import ARCHS
+from tilewright.codegen.building.cpp import Compiler, CppBuilder
+from tilewright.codegen.ops import find_op
+from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.space import Config
+from tilewright.tuner.evaluation.evaluator import CpuEvaluator
+from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation
+from tilewright.tuner.evaluation.statistics import Ratio
+from tilewright.tuner.finals import Finals, Probed, Verdict
+from tilewright.tuner.loop import Candidate, ProblemResult, ProblemTuner
+from tilewright.tuner.progress import Progress
+from tilewright.tuner.variants import Bond, BuildResult, Workshop
+from tilewright.tuning_db.records import Outcome
+
+OP = find_op("moe_gemm")
+ARCH = ARCHS["x86_64_avx2"]
+SIGNATURE = MoeGemmSignature(stage="plain", experts=4, n=64, k=64)
+DEFAULT = OP.default_config(SIGNATURE, ARCH)
+TUNED = (1, 8, 64)
+LAYOUT = OP.layout_key(SIGNATURE, DEFAULT, ARCH)
+SPACE = OP.space(SIGNATURE, ARCH)[:4000]
+SAME_LAYOUT = next(c for c in SPACE if OP.layout_key(SIGNATURE, c, ARCH) == LAYOUT and c != DEFAULT)
+OTHER_LAYOUT = next(c for c in SPACE if OP.layout_key(SIGNATURE, c, ARCH) != LAYOUT)
+Times = Callable[[Config, int], float]
+
+
+class MadeUpTimes:
+    """A problem's tuner whose kernels take the times that a function gives."""
+
+    def __init__(self, problem: Problem, workshop: Workshop, time_us: Times, configs: Sequence[Config]) -> None:
+        self._workshop = workshop
+        self._time_us = time_us
+        self.result = ProblemResult(problem, DEFAULT)
+        for config in configs:
+            variant = workshop.variant(config)
+            kernel = BuiltKernel(variant.key, Path("never-loaded"), variant.recipe)
+            taken = time_us(config, problem.dynamic_size)
+            self.result.candidates[config] = Candidate(config, kernel, taken, variant.bond)
+
+    def race_again(self, configs: Sequence[Config], _budget_s: float) -> list[tuple[BuildResult, Evaluation]]:
+        raced = []
+        for config in configs:
+            variant = self._workshop.variant(config)
+            taken = self._time_us(config, self.result.problem.dynamic_size)
+            samples = tuple(taken * (1 + 0.001 * (index % 3)) for index in range(20))
+            evaluation = Evaluation(variant.key, Outcome.OK, samples_us=samples, median_us=taken)
+            raced.append((BuildResult(variant, Path("never-loaded"), "", 0.0), evaluation))
+        return raced
+
+
+class Quiet:
+    """An evaluator that is asked for nothing but the noise."""
+
+    def measure_noise(self, _kernel: BuiltKernel, _problem: Problem, *, budget_s: float) -> Ratio:
+        return Ratio(1.0, 1.0 - 0.001 * budget_s, 1.001, 20)
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    return Workshop(OP, SIGNATURE, ARCH, CppBuilder(ARCH, Compiler("no-compiler", "none"), tmp_path))
+
+
+def run(workshop: Workshop, time_us: Times, config: Config, seed: int) -> tuple[Verdict, Probed]:
+    """Last races of ``config`` and the default, and probes."""
+
+    def make_tuner(problem: Problem) -> ProblemTuner:
+        return cast("ProblemTuner", MadeUpTimes(problem, workshop, time_us, [DEFAULT, config]))
+
+    tuners = [make_tuner(OP.problem(SIGNATURE, size, RoutingSpec.parse("balanced"))) for size in TUNED]
+    finals = Finals(make_tuner, cast("CpuEvaluator", Quiet()), Progress(None), copies=1, until=math.inf)
+    variant = workshop.variant(config)
+    verdict = finals.run(tuners, [bond for bond in (variant.bond, Bond(LAYOUT)) if bond])
+    assert verdict is not None
+    return finals.probe(verdict, 4, seed)
+
+
+def served(verdict: Verdict, size: int) -> str | None:
+    return next(e.kernel_key for e in verdict.entries if e.max_tokens is None or size <= e.max_tokens)
+
+
+def fast_but_for(config: Config, first: int, last: int) -> Times:
+    """``config`` takes half of the default's time, but twice of it from ``first`` to ``last``."""
+
+    def time_us(asked: Config, size: int) -> float:
+        return 100.0 if asked != config else 200.0 if first <= size <= last else 50.0
+
+    return time_us
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_plan_that_no_probe_finds_slower_stays(workshop: Workshop, seed: int) -> None:
+    verdict, probed = run(workshop, fast_but_for(SAME_LAYOUT, 1, 0), SAME_LAYOUT, seed)
+    assert [len(each) for each in probed.rounds] == [4]
+    assert probed.mended_sizes == []
+    assert {entry.kernel_key for entry in verdict.entries} == {workshop.variant(SAME_LAYOUT).key}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_default_serves_where_a_probe_finds_the_plan_slower(workshop: Workshop, seed: int) -> None:
+    verdict, probed = run(workshop, fast_but_for(SAME_LAYOUT, 9, 20), SAME_LAYOUT, seed)
+    for size in probed.mended_sizes:
+        assert 9 <= size <= 20
+        assert served(verdict, size) == workshop.variant(DEFAULT).key
+    assert {served(verdict, size) for size in TUNED} == {workshop.variant(SAME_LAYOUT).key}
+    assert verdict.settled.layout == LAYOUT
+
+
+def test_a_layout_in_which_nothing_is_as_fast_as_the_default_gives_way_to_the_default_s(workshop: Workshop) -> None:
+    found = []
+    for seed in range(6):
+        verdict, probed = run(workshop, fast_but_for(OTHER_LAYOUT, 9, 20), OTHER_LAYOUT, seed)
+        found.append(probed.mended_sizes)
+        layout = LAYOUT if probed.mended_sizes else OP.layout_key(SIGNATURE, OTHER_LAYOUT, ARCH)
+        assert verdict.settled.layout == layout
+        slow = [probe for probe in probed.last if probe.slower]
+        assert not slow or len(probed.rounds) == 3
+    assert any(found)
