@@ -154,6 +154,16 @@ def common_constraints(signature: MoeGemmSignature, arch: GpuArch) -> tuple[Cons
     )
 
 
+def exclusion(precision: str, arch: GpuArch) -> str | None:
+    """Why weights cannot be read in ``precision`` on ``arch``, in words; None where they can."""
+    taken = find_precision(precision)
+    if taken.x_dtype and "fp8_mma" not in arch.capabilities:
+        return f'the compiler says of {arch.name} "type fp8e4nv not supported in this architecture"'
+    if taken.x_dtype and taken.dtype == "fp4_e2m1" and "dot_scaled" not in arch.capabilities:
+        return f"{arch.name} has no matrix instruction that takes block scales"
+    return None
+
+
 @lru_cache(maxsize=64)
 def grouped_space(signature: MoeGemmSignature, arch: GpuArch, precisions: tuple[str, ...]) -> Space:
     """One tile per program."""
