@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tilewright.codegen.building.entry import EntrySpec
+from tilewright.codegen.building.facts import EntryFacts
 from tilewright.codegen.expressions import IntExpr
 from tilewright.codegen.recipe import Argument, Guard, Launch
+from tilewright.errors import TilewrightError
 
 HIDDEN_ARGUMENTS = 2
 """Null pointers that Triton appends to every entry's parameters: global and profile scratch."""
+
+_POINTER_BYTES = 8
+_SCALAR_BYTES = {"i1": 1, "i8": 1, "u8": 1, "i16": 2, "i32": 4, "u32": 4, "i64": 8, "u64": 8, "fp32": 4, "fp64": 8}
+_DESCRIPTOR_BYTES = 128
+"""Of a CUtensorMap; its shape (i32) and strides (i64) follow it as parameters of their own."""
 
 _ALIGNMENT = 16
 _WORKSPACE_ALIGNMENT = 256
@@ -97,3 +104,55 @@ class Workspace:
         """The address of a part."""
         before = list(self._parts.values())[: list(self._parts).index(name)]
         return Argument("workspace", " + ".join(before))
+
+
+def parameter_mismatch(entry: EntrySpec, found_bytes: Sequence[int]) -> str | None:
+    """How a binary's parameters differ from what a launch passes, in one sentence; None when they do not.
+
+    Args:
+        entry: as it was compiled; the recipe passes its arguments in order, then the hidden ones.
+        found_bytes: sizes of the parameters in order, read from the binary.
+
+    """
+    passed = [size for _, kind in entry.arguments for size in _parameter_sizes(kind)]
+    passed += [_POINTER_BYTES] * HIDDEN_ARGUMENTS
+    if list(found_bytes) == passed:
+        return None
+    return (
+        f"the binary of {entry.entry} takes parameters of {', '.join(map(str, found_bytes))} bytes, "
+        f"and a launch would pass {', '.join(map(str, passed))}"
+    )
+
+
+def built_launch(launch: Launch, facts: EntryFacts, artifact: str, warp_size: int) -> Launch:
+    """``launch`` with what only the binary tells: its block, cluster and shared memory, and its checksum.
+
+    Raises:
+        TilewrightError: when the binary does not take what the launch passes.
+
+    """
+    passed = [None if each.kind == "size" else _POINTER_BYTES for each in launch.arguments]
+    passed += [_POINTER_BYTES] * launch.hidden_arguments
+    found = facts.parameter_bytes
+    if len(found) != len(passed) or any(size not in (None, took) for size, took in zip(passed, found, strict=True)):
+        raise TilewrightError(
+            f"{launch.entry} cannot be launched: its binary takes parameters of {', '.join(map(str, found))} bytes, "
+            f"and its recipe passes {len(passed)}"
+        )
+    return replace(
+        launch,
+        artifact=artifact,
+        block=(str(facts.num_warps * warp_size),),
+        cluster=(str(facts.cluster),) if facts.cluster > 1 else (),
+        shared_memory_bytes=str(facts.dynamic_smem_bytes),
+    )
+
+
+def _parameter_sizes(kind: str) -> list[int]:
+    """Sizes of the parameters that an argument of Triton's type ``kind`` becomes."""
+    if kind.startswith("*"):
+        return [_POINTER_BYTES]
+    if kind.startswith("tensordesc"):
+        dimensions = kind.count(",") + 1
+        return [_DESCRIPTOR_BYTES, *[4] * dimensions, *[8] * dimensions]
+    return [_SCALAR_BYTES[kind]]

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 from tilewright.runtime.plans import Resolution, SizeRange
+from tilewright.runtime.process_memory import Memory
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,9 @@ class MemoryUse:
     """The packed copy; 0 where the weight is used as it is."""
     weight_bytes: int
     """The weight that it was made from, which belongs to the caller."""
+    before: Memory
+    """Of the whole process, before it was quantised and packed."""
+    after: Memory
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Explanation:
                 f"weight {' and '.join(layout.key if layout else 'as declared' for layout in resolution.layouts)}, "
                 f"{self.memory.bytes / 1e6:.1f} MB beside the original's {self.memory.weight_bytes / 1e6:.1f} MB"
             )
+            if self.memory.bytes:
+                lines.append(f"  process before packing: {self.memory.before}; after: {self.memory.after}")
             if plan.batch_invariant:
                 lines.append(f"  {_on_batches(resolution)}")
             if plan.error:

@@ -22,6 +22,7 @@ from tilewright.runtime.ops import served_op
 from tilewright.runtime.ops.base import BoundWeights
 from tilewright.runtime.plain_torch import spare_torch_threads
 from tilewright.runtime.plans import Database, Resolution, SizeRange, resolve
+from tilewright.runtime.process_memory import Memory
 
 _live: weakref.WeakSet[PreparedCall] = weakref.WeakSet()
 _listing = fork_safe_lock()
@@ -97,6 +98,7 @@ class PreparedCall:
         resolution = resolve(
             signature, threads, database, _checked_max_error(max_error), batch_invariant=batch_invariant
         )
+        before = Memory.now()
         bound = op.bind(signature, weights, resolution, keep_weights=keep_weights)
         declared = {spec.name: spec for spec in signature.tensors()}
         call = bind_call(
@@ -111,7 +113,7 @@ class PreparedCall:
             fallback=_refusing(signature) if batch_invariant else bound.fallback,
             name=signature.title,
         )
-        memory = MemoryUse(signature.describe(), bound.copied_bytes, bound.weight_bytes)
+        memory = MemoryUse(signature.describe(), bound.copied_bytes, bound.weight_bytes, before, Memory.now())
         return cls(signature, threads, call, resolution, memory, bound.declared)
 
     def __call__(self, *tensors: Any) -> Any:

@@ -26,6 +26,7 @@ from tilewright.tuner.campaign import Campaign, Request
 from tilewright.tuner.cli import main
 from tilewright.tuner.loop import ProblemResult
 from tilewright.tuner.progress import Progress
+from tilewright.tuner.target import CpuTarget
 from tilewright.tuning_db.store import Store
 
 # Children come from a server that has imported everything and has no threads, so that they start in milliseconds. The
@@ -66,10 +67,12 @@ class Acknowledged(Progress):
 
 def tune(database: Path, trials: int, time_s: float, seed: int, results: Connection) -> None:
     """What ``tune --resume`` does; sends numbers of trials while it works, and the number of its plans at the end."""
+    arch = native_arch()
     request = Request(
         op=find_op("moe_gemm"),
         problems=problems(),
-        arch=native_arch(),
+        arch=arch,
+        device=None,
         threads=1,
         trials=trials,
         time_s=time_s,
@@ -80,7 +83,7 @@ def tune(database: Path, trials: int, time_s: float, seed: int, results: Connect
         probes=0,
     )
     with Store.open(database) as store:
-        report = Campaign(request, store, Acknowledged(results)).run()
+        report = Campaign(request, CpuTarget(arch, 1), store, Acknowledged(results)).run()
     results.send(("plans", sum(mine.plan is not None for mine in report.signatures)))
 
 

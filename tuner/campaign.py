@@ -16,16 +16,15 @@ import numpy as np
 import optuna
 
 from tilewright import __version__
-from tilewright.codegen.archs import Arch, CpuArch
-from tilewright.codegen.building.cpp import CppBuilder
-from tilewright.codegen.cpu_info import read_cpu_info
+from tilewright.codegen.archs import Arch
+from tilewright.codegen.devices import Device
 from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.precisions import LOSSLESS
 from tilewright.codegen.space import Config, Space
 from tilewright.errors import TilewrightError
 from tilewright.tuner.evaluation.checking import PrecisionError
-from tilewright.tuner.evaluation.evaluator import CpuEvaluator
+from tilewright.tuner.evaluation.interface import Evaluator
 from tilewright.tuner.finals import Finals, Probed, Verdict
 from tilewright.tuner.loop import Budget, Origin, ProblemResult, ProblemTuner
 from tilewright.tuner.plan import Final, Settled, choose_bonds, kept
@@ -34,9 +33,10 @@ from tilewright.tuner.precision import FrontPoint, admit, bond_by_precision, fro
 from tilewright.tuner.progress import Progress
 from tilewright.tuner.proving import Default, Proof
 from tilewright.tuner.search import Prior
+from tilewright.tuner.target import Target
 from tilewright.tuner.text import format_shape
 from tilewright.tuner.variants import Bond, Workshop
-from tilewright.tuning_db.records import DeviceRecord, PlanRecord, TrialRecord
+from tilewright.tuning_db.records import PlanRecord, TrialRecord
 from tilewright.tuning_db.store import Store
 
 _KEPT_PER_PROBLEM = 6
@@ -49,6 +49,8 @@ _REFINE_SHARE = 0.25
 """Of the time, for the search within the layout."""
 _FINAL_SHARE = 0.25
 """Of the time, for the last race among the finalists."""
+_NO_ERROR = PrecisionError(0.0, 0.0)
+"""Of weights as the op declares them, whatever their precision is called."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,10 @@ class Request:
     problems: tuple[Problem, ...]
     """Grouped by signature, ascending in size within each."""
     arch: Arch
+    device: Device | None
+    """That a GPU arch's kernels are predicted for; None for a CPU, which is this machine's."""
     threads: int
+    """Of a CPU's kernels; 0 for a GPU's."""
     trials: int
     """Per problem."""
     time_s: float
@@ -141,15 +146,13 @@ class Report:
 
 
 class Campaign:
-    """Runs a request against a store."""
+    """Runs a request for a target, against a store."""
 
-    def __init__(self, request: Request, store: Store, progress: Progress) -> None:
+    def __init__(self, request: Request, target: Target, store: Store, progress: Progress) -> None:
         self._request = request
+        self._target = target
         self._store = store
         self._progress = progress
-        self._device_key = read_cpu_info().key
-        assert isinstance(request.arch, CpuArch)
-        self._builder = CppBuilder(request.arch)
         self._errors: dict[tuple[str, str], PrecisionError] = {}
         """What precisions cost, by signature key and precision: of those within the budget."""
 
@@ -174,20 +177,12 @@ class Campaign:
         return report
 
     def _start_run(self) -> Any:
-        cpu = read_cpu_info()
-        facts = {
-            "l1d_bytes": cpu.l1d_bytes,
-            "l2_bytes": cpu.l2_bytes,
-            "l3_bytes": cpu.l3_bytes,
-            "memory_bytes": cpu.memory_bytes,
-            "features": sorted(cpu.features),
-        }
-        self._store.put_device(DeviceRecord(cpu.key, cpu.name, self._request.arch.name, facts))
+        self._store.put_device(self._target.device)
         versions = {
             "tilewright": __version__,
             "python": platform.python_version(),
             "optuna": optuna.__version__,
-            "toolchain": self._builder.toolchain,
+            "toolchain": self._target.builder.toolchain,
         }
         return self._store.start_run(shlex.join(["tune", *sys.argv[1:]]), versions=versions, host=platform.node())
 
@@ -200,15 +195,14 @@ class Campaign:
         """
         request = self._request
         mine = SignatureReport(signature)
-        workshop = Workshop(request.op, signature, request.arch, self._builder, batch_invariant=request.batch_invariant)
-        origin = Origin(run_id, self._device_key, request.threads, request.seed, request.search)
+        target = self._target
+        workshop = Workshop(request.op, signature, target.arch, target.builder, batch_invariant=request.batch_invariant)
+        origin = Origin(run_id, target.device.key, target.threads, request.seed, request.search)
         self._progress.say(format_shape(signature.to_dict()))
-        precisions = storable(request.precisions, request.op.precisions(signature), self._progress.say)
-        with CpuEvaluator(
-            request.op, signature, threads=request.threads, precisions=precisions, seed=request.seed
-        ) as evaluator:
+        precisions = storable(request.precisions, request.op.precisions(signature, target.arch), self._progress.say)
+        with target.evaluator(request.op, signature, precisions, request.seed) as evaluator:
             admitted = self._admit(evaluator, problems, precisions)
-            space = request.op.space(signature, request.arch, request.templates, admitted)
+            space = request.op.space(signature, target.arch, request.templates, admitted)
             self._progress.say(space.summary())
             make_tuner = partial(
                 ProblemTuner,
@@ -241,7 +235,7 @@ class Campaign:
                 remaining = _REFINE_SHARE / (_REFINE_SHARE + _FINAL_SHARE)
                 self._search(tuners, within, request.trials, _share(until, remaining))
                 finals = Finals(make_tuner, evaluator, self._progress, copies=request.weight_copies, until=until)
-                self._finish(mine, bonds, tuners, finals, workshop)
+                self._finish(mine, bonds, tuners, finals, workshop, evaluator)
             spent = evaluator.spent
         report.build_s += sum(tuner.build_s for tuner in tuners)
         report.check_s += spent.checking_s
@@ -249,9 +243,9 @@ class Campaign:
         report.prepare_s += spent.preparing_s
         return mine
 
-    def _admit(self, evaluator: CpuEvaluator, problems: Sequence[Problem], precisions: Sequence[str]) -> list[str]:
+    def _admit(self, evaluator: Evaluator, problems: Sequence[Problem], precisions: Sequence[str]) -> list[str]:
         """Precisions within the budget of errors."""
-        errors = {LOSSLESS: PrecisionError(0.0, 0.0)}
+        errors = {LOSSLESS: _NO_ERROR}
         if len(precisions) > 1:
             errors = admit(evaluator, problems, precisions, self._request.max_error, self._progress.say)
         self._errors |= {(problems[0].signature.key, name): error for name, error in errors.items()}
@@ -264,7 +258,7 @@ class Campaign:
             self._progress.problem(problem.title)
             budget = Budget(trials, _share(until, 1 / (len(tuners) - done)))
             siblings = [other.result for other in tuners if other is not tuner]
-            tuner.search(space, budget, self._priors(problem, siblings))
+            tuner.search(space, budget, self._priors(problem, space, siblings))
 
     def _with_bonds(self, space: Space, workshop: Workshop, bonds: Sequence[Bond]) -> Space:
         """The part of ``space`` whose kernels have one of ``bonds``."""
@@ -278,10 +272,12 @@ class Campaign:
         tuners: Sequence[ProblemTuner],
         finals: Finals,
         workshop: Workshop,
+        evaluator: Evaluator,
     ) -> None:
         """Race the finalists, store the plan and the kernels that are worth keeping, and probe the plan."""
-        self._progress.say("finalists race again")
-        op, signature, arch = self._request.op, mine.signature, self._request.arch
+        self._progress.say(self._target.finals)
+        keep = partial(self._keep, workshop, evaluator)
+        op, signature, arch = self._request.op, mine.signature, self._target.arch
         # The default's layout is the one in which no size can be slower than the default.
         default = workshop.bond(op.default_config(signature, arch))
         of_precisions = bond_by_precision(mine.results)
@@ -294,12 +290,12 @@ class Campaign:
                 self._progress.say(f"{tuner.result.problem.title}: no finalist was right; the plan leaves it out")
             else:
                 fastest = kept(tuner.result, _KEPT_PER_PROBLEM)
-                self._keep(workshop, [final.winner.variant.config, *(c.config for c in fastest)])
+                keep([final.winner.variant.config, *(c.config for c in fastest)])
         if not mine.verdict or not mine.finals:
             return
         mine.verdict, mine.probed = finals.probe(mine.verdict, self._request.probes, self._request.seed)
         served = [finalist.built.variant.config for finalist in mine.verdict.chosen]
-        self._keep(workshop, [*served, op.default_config(signature, arch)])
+        keep([*served, op.default_config(signature, arch)])
         mine.plan = self._plan(mine.verdict)
         self._store.put_plan(mine.plan)
         others = [bond for name, bond in of_precisions.items() if name != mine.plan.precision]
@@ -307,7 +303,7 @@ class Campaign:
         mine.front = front([self._point(mine.verdict, mine.plan), *(self._point(v, self._plan(v)) for v in verdicts)])
         for point in mine.front:
             if point.precision != mine.plan.precision:
-                self._keep(workshop, [final.winner.variant.config for final in point.finals])
+                keep([final.winner.variant.config for final in point.finals])
                 self._store.put_plan(point.plan)
 
     def _point(self, verdict: Verdict, plan: PlanRecord) -> FrontPoint:
@@ -315,7 +311,8 @@ class Campaign:
 
     def _error(self, signature_key: str, precisions: str) -> PrecisionError:
         """The largest that one of ``precisions`` (joined by +) brings."""
-        return max((self._errors[signature_key, name] for name in precisions.split("+")), key=lambda e: e.relative)
+        known = [self._errors.get((signature_key, name), _NO_ERROR) for name in precisions.split("+")]
+        return max(known, key=lambda error: error.relative)
 
     def _plan(self, verdict: Verdict) -> PlanRecord:
         """The plan that follows from ``verdict``, as if there were no plain torch."""
@@ -326,11 +323,11 @@ class Campaign:
             op=self._request.op.name,
             signature_key=signature.key,
             signature=signature.to_dict(),
-            device_key=self._device_key,
-            threads=self._request.threads,
+            device_key=self._target.device.key,
+            threads=self._target.threads,
             layout="+".join(dict.fromkeys(variant.layout_key for variant in used)),
-            timing="measured",
-            checked="device",
+            timing=verdict.timing,
+            checked=verdict.checked,
             entries=verdict.entries,
             model=self._request.model,
             precision=precision,
@@ -339,19 +336,23 @@ class Campaign:
             facts=costs_document(verdict),
         )
 
-    def _keep(self, workshop: Workshop, configs: Sequence[Config]) -> None:
+    def _keep(self, workshop: Workshop, evaluator: Evaluator, configs: Sequence[Config]) -> None:
         """Store kernels, source and bytes, so that they can be served and compared."""
         for built in workshop.build(list(dict.fromkeys(configs))):
-            record, artifact = workshop.record(built, "device")
-            self._store.add_kernel(record, [artifact])
+            if built.path is None:
+                continue  # a default that cannot be launched
+            record, artifacts = workshop.record(built, evaluator.checked(built.variant.key))
+            self._store.add_kernel(record, artifacts)
 
     def _earlier(self, problem: Problem, space: Space) -> list[TrialRecord]:
         """Trials of earlier runs on this problem, oldest first; without those of knobs that are no more."""
-        known = self._store.trials(problem_key=problem.key, device_key=self._device_key, threads=self._request.threads)
+        target = self._target
+        known = self._store.trials(problem_key=problem.key, device_key=target.device.key, threads=target.threads)
         return [trial for trial in known if Config(trial.config) in space]
 
-    def _priors(self, problem: Problem, siblings: Sequence[ProblemResult]) -> Iterator[Prior]:
-        """What is known of neighbours: this run's other sizes, nearest first, then the database's problems."""
+    def _priors(self, problem: Problem, space: Space, siblings: Sequence[ProblemResult]) -> Iterator[Prior]:
+        """What is known beforehand: by a model, of this run's other sizes, nearest first, then of the database's."""
+        yield from self._target.priors(self._request.op, problem, space)
         size = problem.dynamic_size
         for result in sorted(siblings, key=lambda r: abs(log(r.problem.dynamic_size / size))):
             best = result.ranked()[:_PRIOR_CONFIGS]
@@ -362,7 +363,7 @@ class Campaign:
             other_than=problem.key,
             per_problem=_PRIOR_CONFIGS,
             op=self._request.op.name,
-            device_key=self._device_key,
+            device_key=self._target.device.key,
         )
         for trial in known:
             if trial.problem_key not in seen and trial.median_us:

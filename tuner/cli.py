@@ -16,6 +16,7 @@ from tilewright.errors import TilewrightError
 _COMMANDS = {
     "show": "what is known, for which device, how",
     "compare": "variants side by side",
+    "cost": "time and money per token of a model, from plans",
     "doctor": "whether this machine can build, measure and store",
     "pack": "one file with plans and their kernels, for deployment",
     "export": "every trial as Optuna studies, for optuna-dashboard",

@@ -12,13 +12,13 @@ from tilewright.codegen.space import Config
 from tilewright.errors import TilewrightError
 from tilewright.tuner.distil import Crossing, assign, cost_of, distil, equals_best, probe_sizes, sizes_between
 from tilewright.tuner.entries import plan_entries
-from tilewright.tuner.evaluation.evaluator import CpuEvaluator
+from tilewright.tuner.evaluation.interface import Evaluator
 from tilewright.tuner.evaluation.statistics import Ratio, paired_ratio
 from tilewright.tuner.loop import ProblemTuner
 from tilewright.tuner.plan import Final, Finalist, Raced, Settled, priced, race_configs, settle
 from tilewright.tuner.progress import Progress
 from tilewright.tuner.variants import Bond
-from tilewright.tuning_db.records import PlanEntry
+from tilewright.tuning_db.records import CHECKED_LEVELS, TIMINGS, Checked, PlanEntry, Timing
 
 FINALISTS = 3
 """Fastest candidates of a problem, with each bond in question, that are raced again at their own size."""
@@ -53,6 +53,16 @@ class Verdict:
     """Of the tuned sizes."""
     candidates: int
     """Kernels that won at some tuned size."""
+
+    @property
+    def timing(self) -> Timing:
+        """The weakest evidence of a time among those that serve."""
+        return min((each.evaluation.timing for each in self.chosen), key=TIMINGS.index)
+
+    @property
+    def checked(self) -> Checked:
+        """How far the least checked of those that serve was checked."""
+        return min((each.evaluation.checked for each in self.chosen), key=CHECKED_LEVELS.index)
 
     @property
     def entries(self) -> tuple[PlanEntry, ...]:
@@ -116,7 +126,7 @@ class Finals:
     def __init__(
         self,
         make_tuner: Callable[[Problem], ProblemTuner],
-        evaluator: CpuEvaluator,
+        evaluator: Evaluator,
         progress: Progress,
         *,
         copies: int,

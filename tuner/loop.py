@@ -12,7 +12,7 @@ from typing import Any
 
 from tilewright.codegen.ops.base import Problem
 from tilewright.codegen.space import Config, Space
-from tilewright.tuner.evaluation.evaluator import CpuEvaluator
+from tilewright.tuner.evaluation.interface import Evaluator
 from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation
 from tilewright.tuner.progress import Progress
 from tilewright.tuner.search import Prior, SearchExhausted, ToldTrial, TuningStudy, make_search
@@ -107,7 +107,7 @@ class ProblemTuner:
         problem: Problem,
         *,
         workshop: Workshop,
-        evaluator: CpuEvaluator,
+        evaluator: Evaluator,
         store: Store,
         origin: Origin,
         progress: Progress,
@@ -264,12 +264,13 @@ class ProblemTuner:
     def _trial(self, build: BuildResult, evaluation: Evaluation | None, search: str = "") -> TrialRecord:
         """Record of one variant; without an evaluation, its build failed."""
         timed = evaluation is not None and evaluation.median_us is not None
-        facts: dict[str, Any] = {"outcome": Outcome.BUILD_FAILED, "message": build.message}
+        failed = Outcome.REJECTED if build.rejected else Outcome.BUILD_FAILED
+        facts: dict[str, Any] = {"outcome": failed, "message": build.message}
         if evaluation is not None:
             facts = {
                 "outcome": evaluation.outcome,
                 "message": evaluation.message,
-                "timing": "measured" if timed else "none",
+                "timing": evaluation.timing if timed else "none",
                 "median_us": evaluation.median_us,
                 "low_us": evaluation.low_us,
                 "high_us": evaluation.high_us,
@@ -296,6 +297,7 @@ class ProblemTuner:
     def race_again(self, configs: Sequence[Config], budget_s: float) -> list[tuple[BuildResult, Evaluation]]:
         """Race finalists once more, longer and interleaved; stored as trials of their own."""
         built = [b for b in self._build(configs) if b.path]
-        evaluations = self._evaluator.evaluate([b.kernel for b in built], self._problem, budget_s=budget_s)
+        kernels = [b.kernel for b in built]
+        evaluations = self._evaluator.evaluate(kernels, self._problem, budget_s=budget_s, finalists=True)
         self._store.add_trials([self._trial(b, e, FINAL_RACE) for b, e in zip(built, evaluations, strict=True)])
         return list(zip(built, evaluations, strict=True))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tilewright.codegen.ops.base import Problem
 from tilewright.codegen.space import Config
 from tilewright.tuner.evaluation.outcome import Evaluation
-from tilewright.tuner.evaluation.statistics import TOLERATED, Ratio, clearly_slower
+from tilewright.tuner.evaluation.statistics import MIN_SAMPLES, TOLERATED, Ratio, clearly_slower
 from tilewright.tuner.loop import Candidate, ProblemResult, ProblemTuner
 from tilewright.tuner.variants import Bond, BuildResult
 from tilewright.tuning_db.records import Outcome
@@ -64,7 +64,9 @@ class Finalist:
 
     @property
     def samples_us(self) -> NDArray[np.float64]:
-        """Of the race, in order."""
+        """Of the race, in order. A prediction is the same every time, and so are its samples."""
+        if self.evaluation.timing == "predicted":
+            return np.full(MIN_SAMPLES, self.median_us)
         return np.asarray(self.evaluation.samples_us)
 
     @property

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tilewright.codegen.layouts import RowLayout, WeightLayout
 from tilewright.codegen.ops.base import packable
 from tilewright.tuner.finals import Probed, Verdict
 from tilewright.tuner.proving import Proof
@@ -25,11 +26,20 @@ def costs_document(verdict: Verdict) -> Document:
     recipes = [finalist.built.variant.recipe for finalist in verdict.chosen]
     if weight := packable(recipes[0].tensors):
         dims = [int(dim) for dim in weight.dims]
-        layouts = {recipe.panels for recipe in recipes}
-        document["packed_bytes"] = sum(
-            _WORD_BYTES * (layout.packed_words(*dims) if layout else math.prod(dims)) for layout in layouts
-        )
+        layouts = {recipe.weight_layout for recipe in recipes}
+        document["packed_bytes"] = sum(_packed_bytes(layout, dims) for layout in layouts)
     return document
+
+
+def _packed_bytes(layout: WeightLayout | RowLayout | None, dims: Sequence[int]) -> int:
+    experts, n, k = dims
+    match layout:
+        case RowLayout():
+            return layout.packed_bytes(experts, n, k)
+        case WeightLayout():
+            return _WORD_BYTES * layout.packed_words(experts, n, k)
+        case None:
+            return _WORD_BYTES * math.prod(dims)
 
 
 def probed_document(rehearsed: Probed, proof: Proof) -> Document:

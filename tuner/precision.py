@@ -10,7 +10,7 @@ from tilewright.codegen.ops.base import Problem
 from tilewright.codegen.precisions import LOSSLESS
 from tilewright.errors import TilewrightError
 from tilewright.tuner.evaluation.checking import PrecisionError
-from tilewright.tuner.evaluation.evaluator import CpuEvaluator
+from tilewright.tuner.evaluation.interface import Evaluator
 from tilewright.tuner.loop import ProblemResult
 from tilewright.tuner.plan import Final, choose_bonds
 from tilewright.tuner.variants import Bond
@@ -63,7 +63,7 @@ def storable(precisions: Sequence[str], refusals: Mapping[str, str | None], say:
 
 
 def admit(
-    evaluator: CpuEvaluator,
+    evaluator: Evaluator,
     problems: Sequence[Problem],
     precisions: Sequence[str],
     max_error: float,

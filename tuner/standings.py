@@ -6,16 +6,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from tilewright.tuner.loop import FINAL_RACE
-from tilewright.tuning_db.records import Outcome, ProblemSummary, TrialRecord
+from tilewright.tuning_db.records import Checked, Outcome, ProblemSummary, TrialRecord
 from tilewright.tuning_db.store import Store
 
 
 def right_trials(store: Store, summary: ProblemSummary) -> list[TrialRecord]:
-    """Correct, measured trials of a problem on a device with a thread count, in the order in which they were stored."""
+    """Correct trials of a problem on a device with a thread count, in the order in which they were stored.
+
+    Those that were measured; where nothing was, those that were predicted. The two do not compare.
+    """
     found = store.trials(
         problem_key=summary.problem_key, device_key=summary.device_key, threads=summary.threads, outcome=Outcome.OK
     )
-    return [trial for trial in found if trial.timing == "measured"]
+    measured = [trial for trial in found if trial.timing == "measured"]
+    return measured or [trial for trial in found if trial.timing == "predicted"]
+
+
+def checked(trial: TrialRecord) -> Checked:
+    """How it is known that a correct trial's kernel is right: an interpreter leaves an error, and a device a time."""
+    if trial.timing == "measured":
+        return "device"
+    return "compiled" if trial.error is None else "emulated"
 
 
 def standings(trials: Sequence[TrialRecord]) -> list[TrialRecord]:

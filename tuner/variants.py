@@ -8,13 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tilewright.codegen.archs import Arch
-from tilewright.codegen.building.cpp import CppBuilder
+from tilewright.codegen.archs import Arch, GpuArch
+from tilewright.codegen.building.base import Builder, BuiltFile, Source
+from tilewright.codegen.building.entry import EntrySpec
+from tilewright.codegen.building.facts import EntryFacts
+from tilewright.codegen.building.instructions import InstructionMix, disassemble, read_amdgcn, read_sass
 from tilewright.codegen.ops.base import OpDeclaration
 from tilewright.codegen.ops.signature import Signature, stable_key
 from tilewright.codegen.recipe import Recipe
 from tilewright.codegen.rendering import render
 from tilewright.codegen.space import Config
+from tilewright.codegen.triton_launch import built_launch
 from tilewright.tuner.evaluation.outcome import BuiltKernel
 from tilewright.tuning_db.records import ArtifactRecord, Checked, KernelRecord
 
@@ -35,6 +39,8 @@ class Variant:
 
     config: Config
     source: str
+    entries: tuple[EntrySpec, ...]
+    """What the builder has to know of its entry points; empty for C++."""
     recipe: Recipe
     key: str
     """Identity of the kernel: lists everything that would make another one of it."""
@@ -53,15 +59,25 @@ class BuildResult:
 
     variant: Variant
     path: Path | None
+    """The shared object, or the folder of a GPU kernel's binaries; None when there is nothing to launch."""
     message: str
     build_s: float
     """CPU seconds of the compiler."""
+    files: tuple[BuiltFile, ...] = ()
+    """The artifacts, in the order of the recipe's launches."""
+    rejected: bool = False
+    """Whether it compiled, but could never be launched."""
+
+    @property
+    def facts(self) -> tuple[EntryFacts, ...]:
+        """Of the binaries of a GPU kernel, by launch."""
+        return tuple(file.facts for file in self.files if file.facts is not None)
 
     @property
     def kernel(self) -> BuiltKernel:
         """The built kernel; only valid with a path."""
         assert self.path is not None
-        return BuiltKernel(self.variant.key, self.path, self.variant.recipe)
+        return BuiltKernel(self.variant.key, self.path, self.variant.recipe, self.variant.config, self.facts)
 
 
 class Workshop:
@@ -72,7 +88,7 @@ class Workshop:
         op: OpDeclaration[Any, Any],
         signature: Signature,
         arch: Arch,
-        builder: CppBuilder,
+        builder: Builder,
         *,
         batch_invariant: bool = False,
     ) -> None:
@@ -81,6 +97,7 @@ class Workshop:
         self.signature = signature
         self.arch = arch
         self._builder = builder
+        self._instructions: dict[str, InstructionMix] = {}
 
     @property
     def toolchain(self) -> str:
@@ -108,24 +125,42 @@ class Workshop:
             "source": hashlib.sha256(source.encode()).hexdigest(),
             "recipe": recipe.to_dict(),
         }
-        return Variant(config, source, recipe, stable_key(identity), self.bond(config))
+        entries = template.entries(self.signature, config, self.arch) if template.entries else ()
+        return Variant(config, source, entries, recipe, stable_key(identity), self.bond(config))
 
     def build(self, configs: Sequence[Config], progress: Callable[[int], None] | None = None) -> list[BuildResult]:
         """Render and build ``configs`` side by side, one result each, in order."""
         variants = [self.variant(config) for config in configs]
-        builds = self._builder.build_all([variant.source for variant in variants], progress=progress)
+        builds = self._builder.build_all([Source(v.source, v.entries) for v in variants], progress=progress)
         return [
-            BuildResult(variant, build.path, build.message, build.cpu_s)
+            BuildResult(variant, build.path, build.message, build.cpu_s, build.files, build.rejected)
             for variant, build in zip(variants, builds, strict=True)
         ]
 
-    def record(self, built: BuildResult, checked: Checked) -> tuple[KernelRecord, ArtifactRecord]:
-        """What the database keeps of a built kernel."""
+    def record(self, built: BuildResult, checked: Checked) -> tuple[KernelRecord, list[ArtifactRecord]]:
+        """What the database keeps of a built kernel.
+
+        Raises:
+            TilewrightError: when a binary does not take what the recipe passes.
+
+        """
         kernel = built.kernel
-        artifact = ArtifactRecord.from_bytes(
-            kernel.path.read_bytes(), kind="host_so", abi_version=kernel.recipe.abi_version
-        )
-        launches = tuple(replace(launch, artifact=artifact.checksum) for launch in kernel.recipe.launches)
+        artifacts = [
+            ArtifactRecord.from_bytes(file.path.read_bytes(), kind=file.kind, abi_version=kernel.recipe.abi_version)
+            for file in built.files
+        ]
+        launches = kernel.recipe.launches
+        if isinstance(self.arch, GpuArch):
+            made = zip(launches, kernel.facts, artifacts, strict=True)
+            launches = tuple(built_launch(at, facts, a.checksum, self.arch.warp_size) for at, facts, a in made)
+        else:
+            launches = tuple(replace(launch, artifact=artifacts[0].checksum) for launch in launches)
+        facts: dict[str, Any] = {
+            "artifact_bytes": sum(len(artifact.data) for artifact in artifacts),
+            "layout": built.variant.layout_key,
+        }
+        if built.facts:
+            facts["entries"] = [self._entry_facts(*each) for each in zip(built.files, artifacts, strict=True)]
         record = KernelRecord(
             key=kernel.key,
             op=self.op.name,
@@ -137,8 +172,20 @@ class Workshop:
             source=built.variant.source,
             recipe=replace(kernel.recipe, launches=launches).to_dict(),
             toolchain=self.toolchain,
-            facts={"artifact_bytes": len(artifact.data), "layout": built.variant.layout_key},
-            artifacts=(artifact.checksum,),
+            facts=facts,
+            artifacts=tuple(dict.fromkeys(artifact.checksum for artifact in artifacts)),
             checked=checked,
         )
-        return record, artifact
+        return record, artifacts
+
+    def _entry_facts(self, file: BuiltFile, artifact: ArtifactRecord) -> dict[str, Any]:
+        """Facts of a GPU binary, its instructions among them: those are read once of equal binaries."""
+        assert file.facts is not None
+        if artifact.checksum not in self._instructions:
+            if file.kind == "cubin":
+                mix = read_sass(disassemble(artifact.data))
+            else:
+                mix = read_amdgcn(file.path.with_suffix(".amdgcn").read_text())
+            self._instructions[artifact.checksum] = mix
+        mix = self._instructions[artifact.checksum]
+        return {**file.facts.to_dict(), "instructions": mix.to_dict(), "wide_loads": mix.wide}

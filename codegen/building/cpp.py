@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -14,12 +13,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 from tilewright.codegen.archs import CpuArch
-from tilewright.codegen.cpu_info import usable_cores
+from tilewright.codegen.building.base import (
+    DRAFT,
+    Build,
+    BuiltFile,
+    Source,
+    builds_directory,
+    remove_abandoned,
+    side_by_side,
+)
 from tilewright.errors import TilewrightError
 
 FLAGS = (
@@ -40,8 +46,6 @@ FLAGS = (
 
 CPU_LIMIT_S = 60
 MEMORY_LIMIT_KIB = 4 << 20
-_DRAFT = "build-"
-"""How the names of folders begin in which something is being built."""
 
 
 @dataclass(frozen=True)
@@ -59,27 +63,6 @@ class Compiler:
     def toolchain(self, arch: CpuArch) -> str:
         """Compiler and flags in one line."""
         return f"{self.version} {' '.join(self.flags(arch))}"
-
-
-@dataclass(frozen=True)
-class Build:
-    """One finished build: a shared object, or why there is none."""
-
-    path: Path | None
-    message: str
-    cpu_s: float
-    """User and system time of the compiler; 0 when the object was there already."""
-
-
-def cache_directory() -> Path:
-    """Where built kernels are kept: ``$TILEWRIGHT_CACHE``, or the user's cache directory."""
-    configured, base = os.environ.get("TILEWRIGHT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if configured:
-        return Path(configured)
-    try:
-        return Path(base or Path.home() / ".cache") / "tilewright"
-    except RuntimeError as error:
-        raise TilewrightError("this user has no home directory; set $TILEWRIGHT_CACHE to a directory") from error
 
 
 def find_compiler(environment: dict[str, str] | None = None) -> Compiler:
@@ -134,22 +117,8 @@ class CppBuilder:
     def __init__(self, arch: CpuArch, compiler: Compiler | None = None, directory: Path | None = None) -> None:
         self.arch = arch
         self.compiler = compiler or find_compiler()
-        self.directory = (directory or cache_directory()) / "builds"
-        try:
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise TilewrightError(
-                f"cannot keep built kernels in {self.directory} ({error.strerror}); "
-                "set $TILEWRIGHT_CACHE to a directory that can be written"
-            ) from error
-        self._remove_abandoned()
-
-    def _remove_abandoned(self) -> None:
-        """Remove what builds of killed processes left: folders older than any build may take."""
-        for folder in self.directory.glob(f"{_DRAFT}*"):
-            with contextlib.suppress(FileNotFoundError):  # another process removes them, too
-                if time.time() - folder.stat().st_mtime > 4 * CPU_LIMIT_S:
-                    shutil.rmtree(folder, ignore_errors=True)
+        self.directory = builds_directory(directory, "builds")
+        remove_abandoned(self.directory, 4 * CPU_LIMIT_S)
 
     @property
     def toolchain(self) -> str:
@@ -162,44 +131,32 @@ class CppBuilder:
         return self.directory / f"{digest[:40]}.so"
 
     def build_all(
-        self, sources: Sequence[str], *, jobs: int | None = None, progress: Callable[[int], None] | None = None
+        self, sources: Sequence[Source], *, jobs: int | None = None, progress: Callable[[int], None] | None = None
     ) -> list[Build]:
         """Build many sources side by side; the result keeps their order. ``progress`` gets the number done.
 
         An exception, Ctrl-C among them, ends the compilers that run.
         """
-        stop = threading.Event()
-        with ThreadPoolExecutor(jobs or usable_cores()) as pool:
-            futures = [pool.submit(self._build, source, stop) for source in sources]
-            try:
-                for done, _ in enumerate(as_completed(futures), start=1):
-                    if progress:
-                        progress(done)
-            except BaseException:
-                # Only the main thread hears of Ctrl-C, and compilers have sessions of their own.
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return [future.result() for future in futures]
+        return side_by_side(self._build, sources, jobs, progress)
 
     def build(self, source: str) -> Build:
         """Build one source, or find it built. A compiler that fails or hangs gives a message, no object."""
-        return self._build(source, threading.Event())
+        return self._build(Source(source), threading.Event())
 
-    def _build(self, source: str, stop: threading.Event) -> Build:
-        path = self.path_for(source)
+    def _build(self, source: Source, stop: threading.Event) -> Build:
+        path = self.path_for(source.text)
         if path.exists():
-            return Build(path, "", 0.0)
-        with tempfile.TemporaryDirectory(dir=self.directory, prefix=_DRAFT) as folder:
+            return Build(path, "", 0.0, (BuiltFile(path, "host_so"),))
+        with tempfile.TemporaryDirectory(dir=self.directory, prefix=DRAFT) as folder:
             code, made = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
-            code.write_text(source)
+            code.write_text(source.text)
             message, cpu_s = self._compile(code, made, stop)
             if message:
                 return Build(None, message, cpu_s)
             with made.open("rb") as file:
                 os.fsync(file.fileno())
             made.replace(path)
-        return Build(path, "", cpu_s)
+        return Build(path, "", cpu_s, (BuiltFile(path, "host_so"),))
 
     def _compile(self, code: Path, made: Path, stop: threading.Event) -> tuple[str, float]:
         """Message (empty: it worked) and CPU seconds."""
@@ -223,7 +180,7 @@ class CppBuilder:
         if status is None:
             reason = "on request" if stop.is_set() else f"after {2 * CPU_LIMIT_S} s"
             return f"{self.compiler.version} was stopped {reason}", cpu_s
-        if status < 0 and cpu_s > 0.9 * CPU_LIMIT_S:
+        if status < 0 and cpu_s > 0.8 * CPU_LIMIT_S:
             return f"{self.compiler.version} was stopped after {CPU_LIMIT_S} s of CPU time", cpu_s
         if status != 0 or not made.exists():
             text = log.read_text(errors="replace").replace(str(code), "kernel.cpp")[:2000].strip()

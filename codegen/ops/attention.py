@@ -73,6 +73,10 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
         """Sequences that decode together, and tokens of a prompt."""
         return _LADDERS[signature.stage]
 
+    def gpu_ladder(self, signature: AttentionSignature) -> tuple[int, ...]:
+        """The same: what limits sequences and prompts is not the kernel."""
+        return self.ladder(signature)
+
     def calls_per_pass(self, signature: AttentionSignature, model: ModelShape, phase: Phase) -> float:
         """Once in every layer of its kind, kinds being taken to be equally many; see :class:`OpDeclaration`."""
         return model.layers / len(model.windows) if signature.stage == phase else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ Phase = Literal["decode", "prefill"]
 Arrays = dict[str, NDArray[Any]]
 """Tensors of one call by name; optional ones that are absent are left out."""
 
+SERVED_DTYPE = "bf16"
+"""That models are served in where nothing else is said, and kernels do not compute in fp32."""
 
 S = TypeVar("S", bound=Signature)
 P = TypeVar("P", bound="Problem")
@@ -164,6 +166,11 @@ class OpDeclaration(ABC, Generic[S, P]):
         del signature
         return (1, 4, 16, 64, 256)
 
+    def gpu_ladder(self, signature: S) -> tuple[int, ...]:
+        """The same for GPU archs, which serve larger batches."""
+        del signature
+        return (1, 8, 32, 128, 512, 2048)
+
     def calls_per_pass(self, signature: S, model: ModelShape, phase: Phase) -> float:
         """How often one forward pass of ``model`` calls ``signature``; usually once in every layer with experts.
 
@@ -244,8 +251,29 @@ class OpDeclaration(ABC, Generic[S, P]):
     def default_config(self, signature: S, arch: Arch) -> Config:
         """The config that a careful engineer would write down without tuning; always a candidate."""
 
-    def precisions(self, signature: S) -> dict[str, str | None]:
-        """Precisions that some template can read weights in; each with why this signature's cannot be stored so."""
+    def on(self, signature: S, arch: Arch) -> S:
+        """``signature`` in bf16, where no template for ``arch`` computes in fp32 and no other dtype was asked for."""
+        here = {dtype for template in self.templates if arch.family in template.families for dtype in template.dtypes}
+        dtypes = [field.name for field in fields(signature) if field.name.endswith("_dtype")]
+        if LOSSLESS in here or SERVED_DTYPE not in here or any(getattr(signature, n) != LOSSLESS for n in dtypes):
+            return signature
+        changes: dict[str, Any] = dict.fromkeys(dtypes, SERVED_DTYPE)
+        return replace(signature, **changes)
+
+    def served_on(self, problem: P, arch: Arch) -> P:
+        """``problem`` with its signature as :meth:`on` gives it."""
+        signature: Any = problem.signature
+        return replace(problem, signature=self.on(signature, arch))
+
+    def sample(self, problem: P) -> P:
+        """A smaller problem with reductions of the same length, on which precisions can be judged."""
+        return problem
+
+    def precisions(self, signature: S, arch: Arch | None = None) -> dict[str, str | None]:
+        """Precisions that some template can read weights in; each with why this signature's cannot be stored so.
+
+        With ``arch``, also those that no template for it can read are refused, in words.
+        """
         weight = packable(self.tensors(signature))
         if weight is None:
             return {}
@@ -254,7 +282,15 @@ class OpDeclaration(ABC, Generic[S, P]):
         floats = {name for t in self.templates for name in t.dtypes} - {LOSSLESS}
         # bf16 says "as they are" of a signature in bf16, "rounded" of one in fp32, and nothing of one in fp16.
         other = floats - {weight.dtype} if weight.dtype != LOSSLESS else set()
-        return {name: PRECISIONS[name].refusal(int(weight.dims[2])) for name in names if name not in other}
+        refusals = {name: PRECISIONS[name].refusal(int(weight.dims[2])) for name in names if name not in other}
+        if arch is not None:
+            here = self.templates_for(signature, arch)
+            for name, refusal in refusals.items():
+                reasons = [t.exclusion(name, arch) for t in here if name in t.precisions]
+                if refusal is None and all(reasons):
+                    why = next(iter(reasons), "no template for it reads them")
+                    refusals[name] = f"weights in precision {name} are impossible on {arch.name}: {why}"
+        return refusals
 
     def compute_dtype(self, signature: S) -> str:
         """Dtype of the activations that kernels compute with: that of the weights as they are declared."""

@@ -39,6 +39,8 @@ from tilewright.errors import TilewrightError
 if TYPE_CHECKING:
     import torch
 
+_SAMPLED_EXPERTS, _SAMPLED_COLUMNS, _SAMPLED_TOKENS = 4, 256, 32
+
 
 class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
     """The declaration of moe_gemm."""
@@ -106,6 +108,15 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         values = dict(fields)
         tokens = _whole("tokens", values.pop("tokens", "1"))
         return self.problem(MoeGemmSignature.parse(values), tokens, routing)
+
+    def sample(self, problem: MoeGemmProblem) -> MoeGemmProblem:
+        """Few experts, columns and tokens, but the whole k."""
+        signature = problem.signature
+        experts = min(signature.experts, _SAMPLED_EXPERTS)
+        small = replace(
+            signature, experts=experts, n=min(signature.n, _SAMPLED_COLUMNS), top_k=min(signature.top_k, experts)
+        )
+        return MoeGemmProblem(small, min(problem.tokens, _SAMPLED_TOKENS), RoutingSpec.parse("balanced"), experts)
 
     def weights(self, signature: MoeGemmSignature, seed: int) -> Arrays:
         """Normal weights scaled so that sums are of the inputs' magnitude, and a small bias.

@@ -25,11 +25,13 @@ from tilewright.codegen.ops.moe_gemm_triton_space import (
     split_k_space,
     stored,
 )
+from tilewright.codegen.ops.moe_gemm_triton_work import grouped_work
 from tilewright.codegen.precisions import GPU_PRECISIONS, Precision
 from tilewright.codegen.recipe import Argument, Recipe
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.codegen.space import Config, Space
 from tilewright.codegen.triton_launch import EntryLaunch, EntryParameter, Workspace, guards
+from tilewright.codegen.work import LaunchWork
 
 _MOST_COMBINED_COLUMNS = 1024
 """Output columns that one program of the combination adds up: 8 for each of 128 threads."""
@@ -236,6 +238,25 @@ def context(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> dict[
     }
 
 
+def work(
+    signature: MoeGemmSignature,
+    config: Config,
+    arch: GpuArch,  # noqa: ARG001
+    problem: MoeGemmProblem,
+) -> tuple[LaunchWork, ...]:
+    """What every launch has to do, for predictions."""
+    return grouped_work(
+        signature,
+        stored(config),
+        (config["block_m"], config["block_n"], config["block_k"]),
+        problem,
+        weights_first=config["operands"] == "weights_first",
+        partial_dtype="fp32" if config["partials"] == "fp32" else signature.out_dtype,
+        columns=combine_columns(signature),
+        split_k=parts_of_k(config),
+    )
+
+
 def emulated_problems(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> tuple[MoeGemmProblem, ...]:  # noqa: ARG001
     """Three tiles along k at least, two along n, an expert with two tiles of rows, one without any, ragged ends.
 
@@ -283,6 +304,7 @@ TEMPLATES = (
         exclusion=exclusion,
         entries=entries,
         emulated_problems=emulated_problems,
+        work=work,
     ),
     Template(
         SPLIT_K,
@@ -299,5 +321,6 @@ TEMPLATES = (
         exclusion=exclusion,
         entries=entries,
         emulated_problems=emulated_problems,
+        work=work,
     ),
 )

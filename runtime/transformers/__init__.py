@@ -13,7 +13,8 @@ Needs Transformers 5 or newer (``pip install 'tilewright[transformers]'``); noth
 
 from __future__ import annotations
 
+from tilewright.runtime.process_memory import Memory
 from tilewright.runtime.transformers.enabling import disable, enable
-from tilewright.runtime.transformers.reports import Disabled, Enabled, LeftAlone, Memory, ServedLayer, ServedLinear
+from tilewright.runtime.transformers.reports import Disabled, Enabled, LeftAlone, ServedLayer, ServedLinear
 
 __all__ = ["Disabled", "Enabled", "LeftAlone", "Memory", "ServedLayer", "ServedLinear", "disable", "enable"]

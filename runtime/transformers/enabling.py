@@ -17,6 +17,7 @@ from tilewright.runtime.experts import Experts
 from tilewright.runtime.notices import warn_once
 from tilewright.runtime.plans import Database, is_planned
 from tilewright.runtime.prepared import PreparedCall
+from tilewright.runtime.process_memory import Memory
 from tilewright.runtime.transformers import linears
 from tilewright.runtime.transformers.interface import (
     IMPLEMENTATION,
@@ -31,7 +32,6 @@ from tilewright.runtime.transformers.reports import (
     Disabled,
     Enabled,
     LeftAlone,
-    Memory,
     ServedLayer,
     ServedLinear,
     describe_dequantised,

@@ -2,40 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tilewright.codegen.precisions import LOSSLESS
-
-_STATUS = Path("/proc/self/status")
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Of this process, in bytes; None where the system does not tell."""
-
-    resident_bytes: int | None
-    """In main memory now."""
-    peak_bytes: int | None
-    """The most there ever was."""
-
-    @classmethod
-    def now(cls) -> Memory:
-        """What the system reports now."""
-        if _STATUS.exists():
-            fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
-            return cls(*(int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM")))
-        if sys.platform == "win32":
-            return cls(None, None)
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return cls(None, peak if sys.platform == "darwin" else peak * 1024)
-
-    def __str__(self) -> str:
-        return f"{_megabytes(self.resident_bytes)} resident, {_megabytes(self.peak_bytes)} at the peak"
+from tilewright.runtime.process_memory import Memory, megabytes
 
 
 @dataclass(frozen=True)
@@ -106,7 +77,7 @@ class Enabled:
         lines[0] += f" and {len(self.linears)} linear layers" if self.linears else ""
         if served:
             lines[0] += f" in {', '.join(precisions)}"
-            lines.append(f"  weights: {_megabytes(packed)} packed, {_megabytes(replaced)} {released}")
+            lines.append(f"  weights: {megabytes(packed)} packed, {megabytes(replaced)} {released}")
         lines += [f"  left alone: {text}" for text in describe_left_alone(self.left_alone)]
         return "\n".join([*lines, f"  memory before: {self.before}", f"  memory after: {self.after}"])
 
@@ -145,7 +116,3 @@ def describe_dequantised(layers: Sequence[ServedLayer | ServedLinear]) -> str:
         f"the weights of {len(layers)} layers were stored as {', '.join(precisions)} and their originals "
         "released, so they hold the rounded values now; load the model again for the originals"
     )
-
-
-def _megabytes(size: int | None) -> str:
-    return "unknown" if size is None else f"{size / 1e6:.0f} MB"

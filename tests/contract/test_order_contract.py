@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tilewright.codegen.archs import native_arch
+from tilewright.codegen.building.base import Source
 from tilewright.codegen.building.cpp import CppBuilder, find_compiler
 from tilewright.codegen.ops import OPS, find_op
 from tilewright.codegen.ops.base import Arrays
@@ -79,7 +80,7 @@ class Kernels:
         op = find_op(op_name)
         self.op_name, self.signature = op_name, signature
         sources = [render(op.template(config), signature, config, ARCH) for config in configs]
-        builds = CppBuilder(ARCH, find_compiler(), folder).build_all(sources)
+        builds = CppBuilder(ARCH, find_compiler(), folder).build_all([Source(text) for text in sources])
         recipes = [op.template(config).recipe(signature, config, ARCH) for config in configs]
         self._kernels: list[tuple[Path, Recipe]] = []
         for build, recipe in zip(builds, recipes, strict=True):

@@ -17,6 +17,7 @@ from guarded_calls import Call, forking, run_kernel, tensors_for
 from standalone_kernels import Toolchain
 
 from tilewright.codegen.archs import ARCHS, CPU_ARCHS, Arch, native_arch, runs_on
+from tilewright.codegen.building.base import Source
 from tilewright.codegen.building.cpp import Build, CppBuilder, find_compiler
 from tilewright.codegen.cpu_info import read_cpu_info, usable_cores
 from tilewright.codegen.ops import OPS, find_op
@@ -89,7 +90,7 @@ def test_other_levels_of_this_machine_compile(arch: Arch, tmp_path) -> None:
     """Compiled is all that is known of them, unless this CPU runs them, too."""
     builder = builder_for(arch, tmp_path)
     chosen = [*few_cases(arch, 4), *precision_cases(arch)]
-    for case, build in zip(chosen, builder.build_all([source_of(case) for case in chosen]), strict=True):
+    for case, build in zip(chosen, builder.build_all([Source(source_of(case)) for case in chosen]), strict=True):
         assert build.path is not None, f"{case}: {build.message}"
         if not runs_on(arch, read_cpu_info()):
             continue

@@ -164,7 +164,7 @@ def test_show_as_text(run: Run, tuned: tuple[Path, str, str], monkeypatch: pytes
     assert read_cpu_info().key in lines[1]
     assert "moe_gemm stage=down experts=4 n=40 k=48 top_k=2 fp32" in lines
     head = next(line for line in lines if line.startswith("problem"))
-    assert " ".join(head.split()) == "problem tokens trials best 95 % n error timing checked"
+    assert " ".join(head.split()) == "problem tokens trials best interval n error timing checked"
     document = json.loads(run("show", "--json"))
     for problem in document["problems"]:
         row = next(line for line in lines if line.startswith(problem["problem_key"][:8]))
@@ -223,7 +223,7 @@ def test_compare_as_text(run: Run, monkeypatch: pytest.MonkeyPatch, columns: int
     shown = " ".join(line for line in lines if line.startswith("kernel"))
     for column in (
         "median",
-        "95 %",
+        "interval",
         "n",
         "time/best",
         "time/default",

@@ -38,7 +38,7 @@ def test_serving_a_model_that_is_tuned_first(tmp_path: Path) -> None:
     config = json.loads((EXAMPLES / "small_qwen3_moe" / "config.json").read_text())
     tiny = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
     (tmp_path / "config.json").write_text(json.dumps({**config, **tiny, "vocab_size": 64, "num_hidden_layers": 2}))
-    words = ["--model", str(tmp_path), "--prompt", "8", "--new", "3", "--time", "5s", "--db", str(tmp_path / "t.db")]
+    words = ["--model", str(tmp_path), "--prompt", "1", "--new", "3", "--time", "5s", "--db", str(tmp_path / "t.db")]
     tmp_path.chmod(0o700)
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "serve_moe.py"), *words],

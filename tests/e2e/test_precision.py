@@ -52,8 +52,8 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 built += workshop.build([config])
             entries = []
             for bound, each in zip((2, None), built, strict=True):
-                record, artifact = workshop.record(each, "device")
-                store.add_kernel(record, [artifact])
+                record, artifacts = workshop.record(each, "device")
+                store.add_kernel(record, artifacts)
                 entries.append(PlanEntry(bound, record.key, 100.0 - rank, 200.0, bound or 8))
             store.put_plan(
                 PlanRecord(
@@ -119,6 +119,7 @@ def test_the_fastest_plan_within_the_error_serves(weights, database, max_error, 
     words = layout.packed_words(*weights["weight"].shape)
     assert prepared.memory.bytes == 4 * words
     assert prepared.memory.weight_bytes == weights["weight"].nbytes
+    assert f"process before packing: {prepared.memory.before}" in str(explanation)
 
 
 def test_nothing_is_rounded_unless_it_is_asked_for(weights, database) -> None:

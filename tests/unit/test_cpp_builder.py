@@ -21,7 +21,8 @@ import pytest
 
 from tilewright.codegen.archs import CPU_ARCHS, native_arch
 from tilewright.codegen.building import cpp
-from tilewright.codegen.building.cpp import Compiler, CppBuilder, cache_directory, find_compiler
+from tilewright.codegen.building.base import Source, cache_directory
+from tilewright.codegen.building.cpp import Compiler, CppBuilder, find_compiler
 from tilewright.errors import TilewrightError
 
 AVX2 = CPU_ARCHS["x86_64_avx2"]
@@ -210,7 +211,7 @@ def test_an_object_appears_whole_or_not_at_all(builder: Callable[..., CppBuilder
 def test_build_all_keeps_order_and_counts(builder: Callable[..., CppBuilder]) -> None:
     made = builder(f"[ $SOURCE = bad ] && exit 1\n{COPY}")
     counts: list[int] = []
-    builds = made.build_all(["good", "bad", "better"], jobs=2, progress=counts.append)
+    builds = made.build_all([Source("good"), Source("bad"), Source("better")], jobs=2, progress=counts.append)
     assert [build.path for build in builds] == [made.path_for("good"), None, made.path_for("better")]
     assert counts == [1, 2, 3]
 
@@ -224,7 +225,7 @@ def test_an_exception_ends_compilers_that_run(builder: Callable[..., CppBuilder]
 
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        made.build_all(["quick", "slow", "never started"], jobs=2, progress=interrupt)
+        made.build_all([Source("quick"), Source("slow"), Source("never started")], jobs=2, progress=interrupt)
     assert time.monotonic() - started < 30, "it waited for the compiler to end by itself"
     assert gone(written_pid(tmp_path / "pid"))
     assert leftovers(made.directory) == []
@@ -235,10 +236,12 @@ def test_ctrl_c_ends_the_compilers(script: Callable[..., Path], tmp_path: Path) 
     program = textwrap.dedent(f"""
         from pathlib import Path
         from tilewright.codegen.archs import CPU_ARCHS
+        from tilewright.codegen.building.base import Source
         from tilewright.codegen.building.cpp import Compiler, CppBuilder
 
         compiler = Compiler({str(compiler)!r}, "Scripted 1.0")
-        CppBuilder(CPU_ARCHS["x86_64_avx2"], compiler, Path({str(tmp_path)!r})).build_all(["a", "b"], jobs=1)
+        builder = CppBuilder(CPU_ARCHS["x86_64_avx2"], compiler, Path({str(tmp_path)!r}))
+        builder.build_all([Source("a"), Source("b")], jobs=1)
     """)
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
     try:

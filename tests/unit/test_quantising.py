@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from tilewright.runtime import packing
 from tilewright.runtime.calls import pack_weight
 from tilewright.runtime.native_module import native_module
 from tilewright.runtime.packing import pack_array, packed_dtype, packed_shape
+from tilewright.runtime.process_memory import Memory
 from tilewright.runtime.weights import PackedWeights
 
 QUANTISED = [PRECISIONS[name] for name in CPU_PRECISIONS if name != LOSSLESS]
@@ -139,3 +142,21 @@ def test_strided_weights_are_quantised_like_contiguous_ones() -> None:
     weight = torch.randn(3, 64, 20).transpose(1, 2)
     layout = WeightLayout(8, precision="int4g32")
     assert torch.equal(pack_weight(weight, layout), pack_weight(weight.contiguous(), layout))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4g32", "fp8_e4m3", "mxfp4"])
+def test_packing_takes_no_more_memory_than_what_it_makes(precision: str) -> None:
+    """No copy of the whole weight on the way: the process's peak grows by the packed words, and little else."""
+    weight = torch.randn(8, 512, 1024)  # 17 MB
+    layout = WeightLayout(16, precision=precision)
+    pack_weight(weight[:, :16], layout)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    except OSError as error:
+        pytest.skip(f"this system does not tell the peak of a process: {error}")
+    before = Memory.now()
+    packed = pack_weight(weight, layout)
+    after = Memory.now()
+    assert before.peak_bytes is not None
+    assert after.peak_bytes is not None
+    assert after.peak_bytes - before.peak_bytes <= packed.nbytes + weight.nbytes // 4

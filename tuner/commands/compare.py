@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tilewright.codegen.archs import find_arch
 from tilewright.codegen.cpu_info import read_cpu_info
+from tilewright.codegen.devices import DEVICES
 from tilewright.codegen.ops import find_op
 from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.errors import TilewrightError
 from tilewright.tuner.commands.common import add_options, only_one, print_json
+from tilewright.tuner.kernel_comparison import compare_kernels
 from tilewright.tuner.loop import FINAL_RACE
 from tilewright.tuner.roofline import measure_roofline
-from tilewright.tuner.standings import measured_document, right_trials, standings
+from tilewright.tuner.standings import checked, measured_document, right_trials, standings
 from tilewright.tuner.text import (
     format_interval,
+    format_place,
     format_shape,
-    format_threads,
     format_us,
     labelled,
     table,
     terminal_width,
 )
-from tilewright.tuning_db.records import KernelRecord, ProblemSummary, TrialRecord
+from tilewright.tuning_db.records import ProblemSummary, TrialRecord
 from tilewright.tuning_db.store import Store
 
 
@@ -40,6 +36,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("keys", nargs="*", help="a problem's key, or two kernels' keys (how they start is enough)")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="fastest variants of a problem")
     parser.add_argument("--disassembly", action="store_true", help="with two kernels: compare machine code too")
+    parser.add_argument("--ir", action="store_true", help="with two GPU kernels: compare TTGIR and PTX too")
     add_options(parser)
     parser.set_defaults(run=run)
 
@@ -57,10 +54,16 @@ def run(arguments: argparse.Namespace) -> int:
         raise TilewrightError(f"{len(arguments.keys)} keys are too many; give one problem's, or two kernels'")
     if arguments.disassembly and len(arguments.keys) != 2:
         raise TilewrightError("--disassembly compares two kernels; give the keys of both (`tune compare` lists them)")
+    if arguments.ir and len(arguments.keys) != 2:
+        raise TilewrightError("--ir compares two kernels; give the keys of both (`tune compare` lists them)")
     with Store.open_read_only(arguments.db) as store:
         if len(arguments.keys) == 2:
             a, b = (only_one("kernel", key, ((k.key, k) for k in store.kernels())) for key in arguments.keys)
-            _compare_kernels(store, a, b, arguments)
+            comparison = compare_kernels(store, a, b, ir=arguments.ir, disassembly=arguments.disassembly)
+            if arguments.json:
+                print_json(comparison.document())
+            else:
+                print("\n".join(comparison.lines()))
             return 0
         problems = _chosen(store, arguments.keys)
         documents = [_variants(store, problem, arguments.top) for problem in problems]
@@ -107,6 +110,8 @@ def _variants(store: Store, summary: ProblemSummary, top: int) -> dict[str, Any]
 
 def _bound(op: OpDeclaration[Any, Any], problem: Problem, summary: ProblemSummary) -> tuple[float | None, str]:
     """Least time of a problem in us, and in words where it comes from; None where it is not known here."""
+    if summary.device_key in DEVICES:
+        return None, f"predicted for {DEVICES[summary.device_key].name}; nothing was timed on a GPU"
     if summary.device_key != read_cpu_info().key:
         return None, "the roofline is not known here: the times are of another device"
     try:
@@ -127,19 +132,31 @@ def _variant(
         **measured_document(trial),
         "against_best": median / (best.median_us or median),
         "against_default": median / default.median_us if default and default.median_us else None,
-        "within_noise_of_best": (trial.low_us or 0.0) <= (best.high_us or 0.0),
+        "within_noise_of_best": trial.timing == "measured" and (trial.low_us or 0.0) <= (best.high_us or 0.0),
         "is_default": trial is default,
         "race": trial.search,
         "roofline_share": None if bound_us is None else bound_us / median,
         "timing": trial.timing,
-        "checked": "device",
+        "checked": checked(trial),
         "config": trial.config,
     }
 
 
-_HEAD = ("kernel", "median", "95 %", "n", "time/best", "time/default", "roofline", "error", "race")
+_HEAD = (
+    "kernel",
+    "median",
+    "interval",
+    "n",
+    "time/best",
+    "time/default",
+    "roofline",
+    "error",
+    "race",
+    "timing",
+    "checked",
+)
 _NOTE = """\
-timing: measured, checked: device. time/best 1.10 is 10 % slower than the best; ~: the intervals overlap.
+time/best 1.10 is 10 % slower than the best; ~: the intervals overlap.
 race: finalists met in one last race (final); the others were timed at other moments, and compare only roughly."""
 
 
@@ -147,7 +164,7 @@ def _lines(document: dict[str, Any]) -> list[str]:
     variants = document["variants"]
     title = [
         f"{document['problem'][:8]}  {format_shape(document['signature'])} tokens={document['tokens']}",
-        f"{format_threads(document['threads'])} on {document['device']}",
+        format_place(document["threads"], document["device"]),
     ]
     if not variants:
         return [*title, "no variant was right; `tune show` counts what failed"]
@@ -156,12 +173,14 @@ def _lines(document: dict[str, Any]) -> list[str]:
             v["kernel"][:8] + (" default" if v["is_default"] else ""),
             format_us(v["median_us"]),
             format_interval(v["median_us"], v["low_us"], v["high_us"]),
-            str(v["samples"]),
+            str(v["samples"] or "-"),
             f"{v['against_best']:.2f}" + (" ~" if v["within_noise_of_best"] else "  "),
             "-" if v["against_default"] is None else f"{v['against_default']:.2f}",
             "-" if v["roofline_share"] is None else f"{v['roofline_share']:.0%}",
             "-" if v["error"] is None else f"{v['error']:.0e}",
             "final" if v["race"] == FINAL_RACE else v["race"],
+            v["timing"],
+            v["checked"],
         )
         for v in variants
     ]
@@ -193,41 +212,3 @@ def _knob_lines(variants: Sequence[dict[str, Any]], width: int | None) -> list[s
         *(table(("kernel", *varying), rows, width=width) if varying else []),
         *(labelled("all", same, width=width) if same else []),
     ]
-
-
-def _compare_kernels(store: Store, a: KernelRecord, b: KernelRecord, arguments: argparse.Namespace) -> None:
-    names = sorted(a.config.keys() | b.config.keys())
-    knobs = {n: [a.config.get(n), b.config.get(n)] for n in names if a.config.get(n) != b.config.get(n)}
-    source = _diff(a.source, b.source, a, b)
-    code = _diff(_disassemble(store, a), _disassemble(store, b), a, b) if arguments.disassembly else []
-    if arguments.json:
-        print_json({"kernels": [a.key, b.key], "knobs": knobs, "source": source, "disassembly": code})
-        return
-    print("\n".join(table(("knob", a.key[:8], b.key[:8]), ((n, str(x), str(y)) for n, (x, y) in knobs.items()))))
-    print("\n".join(["", *source, *code]))
-
-
-def _diff(old: str, new: str, a: KernelRecord, b: KernelRecord) -> list[str]:
-    return list(difflib.unified_diff(old.splitlines(), new.splitlines(), a.key[:8], b.key[:8], lineterm=""))
-
-
-def _disassemble(store: Store, kernel: KernelRecord) -> str:
-    """Machine code as text, without addresses, so that only differing instructions differ."""
-    tool = shutil.which("objdump") or shutil.which("llvm-objdump")
-    if tool is None:
-        raise TilewrightError("no objdump was found; install binutils (Debian: apt install binutils)")
-    artifact = store.artifact(kernel.artifacts[0])
-    if artifact is None:
-        raise TilewrightError(f"the bytes of kernel {kernel.key} are not in the database; tune the problem again")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.so"
-        path.write_bytes(artifact.data)
-        done = subprocess.run(
-            [tool, "-d", "--no-show-raw-insn", str(path)], capture_output=True, text=True, check=False
-        )
-    if done.returncode != 0:
-        raise TilewrightError(f"{tool} cannot read kernel {kernel.key}: {done.stderr.strip()}")
-    # The first lines name the temporary file.
-    code = done.stdout.partition("Disassembly of section")[2]
-    text = re.sub(r"^\s*[0-9a-f]+:\s*", "", code, flags=re.MULTILINE)
-    return re.sub(r"\b[0-9a-f]{3,}\b(?= <)|<[^>]*>|# [0-9a-f]+", "", text)

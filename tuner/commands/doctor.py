@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from tilewright.codegen.archs import native_arch
-from tilewright.codegen.building.cpp import CppBuilder, cache_directory, find_compiler
+from tilewright.codegen.building.base import cache_directory
+from tilewright.codegen.building.cpp import CppBuilder, find_compiler
 from tilewright.codegen.cpu_info import read_cpu_info, usable_cores
 from tilewright.errors import TilewrightError
 from tilewright.runtime.native_module import native_module

@@ -36,6 +36,11 @@ class Findings:
     roofline: Roofline
     database: str
 
+    @property
+    def reports(self) -> list[Report]:
+        """Of its one run."""
+        return [self.report]
+
     def text(self) -> str:
         """Several lines: a table per signature, on what evidence, and what to do next."""
         lines = [""]

@@ -8,6 +8,7 @@ from typing import Any
 from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.precisions import LOSSLESS
+from tilewright.tuner.campaign import Report
 from tilewright.tuner.commands.findings import HEAD, NOTES, Findings
 from tilewright.tuner.end_to_end import Pass, not_counted, passes, telling_names
 from tilewright.tuner.text import format_ratio, format_shape, format_us, table, terminal_width, wrapped
@@ -24,6 +25,11 @@ class ModelFindings:
 
     found: tuple[Findings, ...]
     model: ModelShape
+
+    @property
+    def reports(self) -> list[Report]:
+        """Of the runs, one for each op."""
+        return [findings.report for findings in self.found]
 
     def text(self) -> str:
         """Remarks on every plan, one table, the gain of a pass, and what to do next."""

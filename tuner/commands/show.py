@@ -11,11 +11,11 @@ from typing import Any
 from tilewright.codegen.ops import find_op
 from tilewright.tuner.commands.common import add_options, only_one, print_json
 from tilewright.tuner.plan_facts import costs_text, probed_text
-from tilewright.tuner.standings import measured_document, right_trials, standings
+from tilewright.tuner.standings import checked, measured_document, right_trials, standings
 from tilewright.tuner.text import (
     format_interval,
+    format_place,
     format_shape,
-    format_threads,
     format_us,
     labelled,
     table,
@@ -135,7 +135,7 @@ def _problem_document(problem: _KnownProblem) -> dict[str, Any]:
             "race": best.search,
             **measured_document(best),
             "timing": best.timing,
-            "checked": "device",
+            "checked": checked(best),
         },
     }
 
@@ -162,7 +162,7 @@ def _lines(store: Store) -> list[str]:
         return [*lines, "nothing is known yet; run: tune --arch native --op moe_gemm"]
     lines += [f"device   {device.key}  {device.name}, {device.arch}" for device in store.devices()]
     for group in known:
-        lines += ["", format_shape(group.signature), f"{format_threads(group.threads)} on {group.device_key}"]
+        lines += ["", format_shape(group.signature), format_place(group.threads, group.device_key)]
         if group.problems:
             lines += table(_HEAD, map(_row, group.problems), width=terminal_width())
         for plan in group.plans:
@@ -170,7 +170,7 @@ def _lines(store: Store) -> list[str]:
     return lines
 
 
-_HEAD = ("problem", "tokens", "trials", "best", "95 %", "n", "error", "timing", "checked")
+_HEAD = ("problem", "tokens", "trials", "best", "interval", "n", "error", "timing", "checked")
 
 
 def _row(problem: _KnownProblem) -> tuple[str, ...]:
@@ -183,10 +183,10 @@ def _row(problem: _KnownProblem) -> tuple[str, ...]:
         *counts,
         format_us(best.median_us),
         format_interval(best.median_us, best.low_us, best.high_us),
-        str(len(best.samples_us)),
+        str(len(best.samples_us) or "-"),
         "-" if best.error is None else f"{best.error:.0e}",
         best.timing,
-        "device",
+        checked(best),
     )
 
 
@@ -221,6 +221,13 @@ def _show_kernel(store: Store, arguments: argparse.Namespace) -> None:
         print("\n".join(_kernel_lines(kernel, trials)))
 
 
+def _told(value: Any) -> Any:
+    """A fact in one word."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}:{_told(inner)}" for name, inner in value.items()) or "none"
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
 def _trial_document(trial: TrialRecord) -> dict[str, Any]:
     return {
         "problem_key": trial.problem_key,
@@ -247,7 +254,7 @@ def _kernel_lines(kernel: KernelRecord, trials: Sequence[TrialRecord]) -> list[s
             trial.outcome.value,
             "-" if trial.median_us is None else format_us(trial.median_us),
             "-" if trial.median_us is None else format_interval(trial.median_us, trial.low_us, trial.high_us),
-            str(len(trial.samples_us)),
+            str(len(trial.samples_us) or "-"),
             "-" if trial.error is None else f"{trial.error:.0e}",
         )
         for trial in trials
@@ -258,10 +265,12 @@ def _kernel_lines(kernel: KernelRecord, trials: Sequence[TrialRecord]) -> list[s
         "config": words(kernel.config),
         "arch": kernel.arch,
         "toolchain": kernel.toolchain,
-        "facts": words(kernel.facts),
+        "facts": words({n: v for n, v in kernel.facts.items() if n != "entries"}),
         "checked": kernel.checked,
     }
-    head = ("problem", "tokens", "threads", "race", "outcome", "median", "95 %", "n", "error")
+    for entry in kernel.facts.get("entries", ()):
+        about[entry["entry"]] = words({name: _told(value) for name, value in entry.items() if name != "entry"})
+    head = ("problem", "tokens", "threads", "race", "outcome", "median", "interval", "n", "error")
     width = terminal_width()
     return [
         *(line for label, text in about.items() for line in labelled(label, text, width=width)),

@@ -9,7 +9,7 @@ from typing import Any
 from tilewright.codegen.archs import GpuArch
 from tilewright.codegen.layouts import RowLayout
 from tilewright.codegen.ops.base import Arrays, OpDeclaration, Problem, packable
-from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.ops.signature import Signature, stable_key
 from tilewright.codegen.precisions import find_precision
 from tilewright.codegen.rendering import render
 from tilewright.codegen.space import Config
@@ -50,7 +50,7 @@ class EmulatedChecker:
         self._op = op
         self._arch = arch
         self._emulator = emulator
-        self._known: dict[tuple[str, Config], EmulatedCheck] = {}
+        self._known: dict[str, EmulatedCheck] = {}
 
     def check(self, signature: Signature, config: Config) -> EmulatedCheck:
         """Run ``config`` on the small problems that its template names for ``signature``.
@@ -63,10 +63,21 @@ class EmulatedChecker:
         if template.emulated_problems is None:
             raise TilewrightError(f"template {template.name} has no problems to be emulated on; it is compiled only")
         problems = template.emulated_problems(signature, config, self._arch)
-        key = (" ".join(problem.key for problem in problems), config)
+        key = self._identity(config, problems)
         if key not in self._known:
             self._known[key] = self._run(config, problems)
         return self._known[key]
+
+    def _identity(self, config: Config, problems: Sequence[Problem]) -> str:
+        """All that the interpreter sees of a config: knobs that only the compiler hears of make no other run."""
+        template, seen = self._op.template(config), []
+        for problem in problems:
+            source = render(template, problem.signature, config, self._arch)
+            code = [line for line in source.splitlines() if not line.startswith("#")]
+            recipe = template.recipe(problem.signature, config, self._arch).to_dict()
+            launches = [{**launch, "block": ()} for launch in recipe["launches"]]
+            seen.append([problem.key, code, {**recipe, "launches": launches}])
+        return stable_key({"seen": seen})
 
     def _run(self, config: Config, problems: Sequence[Problem]) -> EmulatedCheck:
         sizes = "; ".join(_describe(problem) for problem in problems)

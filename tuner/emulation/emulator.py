@@ -66,6 +66,7 @@ class Emulator:
         self.limit_s = limit_s
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
+        self._ready = False
         self._log = -1
         self._stack = ExitStack()
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tilewright-emulation-")))
@@ -129,6 +130,14 @@ class Emulator:
                 if spec.role == "output"
             }
 
+    def start(self) -> None:
+        """Start the worker without waiting for it, so that the first run need not wait so long.
+
+        It ends with the thread that started it.
+        """
+        if self._process is None or self._process.poll() is not None or self._channel is None:
+            self._spawn()
+
     def _request(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         channel = self._start()
         try:
@@ -145,8 +154,18 @@ class Emulator:
         return answer
 
     def _start(self) -> socket.socket:
-        if self._process is not None and self._process.poll() is None and self._channel is not None:
-            return self._channel
+        self.start()
+        assert self._channel is not None
+        if not self._ready:
+            self._channel.settimeout(_START_LIMIT_S)
+            try:
+                receive(self._channel)
+            except (OSError, EOFError, ValueError) as error:
+                raise EmulationError(f"the interpreter did not start: {self._how_it_ended()}") from error
+            self._ready = True
+        return self._channel
+
+    def _spawn(self) -> None:
         self._kill()
         self._log = os.memfd_create("tilewright-emulation", os.MFD_CLOEXEC)
         self._channel, theirs = socket.socketpair()
@@ -173,12 +192,6 @@ class Emulator:
                     "OPENBLAS_NUM_THREADS": "1",
                 },
             )
-        self._channel.settimeout(_START_LIMIT_S)
-        try:
-            receive(self._channel)
-        except (OSError, EOFError, ValueError) as error:
-            raise EmulationError(f"the interpreter did not start: {self._how_it_ended()}") from error
-        return self._channel
 
     def _how_it_ended(self) -> str:
         process = self._process
@@ -204,6 +217,7 @@ class Emulator:
         return lines[-1].strip() if lines else ""
 
     def _kill(self) -> None:
+        self._ready = False
         if self._process is not None:
             if self._process.poll() is None:
                 os.killpg(self._process.pid, signal.SIGKILL)

@@ -28,7 +28,7 @@ from tilewright.tuner.evaluation.session import KernelFaultError, Session
 from tilewright.tuner.evaluation.statistics import Ratio, paired_ratio
 from tilewright.tuner.evaluation.weights import WeightStore, declared_bytes
 from tilewright.tuner.evaluation.workbench import Mode, Workbench, failed
-from tilewright.tuning_db.records import Outcome
+from tilewright.tuning_db.records import Checked, Outcome
 
 _MEMORY_SHARE = 0.6
 """Of this machine's memory that weights and inputs may take together."""
@@ -125,28 +125,36 @@ class CpuEvaluator:
         """Process that runs the kernels; None when there is none at the moment."""
         return self._session.worker_pid
 
-    def evaluate(self, batch: Sequence[BuiltKernel], problem: Problem, *, budget_s: float) -> list[Evaluation]:
-        """Check every kernel of ``batch`` and race those that are right, interleaved; one evaluation each, in order.
+    def evaluate(
+        self,
+        kernels: Sequence[BuiltKernel],
+        problem: Problem,
+        *,
+        budget_s: float,
+        finalists: bool = False,  # noqa: ARG002  (every check is made of every kernel)
+    ) -> list[Evaluation]:
+        """Check every kernel of ``kernels`` and race those that are right, interleaved; one evaluation each, in order.
 
         Sample i of every raced kernel comes from the same moment and the same data (unless their weight layouts
         together exceed the memory), so that :func:`paired_ratio` of two of them is meaningful.
 
         Args:
-            batch: kernels of this evaluator's signature.
+            kernels: kernels of this evaluator's signature.
             problem: what to measure.
             budget_s: wall seconds for the race; checking comes on top, and every kernel is timed at least once.
+            finalists: makes no difference: all checks are made of every kernel.
 
         Raises:
             TilewrightError: when the problem does not fit the memory, or no worker can be started.
 
         """
         data = self._data(problem)
-        evaluations = [self._check(kernel, data) for kernel in batch]
+        evaluations = [self._check(kernel, data) for kernel in kernels]
         racers = [index for index, evaluation in enumerate(evaluations) if evaluation.outcome is Outcome.OK]
-        for group in self._workbench.weights.groups([batch[index].recipe.panels for index in racers]):
+        for group in self._workbench.weights.groups([kernels[index].recipe.panels for index in racers]):
             members = [racers[position] for position in group]
             raced = self._race(
-                [batch[index] for index in members],
+                [kernels[index] for index in members],
                 [evaluations[index] for index in members],
                 data,
                 budget_s=budget_s * len(members) / len(racers),
@@ -155,6 +163,11 @@ class CpuEvaluator:
             for index, evaluation in zip(members, raced, strict=True):
                 evaluations[index] = evaluation
         return evaluations
+
+    def checked(self, kernel_key: str) -> Checked:
+        """How far a built kernel was checked so far: here, or not at all."""
+        checks = [verdict.outcome for (key, _), verdict in self._verdicts.items() if key == kernel_key]
+        return "device" if checks and all(each is Outcome.OK for each in checks) else "compiled"
 
     def measure_noise(self, kernel: BuiltKernel, problem: Problem, *, budget_s: float) -> Ratio:
         """Race ``kernel`` against itself: what this machine makes of two equal times.

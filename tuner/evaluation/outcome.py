@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tilewright.codegen.building.facts import EntryFacts
 from tilewright.codegen.recipe import Recipe
-from tilewright.tuning_db.records import Outcome
+from tilewright.codegen.space import Config
+from tilewright.tuning_db.records import Checked, Outcome, Timing
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,12 @@ class BuiltKernel:
     key: str
     """Identity of the kernel: equal keys, equal bytes. A key is checked once."""
     path: Path
-    """The shared object."""
+    """The shared object, or the folder of a GPU kernel's binaries."""
     recipe: Recipe
+    config: Config = field(default_factory=lambda: Config({}), repr=False)
+    """That it was rendered from; what is predicted or emulated depends on it."""
+    facts: tuple[EntryFacts, ...] = field(default=(), repr=False)
+    """Read from the binaries of a GPU kernel, by launch."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Evaluation:
     what went wrong. ``low_us`` and ``high_us`` bound the median with 95 % confidence; with fewer than six samples they
     are the range of the samples, which covers less. Sample i of all kernels of a batch comes from the same moment and
     the same data; kernels that were clearly slower have fewer samples.
+    A prediction has no samples; its ``low_us`` and ``high_us`` say how far off the model may be.
     """
 
     kernel_key: str
@@ -36,6 +43,10 @@ class Evaluation:
     error: float | None = None
     """Largest relative error seen, max |out - reference| / max |reference|; None when no run finished."""
     samples_us: tuple[float, ...] = field(default=(), repr=False)
+    timing: Timing = "measured"
+    """How the time is known, where there is one."""
+    checked: Checked = "device"
+    """How it is known that the kernel is right, where it is."""
     median_us: float | None = None
     low_us: float | None = None
     high_us: float | None = None

@@ -127,5 +127,6 @@ def predict_config(
             for each, spec in zip(work, specs, strict=True)
         ]
     else:
-        resources = [Resources.of_binary(found, spec.num_stages) for found, spec in zip(facts, specs, strict=True)]
+        by_entry = {found.entry: found for found in facts}
+        resources = [Resources.of_binary(by_entry[spec.entry], spec.num_stages) for spec in specs]
     return predict(work, resources, device)

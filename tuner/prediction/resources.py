@@ -16,6 +16,10 @@ class BinaryFacts(Protocol):
     """The part of what a binary tells that predictions are made from."""
 
     @property
+    def entry(self) -> str:
+        """Name of the entry point."""
+
+    @property
     def registers(self) -> int:
         """Per thread."""
 
