@@ -52,7 +52,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.chmod(0o700)
     (folder / "config.json").write_text(json.dumps(MODEL))
     words = ["--arch", "native", "--op", "attention", "--trials", "3", "--probes", "0"]
-    words += ["--db", str(folder / "tuning.db"), "--tokens", "1,5"]
+    words += ["--db", str(folder / "tuning.db"), "--tokens", "3"]
     assert main([*words, "--time", "6s", "--model", str(folder / "config.json")]) == 0
     problem = ",".join(f"{name}={value}" for name, value in ONE_ORDER.items())
     words += ["--time", "4s", "--batch-invariant", "--problem", f"stage=decode,sinks=true,context=400,{problem}"]
