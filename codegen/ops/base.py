@@ -344,7 +344,8 @@ class OpDeclaration(ABC, Generic[S, P]):
         known = {each for t in self.templates if arch.family in t.families for each in t.dtypes}
         if dtype not in known:
             return f"its templates for that compute in {' or '.join(sorted(known)) or 'nothing'}, not in {dtype}"
-        return f"no template computes {signature.describe()} in {', '.join(precisions)}"
+        stored = f" in {', '.join(precisions)}" if packable(self.tensors(signature)) else ""
+        return f"no template computes {signature.describe()}{stored}"
 
     def template_names(self, asked: Iterable[str], arch: Arch) -> tuple[str, ...]:
         """Full names (``op/file``) of the templates that users call by it, or by ``file`` alone.

@@ -20,8 +20,8 @@ from tilewright.codegen.work import LaunchWork
 
 FUSED = "gating/triton_fused"
 
-_MOST_KEYS_PER_THREAD = 64
-_MOST_PACKED_PER_THREAD = 32
+_MOST_KEYS_PER_THREAD = 32
+_MOST_PACKED_PER_THREAD = 16
 """Of 64 bits."""
 _MOST_SORTED = 4096
 """A sorting network of more keys takes the compiler longer than a measurement is worth."""

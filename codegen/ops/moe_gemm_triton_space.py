@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from tilewright.codegen.archs import GpuArch
+from tilewright.codegen.archs import Arch, GpuArch
 from tilewright.codegen.dtypes import ITEMSIZE
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.precisions import Precision, find_precision
@@ -152,6 +152,17 @@ def common_constraints(signature: MoeGemmSignature, arch: GpuArch) -> tuple[Cons
             ("block_n",),
         ),
     )
+
+
+def exclusion(precision: str, arch: Arch) -> str | None:
+    """Why weights cannot be read in ``precision`` on ``arch``, in words; None where they can."""
+    assert isinstance(arch, GpuArch)
+    taken = find_precision(precision)
+    if taken.x_dtype and "fp8_mma" not in arch.capabilities:
+        return f'the compiler says of {arch.name} "type fp8e4nv not supported in this architecture"'
+    if taken.x_dtype and taken.dtype == "fp4_e2m1" and "dot_scaled" not in arch.capabilities:
+        return f"{arch.name} has no matrix instruction that takes block scales"
+    return None
 
 
 @lru_cache(maxsize=64)

@@ -29,6 +29,16 @@ MODEL = {
     "vocab_size": 100,
 }
 
+ROUTER = {
+    "score": "sigmoid",
+    "bias": torch.linspace(-0.1, 0.1, 24),
+    "groups": 4,
+    "top_groups": 2,
+    "scale": 2.5,
+    "order": "rows",
+}
+"""The model's, as the runtime is told of it."""
+
 
 @pytest.fixture(autouse=True)
 def fresh_warnings() -> None:
@@ -48,7 +58,7 @@ def database(tmp_path_factory) -> Path:
     words = ["--arch", "native", "--op", "gating", "--tokens", "1,40", "--trials", "6", "--time", "20s"]
     store = ["--db", str(folder / "tuning.db")]
     assert main([*words, "--model", str(folder / "config.json"), *store]) == 0
-    assert main([*words, "--problem", "experts=9,top_k=2,order=rows", *store]) == 0
+    assert main([*words, "--problem", "experts=9,top_k=2,order=rows", "--batch-invariant", *store]) == 0
     return folder / "tuning.db"
 
 
@@ -62,16 +72,14 @@ def test_what_is_known_can_be_read(database: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("tokens", [0, 1, 7, 300])
 def test_a_tuned_gate_chooses_what_torch_chooses(database: Path, tokens: int) -> None:
-    bias = torch.linspace(-0.1, 0.1, 24)
-    options = {"score": "sigmoid", "bias": bias, "groups": 4, "top_groups": 2, "scale": 2.5, "order": "rows"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tuned = Gate.of(24, 3, database=str(database), **options)
+        tuned = Gate.of(24, 3, database=str(database), **ROUTER)
         assert "gating/cpu" in str(tuned.explain())
         logits = torch.randn(tokens, 24, generator=torch.Generator().manual_seed(tokens))
         mine = tuned(logits)
     with pytest.warns(TilewrightWarning, match="gating .* is served by plain torch"):
-        plain = Gate.of(24, 3, database="/nowhere/at/all.db", **options)
+        plain = Gate.of(24, 3, database="/nowhere/at/all.db", **ROUTER)
     theirs = plain(logits)
     for name, value in theirs._asdict().items():
         if value is not None and name != "topk_weights":
@@ -88,6 +96,23 @@ def test_a_tuned_gate_refuses_what_has_no_softmax(database: Path) -> None:
     logits[1] = -torch.inf
     logits[1, 8] = 0
     assert gate(logits).topk_ids.tolist() == [[0, 1], [8, 0], [0, 1]]
+
+
+def test_a_token_gets_the_same_bits_in_every_batch(database: Path) -> None:
+    gates = [
+        Gate.of(9, 2, order="rows", threads=threads, database=str(database), batch_invariant=True) for threads in (1, 2)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(200, 9, generator=generator)
+    whole = gates[1](logits)
+    for count in (1, 2, 3, 33, 199):
+        chosen = torch.randperm(200, generator=generator)[:count]
+        for gate in gates:
+            alone = gate(logits[chosen])
+            assert torch.equal(alone.topk_ids, whole.topk_ids[chosen])
+            assert alone.topk_weights.numpy().tobytes() == whole.topk_weights[chosen].numpy().tobytes()
+    with pytest.raises(TilewrightError, match="tune with --batch-invariant"):
+        Gate.of(24, 3, **ROUTER, database=str(database), batch_invariant=True)
 
 
 def test_a_buffer_too_short_for_the_blocks_is_refused(tmp_path: Path) -> None:

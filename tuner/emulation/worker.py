@@ -88,7 +88,7 @@ class Runner:
             return {"error": _root_cause(error)}
         for name, each in request["buffers"].items():
             if each["written"]:
-                Path(each["path"]).write_bytes(memory[name].numpy().tobytes())
+                Path(each["path"]).write_bytes(memory[name].numpy()[: each["nbytes"]].tobytes())
         return {}
 
     def _buffer(self, path: str, nbytes: int, written: bool) -> Any:
