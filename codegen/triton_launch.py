@@ -9,7 +9,9 @@ from typing import Any
 from tilewright.codegen.building.entry import EntrySpec
 from tilewright.codegen.building.facts import EntryFacts
 from tilewright.codegen.expressions import IntExpr
-from tilewright.codegen.recipe import Argument, Guard, Launch
+from tilewright.codegen.layouts import RowLayout
+from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.recipe import Argument, Guard, Launch, Recipe
 from tilewright.errors import TilewrightError
 
 HIDDEN_ARGUMENTS = 2
@@ -104,6 +106,24 @@ class Workspace:
         """The address of a part."""
         before = list(self._parts.values())[: list(self._parts).index(name)]
         return Argument("workspace", " + ".join(before))
+
+
+def recipe_of(
+    signature: Signature,
+    steps: Sequence[EntryLaunch],
+    workspace: Workspace,
+    warp_size: int,
+    weight_layout: RowLayout | None = None,
+) -> Recipe:
+    """How a kernel is called whose launches are ``steps``, in order, with ``workspace`` between them."""
+    return Recipe(
+        tensors=signature.tensors(),
+        launches=tuple(step.launch(warp_size) for step in steps),
+        dynamic_size=signature.dynamic_size,
+        workspace_bytes=workspace.size_bytes,
+        guards=guards(steps),
+        weight_layout=weight_layout,
+    )
 
 
 def parameter_mismatch(entry: EntrySpec, found_bytes: Sequence[int]) -> str | None:

@@ -26,7 +26,7 @@ from tilewright.codegen.recipe import Argument, Recipe
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.codegen.space import Config
 from tilewright.codegen.tiled_work import decode_attention_work, prefill_attention_work
-from tilewright.codegen.triton_launch import EntryLaunch, EntryParameter, Workspace, guards
+from tilewright.codegen.triton_launch import EntryLaunch, EntryParameter, Workspace, recipe_of
 from tilewright.codegen.work import LaunchWork
 
 _LOG2_E = 1.4426950408889634
@@ -143,14 +143,7 @@ def entries(signature: AttentionSignature, config: Config, arch: GpuArch) -> tup
 
 def recipe(signature: AttentionSignature, config: Config, arch: GpuArch) -> Recipe:
     """How the kernel is called."""
-    steps, workspace = launches(signature, config)
-    return Recipe(
-        tensors=signature.tensors(),
-        launches=tuple(step.launch(arch.warp_size) for step in steps),
-        dynamic_size=signature.dynamic_size,
-        workspace_bytes=workspace.size_bytes,
-        guards=guards(steps),
-    )
+    return recipe_of(signature, *launches(signature, config), arch.warp_size)
 
 
 def context(signature: AttentionSignature, config: Config, arch: GpuArch) -> dict[str, Any]:  # noqa: ARG001

@@ -15,7 +15,7 @@ from tilewright.codegen.recipe import Argument, Recipe
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.codegen.space import Config, Constraint, Parameter, Space, Value
 from tilewright.codegen.tiled_work import gating_work
-from tilewright.codegen.triton_launch import EntryLaunch, EntryParameter, Workspace, guards
+from tilewright.codegen.triton_launch import EntryLaunch, EntryParameter, Workspace, recipe_of
 from tilewright.codegen.work import LaunchWork
 
 FUSED = "gating/triton_fused"
@@ -154,14 +154,7 @@ def entries(signature: GatingSignature, config: Config, arch: GpuArch) -> tuple[
 
 def recipe(signature: GatingSignature, config: Config, arch: GpuArch) -> Recipe:
     """How the kernel is called."""
-    steps, workspace = launches(signature, config)
-    return Recipe(
-        tensors=signature.tensors(),
-        launches=tuple(step.launch(arch.warp_size) for step in steps),
-        dynamic_size=signature.dynamic_size,
-        workspace_bytes=workspace.size_bytes,
-        guards=guards(steps),
-    )
+    return recipe_of(signature, *launches(signature, config), arch.warp_size)
 
 
 def context(signature: GatingSignature, config: Config, arch: GpuArch) -> dict[str, Any]:  # noqa: ARG001

@@ -30,7 +30,7 @@ from tilewright.codegen.precisions import GPU_PRECISIONS, Precision
 from tilewright.codegen.recipe import Argument, Recipe
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.codegen.space import Config, Space
-from tilewright.codegen.triton_launch import EntryLaunch, EntryParameter, Workspace, guards
+from tilewright.codegen.triton_launch import EntryLaunch, EntryParameter, Workspace, recipe_of
 from tilewright.codegen.work import LaunchWork
 
 _MOST_COMBINED_COLUMNS = 1024
@@ -194,15 +194,7 @@ def entries(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> tuple
 
 def recipe(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> Recipe:
     """How the kernel is called."""
-    steps, workspace = launches(signature, config, arch)
-    return Recipe(
-        tensors=signature.tensors(),
-        launches=tuple(step.launch(arch.warp_size) for step in steps),
-        dynamic_size=signature.dynamic_size,
-        workspace_bytes=workspace.size_bytes,
-        guards=guards(steps),
-        weight_layout=layout(signature, config, arch),
-    )
+    return recipe_of(signature, *launches(signature, config, arch), arch.warp_size, layout(signature, config, arch))
 
 
 def context(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> dict[str, Any]:  # noqa: ARG001
