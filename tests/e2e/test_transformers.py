@@ -151,8 +151,8 @@ def store_int8_plans(path, error: float):
             except TilewrightError as failure:
                 pytest.skip(str(failure))
             (built,) = workshop.build([next(iter(op.space(signature, arch, precisions=("int8",))))])
-            record, artifact = workshop.record(built, "device")
-            store.add_kernel(record, [artifact])
+            record, artifacts = workshop.record(built, "device")
+            store.add_kernel(record, artifacts)
             plan = PlanRecord(
                 op=op.name,
                 signature_key=signature.key,
