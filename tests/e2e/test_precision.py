@@ -45,7 +45,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rank, (precision, error) in enumerate(ERRORS.items()):
             space = OP.space(SIGNATURE, arch, precisions=(precision,))
             built = []
-            for template in (each for each in OP.templates if arch.family in each.families):
+            for template in (t for t in OP.templates_for(SIGNATURE, arch) if precision in t.precisions):
                 fitting = [c for c in space if c["template"] == template.name]
                 first = next((b.variant.layout_key for b in built), None)
                 config = next(c for c in fitting if first in (None, OP.layout_key(SIGNATURE, c, arch)))
