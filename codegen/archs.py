@@ -37,8 +37,8 @@ class CpuArch(Arch):
     vector_bytes: int
     vector_registers: int
     dot: Literal["vpmaddwd", "vpdpbusd", "sdot", ""] = ""
-    """Instruction that adds up products of neighbouring integers in 32 bits: of two words of 16 bits, of four bytes (the
-    first factor unsigned, or both signed); empty: none."""
+    """Instruction that adds up products of neighbouring integers in 32 bits: of two words of 16 bits, of four bytes
+    without a sign and four with, of four with each; empty: none."""
 
     def lanes(self, itemsize: int) -> int:
         """Elements of ``itemsize`` bytes in one vector register."""

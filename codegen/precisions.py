@@ -1,15 +1,15 @@
 """Precisions that weights are stored in: elements of few bits, and the scales that they share.
 
-On CPUs sums and activations stay fp32, unless a name ends in ``_a8``, so a precision says what is read from memory. Elements lie in words
-of 32 bits, the same column's consecutive steps of k in one word, the first in the lowest bits: a kernel takes them
-apart with shifts, on any instruction set. On GPUs they lie row by row (codegen/layouts.py, ``RowLayout``), weights are
-at most as exact as the signature's dtype, and some precisions round the activations, too, so that both sides of the
-product go to the matrix unit as they are.
+On CPUs sums and activations stay fp32, unless a name ends in ``_a8``, so a precision says what is read from memory.
+Elements lie in words of 32 bits, the same column's consecutive steps of k in one word, the first in the lowest bits: a
+kernel takes them apart with shifts, on any instruction set. On GPUs they lie row by row (codegen/layouts.py,
+``RowLayout``), weights are at most as exact as the signature's dtype, and some precisions round the activations, too,
+so that both sides of the product go to the matrix unit as they are.
 
 * ``bf16``: the upper half of an fp32, rounded to nearest even.
 * ``int8``: ``scale * q``, q in [-127, 127], the scale being max |w| / 127.
-* ``int8_a8``: the same, and every row of the activations becomes ``scale * q``, too, while the kernel runs: products and
-  their sums are of integers, exact, and scaled at the end of a group of k. Instructions for that are what an arch has or
+* ``int8_a8``: the same, and every row of the activations becomes ``scale * q``, too, while the kernel runs: products
+  and their sums are of integers, exact, and scaled at the end of a group of k. An arch has instructions for that, or
   has not (codegen/archs.py, ``CpuArch.dot``).
 * ``int4``: ``scale * q + offset``, q in [-8, 7]: of four ranges between the least and the largest weight, the one with
   the least squared error. A scale alone cannot use all sixteen values and is off by 8.1 % where this is off by 7.5 %

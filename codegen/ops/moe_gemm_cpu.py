@@ -217,8 +217,8 @@ def _integer_space(
     parameters = (
         _precision(signature, precisions),
         _VECTORS,
-        Parameter("block_rows", (1, 2, 3, 4, 6, 8, 12), "rows of a register tile"),
-        Parameter("streams", (1, 2, 3, 4, 6, 8), "neighbouring weight panels of a register tile"),
+        Parameter("block_rows", (1, 2, 4, 6, 12), "rows of a register tile"),
+        Parameter("streams", (1, 2, 3, 4, 6), "neighbouring weight panels of a register tile"),
         Parameter("block_m", _row_blocks(signature), "rows of one task: cache block in m"),
         _CHUNK,
         Parameter("pack_x", (True,), "x is rounded into a copy first"),
@@ -253,7 +253,7 @@ def _integer_space(
     return Space.enumerate(parameters, constraints)
 
 
-def _integer_exclusion(precision: str, arch: Arch) -> str | None:
+def _integer_exclusion(_precision: str, arch: Arch) -> str | None:
     """Why products of integers are not to be had on ``arch``, in words; None where they are."""
     assert isinstance(arch, CpuArch)
     if arch.dot:
