@@ -171,6 +171,50 @@ def test_only_plans_with_a_larger_error_leave_torch(weights, tmp_path, database)
     np.testing.assert_allclose(out, exact(weights, TOKENS, LOSSLESS), atol=1e-5)
 
 
+@pytest.fixture
+def mixed_database(tmp_path: Path, database: Path) -> Path:
+    """One plan of two weight layouts: few tokens by a kernel on exact weights, more by one on int8."""
+    with Store.open(database) as store:
+        plans = {plan.precision: plan for plan in store.plans()}
+        kernels = [store.kernel(plans[name].entries[0].kernel_key) for name in (LOSSLESS, "int8")]
+        artifacts = [[store.artifact(checksum) for checksum in kernel.artifacts] for kernel in kernels]
+    tmp_path.chmod(0o700)
+    with Store.open(tmp_path / "mixed.db") as store:
+        store.put_device(DeviceRecord(read_cpu_info().key, "test", native_arch().name))
+        for kernel, own in zip(kernels, artifacts, strict=True):
+            store.add_kernel(kernel, own)
+        few, many = (
+            PlanEntry(bound, kernel.key, 100.0, 200.0, 2) for bound, kernel in zip((2, None), kernels, strict=True)
+        )
+        layouts = "+".join(plans[name].layout for name in (LOSSLESS, "int8"))
+        plan = replace(plans["int8"], precision="fp32+int8", layout=layouts, entries=(few, many))
+        store.put_plan(plan)
+    return tmp_path / "mixed.db"
+
+
+@pytest.mark.parametrize(("tokens", "precision"), [(1, LOSSLESS), (2, LOSSLESS), (3, "int8"), (TOKENS, "int8")])
+def test_a_plan_of_two_precisions_holds_both_and_serves_each_where_it_says(
+    weights, mixed_database, tokens, precision
+) -> None:
+    out, prepared = serve(weights, mixed_database, tokens, max_error=0.01)
+    expected = exact(weights, tokens, precision)
+    tolerance = OP.tolerance(SIGNATURE) * np.abs(expected).max()
+    assert np.abs(out - expected).max() <= tolerance
+    other = exact(weights, tokens, "int8" if precision == LOSSLESS else LOSSLESS)
+    assert np.abs(out - other).max() > tolerance
+    explanation = prepared.explain()
+    assert "precision fp32+int8: results are off by 0.01" in str(explanation)
+    words = [layout.packed_words(*weights["weight"].shape) for layout in explanation.resolution.layouts]
+    assert len(words) == 2
+    assert prepared.memory.bytes == 4 * sum(words)
+
+
+def test_a_plan_of_two_precisions_counts_as_its_least_exact_one(weights, mixed_database) -> None:
+    with pytest.warns(UserWarning, match=r"least error \(fp32\+int8\) is off by 0.01, and max_error is 0"):
+        out, _ = serve(weights, mixed_database, 1)
+    np.testing.assert_allclose(out, exact(weights, 1, LOSSLESS), atol=1e-5)
+
+
 def test_weights_with_nan_are_refused(weights, database) -> None:
     bad = {"weight": weights["weight"].copy()}
     bad["weight"][2, 5, 7] = np.nan
