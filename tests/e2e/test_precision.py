@@ -276,8 +276,8 @@ def test_tuning_with_rounded_activations(tmp_path, capsys) -> None:
     with Store.open_read_only(tmp_path / "tuning.db") as store:
         tried = [t for t in store.trials() if t.config["template"] == "moe_gemm/cpu_integer"]
         plans = {plan.precision for plan in store.plans()}
-    assert tried
-    assert {(trial.config["precision"], trial.outcome) for trial in tried} == {("int8_a8", Outcome.OK)}
+    assert {trial.config["precision"] for trial in tried} == {"int8_a8"}
+    assert Outcome.OK in {trial.outcome for trial in tried} <= {Outcome.OK, Outcome.BUILD_FAILED}  # in time, or not
     assert found["precision"] in plans <= {LOSSLESS, "int8_a8"}
 
 
