@@ -59,7 +59,7 @@ def searched_of_problem(trials: list[TrialRecord]) -> Counter[str]:
 def test_twenty_times_kill_9_then_resume(database: Path) -> None:
     begin = time.monotonic()
     assert finish(*start(tune, database, 2, 2.0, 0)) == ("plans", 1)
-    whole_s = time.monotonic() - begin
+    whole_s = min(time.monotonic() - begin, 6.0)  # a busy machine takes longer, and would over all rounds
     before = sound_trials(database)
     moments = random.Random(20)
     cut_short = rounds_with_trials = 0
