@@ -90,7 +90,7 @@ def _signatures(module: Any) -> Iterator[AttentionSignature]:
                 heads=heads,
                 kv_heads=heads // module.num_key_value_groups,
                 # Latent attention has these two, and may use the other name for something else.
-                head_dim=getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", 0),
+                head_dim=getattr(module, "qk_head_dim", getattr(module, "head_dim", 0)),
                 value_dim=getattr(module, "v_head_dim", 0),
                 scale=float(module.scaling),
                 window=window,
