@@ -351,7 +351,13 @@ def starting_configs(signature: MoeGemmSignature, arch: CpuArch) -> tuple[Config
         "schedule": "dynamic",
         "combine": "partials" if signature.stage == "down" else "none",
     }
-    blocked = {"k_block": signature.k, "block_m": 96, "order": "panel_outer", "pack_x": False, "fetch_next": True}
+    blocked: dict[str, Value] = {
+        "k_block": signature.k,
+        "block_m": 96,
+        "order": "panel_outer",
+        "pack_x": False,
+        "fetch_next": True,
+    }
     # Vectors of one panel, of which half are gates where gate and up lie apart, so that columns are as few.
     narrow: dict[str, Value] = {"vectors": 1, "gate_up": "none"}
     wide: dict[str, Value] = {"vectors": 2, "gate_up": "none"}
