@@ -251,6 +251,11 @@ class OpDeclaration(ABC, Generic[S, P]):
     def default_config(self, signature: S, arch: Arch) -> Config:
         """The config that a careful engineer would write down without tuning; always a candidate."""
 
+    def starting_configs(self, signature: S, arch: Arch) -> tuple[Config, ...]:
+        """Configs that have won elsewhere, the likeliest first: a search tries them before it knows anything."""
+        del signature, arch
+        return ()
+
     def on(self, signature: S, arch: Arch) -> S:
         """``signature`` in bf16, where no template for ``arch`` computes in fp32 and no other dtype was asked for."""
         here = {dtype for template in self.templates if arch.family in template.families for dtype in template.dtypes}

@@ -230,6 +230,10 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         assert isinstance(arch, CpuArch)
         return moe_gemm_cpu.default_config(signature, arch)
 
+    def starting_configs(self, signature: MoeGemmSignature, arch: Arch) -> tuple[Config, ...]:
+        """CPUs: see :func:`moe_gemm_cpu.starting_configs`. GPUs: predictions of the whole space say where to begin."""
+        return moe_gemm_cpu.starting_configs(signature, arch) if isinstance(arch, CpuArch) else ()
+
 
 def _projections(model: ModelShape) -> list[tuple[int, int]]:
     """(n, k) of query, key, value and output of one layer's attention, on one tensor-parallel rank."""

@@ -117,7 +117,7 @@ def _blocked_space(signature: MoeGemmSignature, arch: CpuArch, precisions: tuple
         Parameter("pack_x", (False, True), "copy x k-major first, so that a step of k reads neighbouring floats"),
         _UNROLL,
         _PREFETCH,
-        Parameter("fetch_next", (0, 1, 2, 4), "cache lines of the next panels that a step of k fetches; 0: none"),
+        Parameter("fetch_next", (False, True), "fetch the next panels while all rows go through these"),
         _SCHEDULE,
         _gate_up(signature),
         _combine(signature),
@@ -136,19 +136,11 @@ def _blocked_space(signature: MoeGemmSignature, arch: CpuArch, precisions: tuple
         Constraint(
             "fetch_order",
             lambda c: (
-                c["fetch_next"] == 0
+                not c["fetch_next"]
                 or (c["order"] == "panel_outer" and c["prefetch"] == 0 and c["k_block"] == signature.k)
             ),
             "one kind of prefetch, and whole next panels to fetch while rows are gone through",
             ("order", "prefetch", "k_block", "fetch_next"),
-        ),
-        Constraint(
-            "fetch_rate",
-            lambda c: bool(
-                c["fetch_next"] * _CACHE_LINE <= max(_CACHE_LINE, c["streams"] * c["vectors"] * arch.vector_bytes)
-            ),
-            "a step of k needs no more of the next panels than it reads of these",
-            ("vectors", "streams", "fetch_next"),
         ),
         Constraint("registers", enough_registers, "accumulators and operands fit the registers", tile),
         Constraint("latency", busy_units, "enough accumulators to hide the latency of a multiply-add", tile),
@@ -156,8 +148,7 @@ def _blocked_space(signature: MoeGemmSignature, arch: CpuArch, precisions: tuple
         Constraint(
             "unpacked_once",
             lambda c: (
-                not _stored(c).quantised
-                or (c["order"] == "panel_outer" and c["prefetch"] == 0 and c["fetch_next"] == 0)
+                not _stored(c).quantised or (c["order"] == "panel_outer" and c["prefetch"] == 0 and not c["fetch_next"])
             ),
             "quantised panels are unpacked into the cache before many rows read them there",
             ("precision", "order", "prefetch", "fetch_next"),
@@ -224,7 +215,7 @@ def _integer_space(
         Parameter("pack_x", (True,), "x is rounded into a copy first"),
         _UNROLL,
         _PREFETCH,
-        Parameter("fetch_next", (0,), "cache lines of the next panels that a step of k fetches; 0: none"),
+        Parameter("fetch_next", (False,), "no panels are fetched ahead"),
         _SCHEDULE,
         _gate_up(signature),
         _combine(signature),
@@ -417,13 +408,50 @@ def default_config(signature: MoeGemmSignature, arch: CpuArch) -> Config:
         "pack_x": True,
         "unroll": 4,
         "prefetch": 0,
-        "fetch_next": 0,
+        "fetch_next": False,
         "schedule": "dynamic",
         "gate_up": "interleaved" if signature.halves == 2 else "none",
         "combine": "partials" if signature.stage == "down" else "none",
     }
-    spaces = {t.name: t.space(signature, arch) for t in TEMPLATES if LOSSLESS in t.precisions}
-    return Space.union(spaces).lift(BLOCKED, own)
+    return _whole_space(signature, arch).lift(BLOCKED, own)
+
+
+def starting_configs(signature: MoeGemmSignature, arch: CpuArch) -> tuple[Config, ...]:
+    """What won on machines that were tuned: narrow panels side by side for few rows; for many, next panels fetched."""
+    common: dict[str, Value] = {
+        "precision": LOSSLESS,
+        "chunk_groups": max(groups for groups in (1, 2, 4) if groups <= max(_groups(signature, 2, arch), 1)),
+        "unroll": 1,
+        "prefetch": 0,
+        "schedule": "dynamic",
+        "combine": "partials" if signature.stage == "down" else "none",
+    }
+    blocked: dict[str, Value] = {
+        "k_block": signature.k,
+        "block_m": 96,
+        "order": "panel_outer",
+        "pack_x": False,
+        "fetch_next": True,
+    }
+    # Vectors of one panel, of which half are gates where gate and up lie apart, so that columns are as few.
+    narrow: dict[str, Value] = {"vectors": 1, "gate_up": "none"}
+    wide: dict[str, Value] = {"vectors": 2, "gate_up": "none"}
+    if signature.halves == 2:
+        narrow, wide = {"vectors": 2, "gate_up": "apart"}, {"vectors": 2, "gate_up": "interleaved"}
+    halves = signature.halves
+    space = _whole_space(signature, arch)
+    starts = (
+        space.lift(STREAM, {**common, **narrow, "block_rows": 2, "streams": 8 // halves}),
+        space.lift(STREAM, {**common, **narrow, "block_rows": 4, "streams": 4 // halves}),
+        space.lift(BLOCKED, {**common, **blocked, **narrow, "block_rows": 6, "streams": 2 // halves}),
+        space.lift(BLOCKED, {**common, **blocked, **wide, "block_rows": 6, "streams": 1}),
+    )
+    return tuple(config for config in starts if space.find(config) is not None)
+
+
+def _whole_space(signature: MoeGemmSignature, arch: CpuArch) -> Space:
+    exact = (template for template in TEMPLATES if LOSSLESS in template.precisions)
+    return Space.union({template.name: template.space(signature, arch) for template in exact})
 
 
 _LABEL = ("precision", "block_rows", "streams", "vectors")

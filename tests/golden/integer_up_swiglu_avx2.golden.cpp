@@ -1,8 +1,8 @@
 // Made by tilewright VERSION from templates/moe_gemm/cpu_integer.cpp.jinja for x86_64_avx2.
 // moe_gemm stage=up experts=8 n=1792 k=4096 top_k=2 activation=swiglu bias=False x_dtype=fp32 w_dtype=fp32
 // out_dtype=fp32
-// block_m=96 block_rows=6 chunk_groups=4 combine=none fetch_next=0 gate_up=interleaved pack_x=True precision=int8_a8
-// prefetch=16 schedule=dynamic streams=1 unroll=1 vectors=2
+// block_m=96 block_rows=6 chunk_groups=4 combine=none fetch_next=False gate_up=interleaved pack_x=True
+// precision=int8_a8 prefetch=16 schedule=dynamic streams=1 unroll=1 vectors=2
 // Grouped GEMM of integers: rows of x are rounded to int8 first, then register tiles of 6 rows by 2 vectors.
 
 #include <stdint.h>
