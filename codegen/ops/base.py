@@ -346,9 +346,10 @@ class OpDeclaration(ABC, Generic[S, P]):
         if not templates:
             return union
         if not spaces.keys() & set(templates):
-            known = ", ".join(dict.fromkeys(n for t in self.templates if t.name in templates for n in t.precisions))
+            read = dict.fromkeys(name for t in self.templates if t.name in templates for name in t.precisions)
             raise TilewrightError(
-                f"{', '.join(templates)} read no weights in {', '.join(asked)}; name one of these precisions: {known}"
+                f"{', '.join(templates)} read no weights in {', '.join(asked)}; name one of these precisions: "
+                f"{', '.join(read)}"
             )
         return union.of_templates(templates)
 
