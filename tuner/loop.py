@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.precisions import LOSSLESS
 from tilewright.codegen.space import Config, Space
 from tilewright.tuner.evaluation.interface import Evaluator
 from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation
@@ -189,7 +190,9 @@ class ProblemTuner:
     def _next_batch(self, study: TuningStudy, space: Space, count: int) -> list[Config]:
         """What the search asks for, after the default and the op's starting configs where they have not been tried."""
         tried = {trial.config for trial in self.result.told}
-        starts = self._workshop.op.starting_configs(self._workshop.signature, self._workshop.arch)
+        op, signature, arch = self._workshop.op, self._workshop.signature, self._workshop.arch
+        precisions = next((p.values for p in space.parameters if p.name == "precision"), (LOSSLESS,))
+        starts = op.starting_configs(signature, arch, [str(name) for name in precisions if name is not None])
         first = [self.result.default, *(config for config in starts if space.find(config) is not None)]
         configs = [config for config in first if config not in tried][:count]
         while len(configs) < count:

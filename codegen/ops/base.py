@@ -251,9 +251,12 @@ class OpDeclaration(ABC, Generic[S, P]):
     def default_config(self, signature: S, arch: Arch) -> Config:
         """The config that a careful engineer would write down without tuning; always a candidate."""
 
-    def starting_configs(self, signature: S, arch: Arch) -> tuple[Config, ...]:
-        """Configs that have won elsewhere, the likeliest first: a search tries them before it knows anything."""
-        del signature, arch
+    def starting_configs(self, signature: S, arch: Arch, precisions: Sequence[str] = (LOSSLESS,)) -> tuple[Config, ...]:
+        """Configs that have won elsewhere, the likeliest first: a search tries them before it knows anything.
+
+        Some of each of ``precisions``, so that every one has been tried at every size, however few the trials.
+        """
+        del signature, arch, precisions
         return ()
 
     def on(self, signature: S, arch: Arch) -> S:

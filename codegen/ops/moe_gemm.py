@@ -10,7 +10,7 @@ Stages, with ``expert(r)`` the expert whose range in ``expert_offsets`` holds ro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,7 +27,7 @@ from tilewright.codegen.ops import moe_gemm_cpu, moe_gemm_triton
 from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Template, Workload
 from tilewright.codegen.ops.moe_gemm_problem import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.precisions import find_precision
+from tilewright.codegen.precisions import LOSSLESS, find_precision
 from tilewright.codegen.recorded_routing import read_recorded_ids
 from tilewright.codegen.routing import (
     RoutingSpec,
@@ -230,9 +230,11 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         assert isinstance(arch, CpuArch)
         return moe_gemm_cpu.default_config(signature, arch)
 
-    def starting_configs(self, signature: MoeGemmSignature, arch: Arch) -> tuple[Config, ...]:
+    def starting_configs(
+        self, signature: MoeGemmSignature, arch: Arch, precisions: Sequence[str] = (LOSSLESS,)
+    ) -> tuple[Config, ...]:
         """CPUs: see :func:`moe_gemm_cpu.starting_configs`. GPUs: predictions of the whole space say where to begin."""
-        return moe_gemm_cpu.starting_configs(signature, arch) if isinstance(arch, CpuArch) else ()
+        return moe_gemm_cpu.starting_configs(signature, arch, precisions) if isinstance(arch, CpuArch) else ()
 
 
 def _projections(model: ModelShape) -> list[tuple[int, int]]:

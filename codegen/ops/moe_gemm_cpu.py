@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -416,37 +416,50 @@ def default_config(signature: MoeGemmSignature, arch: CpuArch) -> Config:
     return _whole_space(signature, arch).lift(BLOCKED, own)
 
 
-def starting_configs(signature: MoeGemmSignature, arch: CpuArch) -> tuple[Config, ...]:
-    """What won on machines that were tuned: narrow panels side by side for few rows; for many, next panels fetched."""
-    common: dict[str, Value] = {
-        "precision": LOSSLESS,
-        "chunk_groups": max(groups for groups in (1, 2, 4) if groups <= max(_groups(signature, 2, arch), 1)),
-        "unroll": 1,
-        "prefetch": 0,
-        "schedule": "dynamic",
-        "combine": "partials" if signature.stage == "down" else "none",
-    }
-    blocked: dict[str, Value] = {
-        "k_block": signature.k,
-        "block_m": 96,
-        "order": "panel_outer",
-        "pack_x": False,
-        "fetch_next": True,
-    }
+def starting_configs(signature: MoeGemmSignature, arch: CpuArch, precisions: Sequence[str]) -> tuple[Config, ...]:
+    """What won on machines that were tuned: narrow panels side by side for few rows; for many, next panels fetched.
+
+    Of every precision, one for few rows and one for many, in one weight layout.
+    """
+    halves = signature.halves
     # Vectors of one panel, of which half are gates where gate and up lie apart, so that columns are as few.
     narrow: dict[str, Value] = {"vectors": 1, "gate_up": "none"}
     wide: dict[str, Value] = {"vectors": 2, "gate_up": "none"}
-    if signature.halves == 2:
+    if halves == 2:
         narrow, wide = {"vectors": 2, "gate_up": "apart"}, {"vectors": 2, "gate_up": "interleaved"}
-    halves = signature.halves
-    space = _whole_space(signature, arch)
+
+    def tile(template: str, rows: int, streams: int, panel: dict[str, Value], precision: str) -> Config | None:
+        knobs: dict[str, Value] = {
+            **panel,
+            "precision": precision,
+            "block_rows": rows,
+            "streams": streams // halves if panel is narrow else streams,
+            "chunk_groups": max(groups for groups in (1, 2, 4) if groups <= max(_groups(signature, 2, arch), 1)),
+            "unroll": 1,
+            "prefetch": 0,
+            "schedule": "dynamic",
+            "combine": "partials" if signature.stage == "down" else "none",
+        }
+        if template != STREAM:
+            exact = template == BLOCKED and precision == LOSSLESS
+            knobs |= {"block_m": 96, "pack_x": template == INTEGER, "fetch_next": exact}
+        if template == BLOCKED:
+            knobs |= {"k_block": signature.k, "order": "panel_outer"}
+        own = next(each for each in TEMPLATES if each.name == template)
+        known = tuple(name for name in precisions if name in own.precisions)
+        if precision not in known or own.space(signature, arch, known).find(knobs) is None:
+            return None
+        return _whole_space(signature, arch).lift(template, knobs)
+
     starts = (
-        space.lift(STREAM, {**common, **narrow, "block_rows": 2, "streams": 8 // halves}),
-        space.lift(STREAM, {**common, **narrow, "block_rows": 4, "streams": 4 // halves}),
-        space.lift(BLOCKED, {**common, **blocked, **narrow, "block_rows": 6, "streams": 2 // halves}),
-        space.lift(BLOCKED, {**common, **blocked, **wide, "block_rows": 6, "streams": 1}),
+        *(tile(STREAM, 2, 8, narrow, name) for name in precisions),
+        *(tile(INTEGER, 1, 6, narrow, name) for name in precisions),
+        tile(STREAM, 4, 4, narrow, LOSSLESS),
+        *(tile(BLOCKED, 6, 2, narrow, name) for name in precisions),
+        *(tile(INTEGER, 6, 2, narrow, name) for name in precisions),
+        tile(BLOCKED, 6, 1, wide, LOSSLESS),
     )
-    return tuple(config for config in starts if space.find(config) is not None)
+    return tuple(config for config in starts if config is not None)
 
 
 def _whole_space(signature: MoeGemmSignature, arch: CpuArch) -> Space:

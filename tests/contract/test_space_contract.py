@@ -69,6 +69,13 @@ def check_space(op: OpDeclaration, signature: Signature, arch: Arch) -> None:
     starts = op.starting_configs(signature, arch)
     assert all(config in space for config in starts)
     assert len({default, *starts}) == 1 + len(starts)
+    precisions = [name for name, refusal in op.precisions(signature, arch).items() if refusal is None]
+    if precisions:
+        every = op.space(signature, arch, precisions=precisions)
+        of_all = op.starting_configs(signature, arch, precisions)
+        assert set(starts) <= set(of_all)
+        assert all(config in every for config in of_all)
+        assert len({default, *of_all}) == 1 + len(of_all)
     assert len(space) <= MOST_CONFIGS
     assert space.full_size == len(space) + sum(space.removed.values())
     assert (space.indices >= 0).all()

@@ -55,6 +55,17 @@ def test_default_config_is_valid_and_renders(name: str, arch) -> None:
         assert recipe.workspace_for({"tokens": 1, "rows": 2, "threads": 2}) >= 0
 
 
+@pytest.mark.parametrize("arch", CPU_ARCHS.values(), ids=lambda arch: arch.name)
+def test_a_search_begins_with_every_precision_in_one_layout_for_few_rows_and_many(arch) -> None:
+    for signature in OP.signatures(load_model("mixtral-8x7b", tp=8)):
+        possible = [name for name, refusal in OP.precisions(signature, arch).items() if refusal is None]
+        starts = OP.starting_configs(signature, arch, possible)
+        for name in possible:
+            own = [config for config in starts if config["precision"] == name]
+            narrow = [c for c in own if OP.layout_key(signature, c, arch) == OP.layout_key(signature, own[0], arch)]
+            assert {config["block_rows"] > 4 for config in narrow} == {False, True}, name
+
+
 def test_the_space_may_be_restricted_to_some_templates() -> None:
     arch = ARCHS["x86_64_avx2"]
     assert OP.template_names([], arch) == ()
