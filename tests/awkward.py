@@ -11,7 +11,7 @@ from covering import covering_rows
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tilewright.codegen.archs import Arch
+from tilewright.codegen.archs import CPU_ARCHS, Arch, CpuArch
 from tilewright.codegen.ops import OPS, find_op
 from tilewright.codegen.ops.attention_problem import AttentionProblem
 from tilewright.codegen.ops.attention_signature import AttentionSignature as Attention
@@ -140,6 +140,14 @@ class Case:
             if value is not None and name not in ("op", "template") and not name.endswith("_dtype")
         ]
         return f"{self.config['template']} {self.arch.name} {' '.join(fields)}"
+
+
+def only_adds_products(arch: Arch) -> bool:
+    """Whether ``arch`` is another one with instructions for products of integers, which only some templates use."""
+    twins = (
+        each for each in CPU_ARCHS.values() if isinstance(arch, CpuArch) and each.vector_bytes == arch.vector_bytes
+    )
+    return any(each.machine == arch.machine and set(each.features) < set(arch.features) for each in twins)
 
 
 def templates_of(op_name: str, arch: Arch) -> list[Template[Any]]:
