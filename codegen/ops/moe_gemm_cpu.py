@@ -421,7 +421,7 @@ def starting_configs(signature: MoeGemmSignature, arch: CpuArch, precisions: Seq
 
     Of every precision, one for few rows and one for many, in one weight layout.
     """
-    halves = signature.halves
+    halves, whole = signature.halves, _whole_space(signature, arch)
     # Vectors of one panel, of which half are gates where gate and up lie apart, so that columns are as few.
     narrow: dict[str, Value] = {"vectors": 1, "gate_up": "none"}
     wide: dict[str, Value] = {"vectors": 2, "gate_up": "none"}
@@ -449,7 +449,7 @@ def starting_configs(signature: MoeGemmSignature, arch: CpuArch, precisions: Seq
         known = tuple(name for name in precisions if name in own.precisions)
         if precision not in known or own.space(signature, arch, known).find(knobs) is None:
             return None
-        return _whole_space(signature, arch).lift(template, knobs)
+        return whole.lift(template, knobs)
 
     starts = (
         *(tile(STREAM, 2, 8, narrow, name) for name in precisions),
