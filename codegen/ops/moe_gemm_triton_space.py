@@ -15,6 +15,7 @@ from tilewright.errors import TilewrightError
 
 GROUPED = "moe_gemm/triton_grouped"
 SPLIT_K = "moe_gemm/triton_split_k"
+PERSISTENT = "moe_gemm/triton_persistent"
 
 LEAST_SPLIT_K = 512
 """Steps of k that are worth sharing: below, one program goes through them before a second launch has begun."""
@@ -23,6 +24,11 @@ MOST_SUMS_PER_THREAD = 128
 """fp32 sums of a tile that a thread may hold: half of its registers, so that operands and addresses fit beside them."""
 
 _WIDE_LOAD_BYTES = 16
+
+_MAP_UNIT_BYTES = 16
+"""Of which the rows that a tensor map steps over have to be multiples."""
+
+_BYTE = 8
 
 _TILE = ("block_m", "block_n", "num_warps")
 _ALL_TILES = (*_TILE, "block_k")
@@ -189,6 +195,58 @@ def split_k_space(signature: MoeGemmSignature, arch: GpuArch, precisions: tuple[
         ("block_k", "splits"),
     )
     return Space.enumerate(parameters, (*common_constraints(signature, arch), worth))
+
+
+def persistent_exclusion(precision: str, arch: Arch) -> str | None:
+    """The same for the persistent template, whose weights are copied by tensor maps."""
+    assert isinstance(arch, GpuArch)
+    if "tma" not in arch.capabilities:
+        return f"{arch.name} has no instruction that copies tiles by a tensor map"
+    if find_precision(precision).x_dtype and find_precision(precision).bits < _BYTE:
+        return "tensor descriptors of padded fp4 elements are not launched"
+    return exclusion(precision, arch)
+
+
+def maps_fit(signature: MoeGemmSignature, precision: Precision) -> bool:
+    """Whether rows of weights and activations are multiples of what tensor maps step over."""
+    bits = (precision.bits, _BYTE * x_bytes(signature, precision))
+    return all(signature.k * each % (_BYTE * _MAP_UNIT_BYTES) == 0 for each in bits)
+
+
+@lru_cache(maxsize=64)
+def persistent_space(signature: MoeGemmSignature, arch: GpuArch, precisions: tuple[str, ...]) -> Space:
+    """As many programs as the device holds; the grid is no more a matter of tiles."""
+    gathers = signature.stage == "up"
+    x_loads = ("pointers", "tensor_map") if not gathers or "tma_gather" in arch.capabilities else ("pointers",)
+    # On sm_90 Triton 3.7 ignores warp_specialize with 8 warps and aborts in TaskIdPropagation.cpp with 4.
+    specializes = "warp_specialize" in arch.capabilities and "wgmma" not in arch.capabilities
+    own = {
+        "block_n": Parameter("block_n", (64, 128, 256), "output columns of a tile"),
+        "block_k": Parameter("block_k", (32, 64, 128), "steps of k of an iteration"),
+        "group_m": Parameter("group_m", (1, 8), "tiles in m that are gone through before the next in n"),
+        "num_stages": Parameter("num_stages", (2, 3, 4), "tiles in flight"),
+        "gate_up": Parameter("gate_up", ("two_dots",) if signature.halves == 2 else ("none",), "as two products"),
+    }
+    parameters = (
+        *(own.get(each.name, each) for each in common_parameters(signature, arch, precisions)),
+        Parameter("x_loads", x_loads, "how rows of x come: pointers, or a tensor map (rows of tokens: gathered by it)"),
+        Parameter(
+            "overlap",
+            ("none", "flatten", "warp_specialize") if specializes else ("none", "flatten"),
+            "what runs beside products: nothing, the loads of the next tile, or loads by warps of their own",
+        ),
+        Parameter("blocks_per_sm", (1, 2), "programs for a multiprocessor"),
+    )
+
+    def fits_maps(c: Mapping[str, Any]) -> bool:
+        runs = stored(c).bits < _BYTE  # x is read in two halves, which no map holds
+        return maps_fit(signature, stored(c)) and not (runs and c["x_loads"] == "tensor_map")
+
+    common = [each for each in common_constraints(signature, arch) if each.name != "wide_loads"]
+    maps = Constraint(
+        "tensor_maps", fits_maps, "rows are multiples of 16 bytes, and come whole", ("precision", "x_loads")
+    )
+    return Space.enumerate(parameters, (*common, maps))
 
 
 def default_knobs(signature: MoeGemmSignature, arch: GpuArch) -> dict[str, Value]:
