@@ -300,9 +300,9 @@ def _contenders(
     tuner: ProblemTuner, solved: Sequence[ProblemTuner], bonds: Sequence[Bond], likely: Sequence[Bond]
 ) -> list[Config]:
     """A size's own fastest with each bond and of all, and the fastest of every other size with each likely one."""
-    own = [c.config for bond in bonds for c in tuner.result.ranked(bond)[:FINALISTS]]
-    of_all = [c.config for c in tuner.result.ranked()[:1]]
-    others = [c.config for bond in likely for other in solved for c in other.result.ranked(bond)[:1]]
+    own = [c.config for bond in bonds for c in tuner.result.finalists(FINALISTS, bond)]
+    of_all = [c.config for c in tuner.result.finalists(1)]
+    others = [c.config for bond in likely for other in solved for c in other.result.finalists(1, bond)]
     return list(dict.fromkeys([*own, *of_all, *others]))
 
 

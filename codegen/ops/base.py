@@ -251,6 +251,10 @@ class OpDeclaration(ABC, Generic[S, P]):
     def default_config(self, signature: S, arch: Arch) -> Config:
         """The config that a careful engineer would write down without tuning; always a candidate."""
 
+    def default_for(self, problem: P, arch: Arch) -> Config:
+        """The same for one problem, where practice chooses by its size; of one weight layout for all sizes."""
+        return self.default_config(problem.signature, arch)
+
     def on(self, signature: S, arch: Arch) -> S:
         """``signature`` in bf16, where no template for ``arch`` computes in fp32 and no other dtype was asked for."""
         here = {dtype for template in self.templates if arch.family in template.families for dtype in template.dtypes}

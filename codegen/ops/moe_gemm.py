@@ -39,6 +39,8 @@ from tilewright.errors import TilewrightError
 if TYPE_CHECKING:
     import torch
 
+_MANY_TOKENS = 1024
+"""For the default config of a signature, without a problem."""
 _SAMPLED_EXPERTS, _SAMPLED_COLUMNS, _SAMPLED_TOKENS = 4, 256, 32
 
 
@@ -226,9 +228,15 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
     def default_config(self, signature: MoeGemmSignature, arch: Arch) -> Config:
         """CPUs: a packed, cache-blocked GEMM with the register tile that textbooks give for the arch. GPUs: vLLM's."""
         if isinstance(arch, GpuArch):
-            return moe_gemm_triton.default_config(signature, arch)
+            return moe_gemm_triton.default_config(signature, arch, _MANY_TOKENS)
         assert isinstance(arch, CpuArch)
         return moe_gemm_cpu.default_config(signature, arch)
+
+    def default_for(self, problem: MoeGemmProblem, arch: Arch) -> Config:
+        """On GPUs vLLM's tile for so many tokens."""
+        if isinstance(arch, GpuArch):
+            return moe_gemm_triton.default_config(problem.signature, arch, problem.tokens)
+        return self.default_config(problem.signature, arch)
 
 
 def _projections(model: ModelShape) -> list[tuple[int, int]]:

@@ -278,6 +278,7 @@ def work(
         partial_dtype="fp32" if config["partials"] == "fp32" else signature.out_dtype,
         columns=combine_columns(signature),
         split_k=parts_of_k(config),
+        resident=config.get("blocks_per_sm") or 0,
     )
 
 
@@ -303,11 +304,11 @@ def emulated_problems(signature: MoeGemmSignature, config: Config, arch: GpuArch
     )
 
 
-def default_config(signature: MoeGemmSignature, arch: GpuArch) -> Config:
-    """The grouped template with vLLM's untuned tile."""
+def default_config(signature: MoeGemmSignature, arch: GpuArch, tokens: int) -> Config:
+    """The grouped template with vLLM's untuned tile for so many tokens."""
     mine = (t for t in TEMPLATES if arch.family in t.families and t.applies(signature, arch))
     spaces = {t.name: t.space(signature, arch, (signature.w_dtype,)) for t in mine}
-    return Space.union(spaces).lift(GROUPED, default_knobs(signature, arch))
+    return Space.union(spaces).lift(GROUPED, default_knobs(signature, arch, tokens))
 
 
 _LABEL = ("precision", "block_m", "block_n", "block_k", "num_warps", "num_stages")

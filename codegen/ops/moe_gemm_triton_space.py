@@ -29,6 +29,8 @@ _MAP_UNIT_BYTES = 16
 """Of which the rows that a tensor map steps over have to be multiples."""
 
 _BYTE = 8
+_FEW_TOKENS = 64
+"""Up to which vLLM's untuned tiles are narrow and long."""
 
 _TILE = ("block_m", "block_n", "num_warps")
 _ALL_TILES = (*_TILE, "block_k")
@@ -85,7 +87,7 @@ def common_parameters(signature: MoeGemmSignature, arch: GpuArch, precisions: tu
         Parameter("block_m", (16, 32, 64, 128), "rows of a tile"),
         Parameter("block_n", (32, 64, 128, 256), "output columns of a tile"),
         Parameter("block_k", (32, 64, 128, 256), "steps of k of an iteration"),
-        Parameter("group_m", (1, 8, 32), "tiles in m that are gone through before the next in n"),
+        Parameter("group_m", (1, 8, 16), "tiles in m that are gone through before the next in n"),
         Parameter("num_warps", (4, 8), "warps of a program"),
         Parameter("num_stages", (2, 3, 4, 5) if arch.family == "cuda" else (1, 2), "tiles in flight"),
         Parameter(
@@ -249,16 +251,28 @@ def persistent_space(signature: MoeGemmSignature, arch: GpuArch, precisions: tup
     return Space.enumerate(parameters, (*common, maps))
 
 
-def default_knobs(signature: MoeGemmSignature, arch: GpuArch) -> dict[str, Value]:
-    """What vLLM's fused_moe takes where nobody tuned (``get_default_config``), for many tokens: 64 x 64 x 32."""
+def default_knobs(signature: MoeGemmSignature, arch: GpuArch, tokens: int) -> dict[str, Value]:
+    """What vLLM's fused_moe takes where nobody tuned: ``get_default_config`` since its pull request 34846 (2026).
+
+    Small batches get few rows and long steps of k, large ones more warps. Its columns are those of gate and up
+    together, and tiles no larger than the problem are kept within it.
+    """
+    hip = arch.family == "hip"
+    block_m = next((rows for most, rows in ((32, 16), (96, 32), (512, 64)) if tokens <= most), 128)
+    few = tokens <= _FEW_TOKENS
+    block_n, block_k = (64 if few else 128) // signature.halves, 128 if few else 64
+    while block_n > 64 and block_n >= 2 * signature.n:
+        block_n //= 2
+    while block_k > 64 and block_k >= 2 * signature.k:
+        block_k //= 2
     return {
         "precision": signature.w_dtype,
-        "block_m": 64,
-        "block_n": 64,
-        "block_k": 32,
-        "group_m": 8,
-        "num_warps": 4,
-        "num_stages": 3 if arch.family == "cuda" else 2,
+        "block_m": block_m,
+        "block_n": block_n,
+        "block_k": block_k,
+        "group_m": 16 if tokens // signature.experts > 128 else 1,
+        "num_warps": 4 if tokens <= 128 else 8,
+        "num_stages": 2 if hip else 4 if tokens <= 32 else 3,
         "operands": "rows_first",
         "gate_up": "two_dots" if signature.halves == 2 else "none",
         "partials": "rounded" if signature.stage == "down" else "none",

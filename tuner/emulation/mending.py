@@ -73,8 +73,8 @@ class Memory:
             MemoryFaultError: which names the tensor and how far beyond it the access is.
 
         """
-        # The interpreter gives results of comparisons the width of what was compared.
-        live = mask.astype(bool)
+        # The interpreter gives results of comparisons the width of what was compared, and descriptors' masks as views.
+        live = np.asarray(mask).astype(bool)
         active = addresses if live.all() else np.broadcast_to(addresses, live.shape)[live]
         if not active.size:
             return
@@ -228,9 +228,7 @@ class _Mended(interpreter.InterpreterBuilder):  # type: ignore[misc]
         """Rows of a two-dimensional descriptor: all at once, where the interpreter loads one after the other."""
         rows = x_offsets.data.astype(np.int64)[:, None]
         columns = int(y_offset.data.item()) + np.arange(desc.block_shape[-1])[None, :]
-        (height, width), (step, _) = (
-            tuple(int(each.data.item()) for each in of) for of in (desc.shape, desc.strides)
-        )
+        (height, width), (step, _) = (tuple(int(each.data.item()) for each in of) for of in (desc.shape, desc.strides))
         itemsize = interpreter._get_np_dtype(desc.base.dtype.scalar.element_ty).itemsize  # noqa: SLF001
         addresses = desc.base.data + (itemsize * (rows * step + columns)).astype(np.uint64)
         pointers = interpreter.TensorHandle(addresses, desc.base.dtype.scalar)
