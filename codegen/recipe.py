@@ -127,7 +127,7 @@ class Recipe:
     """Everything needed to call a kernel, besides the artifacts' bytes.
 
     ``dynamic_size`` names the size by which plans pick a kernel. ``workspace_bytes`` is an :class:`IntExpr` over the
-    sizes and ``threads``.
+    sizes and ``threads``. Grids may name ``sm_count``, the device's multiprocessors, too.
     """
 
     tensors: tuple[TensorSpec, ...]

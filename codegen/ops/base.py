@@ -253,7 +253,8 @@ class OpDeclaration(ABC, Generic[S, P]):
 
     def default_for(self, problem: P, arch: Arch) -> Config:
         """The same for one problem, where practice chooses by its size; of one weight layout for all sizes."""
-        return self.default_config(problem.signature, arch)
+        signature: Any = problem.signature
+        return self.default_config(signature, arch)
 
     def on(self, signature: S, arch: Arch) -> S:
         """``signature`` in bf16, where no template for ``arch`` computes in fp32 and no other dtype was asked for."""

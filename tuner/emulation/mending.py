@@ -224,7 +224,7 @@ class _Mended(interpreter.InterpreterBuilder):  # type: ignore[misc]
             other = interpreter.TensorHandle(junk.reshape(ptrs.data.shape), dtype)
         return _plain_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile)
 
-    def create_descriptor_gather(self, desc: Handle, x_offsets: Handle, y_offset: Handle, kind: Any) -> Handle:
+    def create_descriptor_gather(self, desc: Handle, x_offsets: Handle, y_offset: Handle, _type: Any) -> Handle:
         """Rows of a two-dimensional descriptor: all at once, where the interpreter loads one after the other."""
         rows = x_offsets.data.astype(np.int64)[:, None]
         columns = int(y_offset.data.item()) + np.arange(desc.block_shape[-1])[None, :]
@@ -235,7 +235,7 @@ class _Mended(interpreter.InterpreterBuilder):  # type: ignore[misc]
         inside = interpreter.TensorHandle((rows >= 0) & (rows < height) & (columns < width), tl.int1)
         zeros = np.zeros(addresses.shape, interpreter._get_np_dtype(pointers.get_element_ty()))  # noqa: SLF001
         other = interpreter.TensorHandle(zeros, pointers.get_element_ty())
-        return self.create_masked_load(pointers, inside, other, None, None, False)  # noqa: FBT003
+        return self.create_masked_load(pointers, inside, other, None, None, False)
 
     def create_masked_store(self, ptrs: Handle, value: Handle, mask: Handle, cache: Any, eviction: Any) -> Any:
         MEMORY.require(ptrs.data, mask.data, value.data.itemsize, write=True)

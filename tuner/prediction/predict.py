@@ -59,16 +59,13 @@ def launch_row(work: LaunchWork, resources: Resources, device: Device) -> dict[s
     arch = device.arch
     rows, columns = work.tile
     groups = not {"wgmma", "tcgen05"}.isdisjoint(arch.capabilities)
-    narrow = (
-        groups
-        and rows > 0
-        and (rows < _FEWEST_ROWS or (resources.computing_warps or resources.num_warps) < _WARP_GROUP)
-    )
-    blocks, rounds = float(work.programs), 1.0
-    if work.resident:
+    warps = resources.computing_warps or resources.num_warps
+    narrow = groups and rows > 0 and (rows < _FEWEST_ROWS or warps < _WARP_GROUP)
+    blocks, rounds, share = float(work.programs), 1.0, 1.0
+    if work.resident and work.programs:
         blocks = min(blocks, float(work.resident * device.sm_count))
         rounds = math.ceil(work.programs / blocks)
-    share = work.programs / (blocks * rounds)  # of what the busiest block does, on average
+        share = work.programs / (blocks * rounds)  # of what the busiest block does, on average
     return {
         "programs": blocks,
         "steps": work.steps * rounds,
@@ -79,7 +76,7 @@ def launch_row(work: LaunchWork, resources: Resources, device: Device) -> dict[s
         "epilogue_bytes": work.epilogue_bytes * rounds * share,
         "feed": 1 / rows + 1 / columns if work.accumulators else 0.0,
         "accumulators": float(work.accumulators),
-        "num_warps": float((resources.computing_warps or resources.num_warps) * arch.warp_size / 32),
+        "num_warps": float(warps * arch.warp_size / 32),
         "num_stages": float(resources.num_stages),
         "blocks_per_sm": float(min(8, max(1, resources.blocks_per_sm(arch)))),
         "spill_bytes": float(resources.spill_bytes),
