@@ -118,8 +118,11 @@ def _mix(
     streamed: Collection[int],
     file: str,
 ) -> InstructionMix:
-    marked = [line for line in lines if line.source[0] == file and line.source[1] in streamed]
-    return InstructionMix(dict(mma), dict(copies), _least(map(width, loop)), _least(map(width, marked)))
+    marked = [width(line) for line in lines if line.source[0] == file and line.source[1] in streamed]
+    if streamed and not any(each is not None for each in marked):
+        # Warps that only load have their copies at the lines of the products that they feed.
+        marked = [each for each in map(width, lines) if each == 0]
+    return InstructionMix(dict(mma), dict(copies), _least(map(width, loop)), _least(marked))
 
 
 def _sass_width(line: _Line) -> int | None:
