@@ -168,7 +168,7 @@ def exclusion(precision: str, arch: Arch) -> str | None:
     taken = find_precision(precision)
     if taken.x_dtype and "fp8_mma" not in arch.capabilities:
         return f'the compiler says of {arch.name} "type fp8e4nv not supported in this architecture"'
-    if taken.x_dtype and taken.dtype == "fp4_e2m1" and "dot_scaled" not in arch.capabilities:
+    if taken.scaled_by_matrix_unit and "dot_scaled" not in arch.capabilities:
         return f"{arch.name} has no matrix instruction that takes block scales"
     return None
 

@@ -34,8 +34,8 @@ COMPILES = "compiles"
 GEMM = {"operands": "rows_first", "block_m": 64, "block_n": 128, "block_k": 128, "num_warps": 4, "num_stages": 2}
 """A tile that every matrix unit takes whole; one of 16 rows is left to older instructions."""
 MAPPED = {"x_loads": "tensor_map", **GEMM, "overlap": "none"}
-SCALED = {"block_m": 128, **GEMM}
-"""Rows whose scales the matrix unit of sm_100 multiplies; fewer are taken apart in software by Triton 3.7."""
+SCALED = {"operands": "weights_first", "block_n": 128}
+"""128 rows of the matrix unit, whose scales sm_100 multiplies itself; fewer Triton 3.7 takes apart in software."""
 WANTED: Mapping[str, Mapping[str, Any]] = {
     "moe_gemm/triton_grouped": GEMM,
     "moe_gemm/triton_split_k": {"splits": 2, **GEMM},
@@ -80,8 +80,8 @@ def made(name: str, row: str, arch: GpuArch) -> tuple[Template[Any], Signature, 
     template, signature = template_of(name), signature_of(name, row)
     space = template.space(signature, arch, (row,)) if template.precisions else template.space(signature, arch)
     wanted = WANTED[name]
-    if row == "mxfp4_a8":
-        wanted = {**SCALED, **{k: v for k, v in wanted.items() if k not in SCALED}}
+    if row in ("mxfp4_a8", "mxfp8"):
+        wanted = {**SCALED, **{knob: value for knob, value in wanted.items() if knob not in SCALED}}
     own = nearest(space, wanted)
     return template, signature, find_op(signature.op).space(signature, arch).lift(name, own)
 
