@@ -169,6 +169,7 @@ _DEVICES = (
 )
 
 DEVICES: dict[str, Device] = {device.key: device for device in _DEVICES}
+_BY_LETTERS = {key.replace("-", ""): device for key, device in DEVICES.items()}
 """By key; the first of an arch stands for it where no device is named."""
 
 
@@ -189,7 +190,7 @@ def find_device(name: str | None, arch: GpuArch, warn: Callable[[str], None]) ->
     default = default_device(arch)
     if name is None:
         return default
-    device = DEVICES.get(_slug(name.removeprefix("NVIDIA ").removeprefix("AMD ")))
+    device = _BY_LETTERS.get(_slug(name.removeprefix("NVIDIA ").removeprefix("AMD ")).replace("-", ""))
     if device is None:
         known = ", ".join(d.key for d in DEVICES.values() if d.arch_name == arch.name)
         warn(f"device {name!r} is not known, so {default.name} stands for {arch.name}; known of that arch: {known}")

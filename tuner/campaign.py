@@ -217,7 +217,7 @@ class Campaign:
             until = time.monotonic() + (deadline - time.monotonic()) * len(problems) / left
             for tuner in tuners:
                 if request.resume:
-                    tuner.replay(self._earlier(tuner.result.problem, space))
+                    tuner.replay(self._earlier(tuner.result.problem, space, workshop))
             explore = ceil(request.trials * _EXPLORE_SHARE)
             self._search(tuners, space, explore, _share(until, 1 - _REFINE_SHARE - _FINAL_SHARE))
             bonds = choose_bonds(mine.results, request.weight_copies)
@@ -345,11 +345,15 @@ class Campaign:
             record, artifacts = workshop.record(built, evaluator.checked(built.variant.key))
             self._store.add_kernel(record, artifacts)
 
-    def _earlier(self, problem: Problem, space: Space) -> list[TrialRecord]:
-        """Trials of earlier runs on this problem, oldest first; without those of knobs that are no more."""
+    def _earlier(self, problem: Problem, space: Space, workshop: Workshop) -> list[TrialRecord]:
+        """Trials of earlier runs on this problem, oldest first: of kernels that would be built from the same text.
+
+        A template or compiler that changed since makes other kernels of the same configs.
+        """
         target = self._target
         known = self._store.trials(problem_key=problem.key, device_key=target.device.key, threads=target.threads)
-        return [trial for trial in known if Config(trial.config) in space]
+        same = {config: workshop.variant(config).key for trial in known if (config := Config(trial.config)) in space}
+        return [trial for trial in known if same.get(Config(trial.config)) == trial.kernel_key]
 
     def _priors(self, problem: Problem, space: Space, siblings: Sequence[ProblemResult]) -> Iterator[Prior]:
         """What is known beforehand: by a model, of this run's other sizes, nearest first, then of the database's."""

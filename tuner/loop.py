@@ -184,7 +184,7 @@ class ProblemTuner:
         return list(dict.fromkeys([*default, *list(dict.fromkeys(proven))[:BATCH], *fastest]))
 
     def search(self, space: Space, budget: Budget, priors: Iterable[Prior]) -> None:
-        """Search ``space`` until the budget is spent; the default config always comes first.
+        """Search ``space`` until the budget is spent; the default config always comes first, then what won elsewhere.
 
         Raises:
             TilewrightError: when the problem does not fit the memory.
@@ -194,7 +194,7 @@ class ProblemTuner:
         study = self._study(space, budget, priors)
         batch_s = 0.0
         while budget.allows(result.trials, batch_s):
-            configs = self._next_batch(study, min(BATCH, budget.trials - result.trials))
+            configs = self._next_batch(study, space, min(BATCH, budget.trials - result.trials))
             if not configs:
                 break
             begin = time.monotonic()
@@ -210,10 +210,12 @@ class ProblemTuner:
         study.rebuild(self.result.told)
         return study
 
-    def _next_batch(self, study: TuningStudy, count: int) -> list[Config]:
-        """The default when it has not been tried, then what the search asks for."""
+    def _next_batch(self, study: TuningStudy, space: Space, count: int) -> list[Config]:
+        """What the search asks for, after the default and the op's starting configs where they have not been tried."""
         tried = {trial.config for trial in self.result.told}
-        configs = [] if self.result.default in tried else [self.result.default]
+        starts = self._workshop.op.starting_configs(self._workshop.signature, self._workshop.arch)
+        first = [self.result.default, *(config for config in starts if space.find(config) is not None)]
+        configs = [config for config in first if config not in tried][:count]
         while len(configs) < count:
             try:
                 config = study.ask()

@@ -1,7 +1,7 @@
 """MoE routing as torch users write it: softmax and top-k in either order, and DeepSeek-V3's groups."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,8 +32,21 @@ def make_cases(experts: int, top_k: int, tokens: int, count: int, *, grouped: bo
     generator = torch.Generator().manual_seed(0)
     options = {"groups": 8, "top_groups": 4, "scale": 2.5} if grouped else {}
     bias = 0.05 * torch.randn(experts, generator=generator) if grouped else None
-    logits = (torch.randn(tokens, experts, generator=generator) for _ in range(count))
-    return [Routing(each, top_k, bias=bias, **options) for each in logits]
+    cases = []
+    for _ in range(count):
+        drawn = Routing(torch.randn(2 * tokens, experts, generator=generator), top_k, bias=bias, **options)
+        cases.append(replace(drawn, logits=drawn.logits[clear_choices(drawn)][:tokens].contiguous()))
+    return cases
+
+
+def clear_choices(case: Routing, tries: int = 8) -> Tensor:
+    """Bool [tokens]: whether a token picks the same experts where logits are rounded otherwise, as programs do."""
+    generator = torch.Generator().manual_seed(1)
+    picked, same = reference(case) > 0, torch.ones(case.logits.shape[0], dtype=torch.bool)
+    for _ in range(tries):
+        noise = 1e-5 * torch.randn(case.logits.shape, generator=generator)
+        same &= ((reference(replace(case, logits=case.logits + noise)) > 0) == picked).all(dim=1)
+    return same
 
 
 def softmax_then_topk(case: Routing) -> Chosen:

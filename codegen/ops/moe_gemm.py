@@ -238,6 +238,10 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
             return moe_gemm_triton.default_config(problem.signature, arch, problem.tokens)
         return self.default_config(problem.signature, arch)
 
+    def starting_configs(self, signature: MoeGemmSignature, arch: Arch) -> tuple[Config, ...]:
+        """CPUs: see :func:`moe_gemm_cpu.starting_configs`. GPUs: predictions of the whole space say where to begin."""
+        return moe_gemm_cpu.starting_configs(signature, arch) if isinstance(arch, CpuArch) else ()
+
 
 def _projections(model: ModelShape) -> list[tuple[int, int]]:
     """(n, k) of query, key, value and output of one layer's attention, on one tensor-parallel rank."""

@@ -18,13 +18,17 @@ from tilewright.runtime.notices import warn_once
 from tilewright.runtime.plans import Database, is_planned
 from tilewright.runtime.prepared import PreparedCall
 from tilewright.runtime.process_memory import Memory
-from tilewright.runtime.transformers import linears
+from tilewright.runtime.transformers import linears, prompts
 from tilewright.runtime.transformers.interface import (
     IMPLEMENTATION,
+    REPLACED_ATTENTION,
+    attention_modules,
     checked_model,
+    choose_attention,
     experts_modules,
     implementation_of,
     register,
+    register_attention,
 )
 from tilewright.runtime.transformers.linears import Place, TunedLinear
 from tilewright.runtime.transformers.recognition import ExpertWeights, Form, Refusal, read_form, read_weights
@@ -63,15 +67,16 @@ def enable(
     keep: bool = False,
     threads: int | None = None,
 ) -> Enabled:
-    """Serve the expert layers of ``model``, and its linear layers, by this machine's tuned kernels.
+    """Serve the expert layers of ``model``, its linear layers and its attention over prompts by tuned kernels.
 
     Registers the experts implementation ``tilewright`` with Transformers and selects it. A layer is served where its
     experts follow Transformers' experts interface, lie on the CPU and have a plan; every other layer runs as before,
     and one warning says why. A linear layer outside of the experts is served where it is in fp32, its weight is tied to
-    no other, and there is a plan for it (`tune --op all` makes them). Weights and inputs of experts in bf16 or fp16 are
-    widened to fp32, which takes twice the memory unless a plan stores fewer bits. Values are those that the weights
-    have now. Inference only: in training mode, or where gradients are recorded, a layer with ``keep`` runs as before;
-    without, training mode is refused, and so is a backward pass.
+    no other, and there is a plan for it (`tune --op all` makes them). Attention over a whole prompt is served in fp32,
+    causal and without a mask, where it is planned and Transformers would use ``sdpa``. Weights and inputs of experts in
+    bf16 or fp16 are widened to fp32, which takes twice the memory unless a plan stores fewer bits. Values are those
+    that the weights have now. Inference only: in training mode, or where gradients are recorded, a layer with ``keep``
+    runs as before; without, training mode is refused, and so is a backward pass.
 
     Args:
         model: a ``PreTrainedModel`` in evaluation mode, of Transformers 5 or newer.
@@ -105,6 +110,7 @@ def enable(
         model.set_experts_implementation(IMPLEMENTATION)
         options = _Options(database, max_error, keep, threads)
         stand_ins = _tuned_linears(model, options)
+        prompts_of = _serve_prompts(model, options)
         outcomes = _serve_all(modules, options)
     except BaseException:
         _undo(model, implementations)
@@ -122,7 +128,7 @@ def enable(
     setattr(model, _SERVED, {layer.name: layer for layer in all_served})
     _say_left_alone(type(model).__name__, modules, left_alone)
     del stand_ins  # and with it the last reference to weights that were replaced
-    return Enabled(type(model).__name__, served, served_linears, left_alone, before, Memory.now())
+    return Enabled(type(model).__name__, served, served_linears, prompts_of, left_alone, before, Memory.now())
 
 
 def disable(model: Any) -> Disabled:
@@ -155,10 +161,25 @@ def _undo(model: Any, implementations: Mapping[str, str | None]) -> None:
         detach(module)
     for place in linears.served(model):
         place.put(place.module.restored())
+    attention = [module for _, module in attention_modules(model, IMPLEMENTATION)]
+    for module in attention:
+        prompts.detach(module)
+    choose_attention(attention, REPLACED_ATTENTION)
     model.set_experts_implementation(implementations)
     for attribute in (_BEFORE, _SERVED):
         if hasattr(model, attribute):
             delattr(model, attribute)
+
+
+def _serve_prompts(model: Any, options: _Options) -> tuple[str, ...]:
+    """Names of the attention modules that run on tuned kernels over a prompt."""
+    register_attention(prompts.prompts_forward)
+    served = []
+    for name, module in list(attention_modules(model, REPLACED_ATTENTION)):
+        if prompts.attach(module, database=options.database, threads=options.threads):
+            choose_attention([module], IMPLEMENTATION)
+            served.append(name)
+    return tuple(served)
 
 
 def _tuned_linears(model: Any, options: _Options) -> list[tuple[Place[nn.Linear], TunedLinear]]:

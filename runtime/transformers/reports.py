@@ -64,6 +64,8 @@ class Enabled:
     layers: tuple[ServedLayer, ...]
     """With experts."""
     linears: tuple[ServedLinear, ...]
+    prompts: tuple[str, ...]
+    """Attention modules that are served over whole prompts."""
     left_alone: tuple[LeftAlone, ...]
     before: Memory
     after: Memory
@@ -78,6 +80,8 @@ class Enabled:
         if served:
             lines[0] += f" in {', '.join(precisions)}"
             lines.append(f"  weights: {megabytes(packed)} packed, {megabytes(replaced)} {released}")
+        if self.prompts:
+            lines.append(f"  attention over prompts: {len(self.prompts)} layers")
         lines += [f"  left alone: {text}" for text in describe_left_alone(self.left_alone)]
         return "\n".join([*lines, f"  memory before: {self.before}", f"  memory after: {self.after}"])
 

@@ -67,6 +67,9 @@ def check_space(op: OpDeclaration, signature: Signature, arch: Arch) -> None:
     space = op.space(signature, arch)
     default = op.default_config(signature, arch)
     assert default in space
+    starts = op.starting_configs(signature, arch)
+    assert all(config in space for config in starts)
+    assert len({default, *starts}) == 1 + len(starts)
     assert len(space) <= MOST_CONFIGS
     assert space.full_size == len(space) + sum(space.removed.values())
     assert (space.indices >= 0).all()

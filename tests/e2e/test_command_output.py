@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,34 @@ def test_tune_prints_a_table_that_fits_the_terminal(
     assert f"stored in {database}" in lines
     assert "moe_gemm stage=down experts=4 n=40 k=48 top_k=2 fp32" in lines
     assert any(line.startswith("next:  tune show") for line in lines)
+
+
+@pytest.mark.parametrize(("template_changed", "new"), [(False, 0), (True, 4)])
+def test_resume_counts_trials_of_the_same_kernels_alone(
+    tuned: tuple[Path, str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    template_changed: bool,
+    new: int,
+) -> None:
+    tmp_path.chmod(0o700)
+    database = tmp_path / "tuning.db"
+    shutil.copy(tuned[0], database)
+    before = _searched(database)
+    if template_changed:
+        with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+            connection.execute("UPDATE trials SET kernel_key = 'of a text that is no more'")
+    words = ["--arch", "native", "--op", "moe_gemm", "--problem", PROBLEM, "--tokens", "1,9", "--threads", "1"]
+    more = ["--resume", "--trials", "2", "--time", "5s", "--probes", "0", "--db", str(database), "--json"]
+    assert main([*words, *more]) == 0
+    capsys.readouterr()
+    assert _searched(database) == before + new
+
+
+def _searched(database: Path) -> int:
+    """How many trials its searches made, last races apart."""
+    with Store.open_read_only(database) as store:
+        return sum(trial.search != FINAL_RACE for trial in store.trials())
 
 
 def test_show_as_a_document(run: Run, tuned: tuple[Path, str, str]) -> None:

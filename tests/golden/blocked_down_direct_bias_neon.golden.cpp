@@ -1,7 +1,7 @@
 // Made by tilewright VERSION from templates/moe_gemm/cpu_blocked.cpp.jinja for aarch64_neon.
 // moe_gemm stage=down experts=128 n=2050 k=768 top_k=8 activation=none bias=True x_dtype=fp32 w_dtype=fp32
 // out_dtype=fp32
-// block_m=96 block_rows=4 chunk_groups=8 combine=direct fetch_next=1 gate_up=none k_block=768 order=panel_outer
+// block_m=96 block_rows=4 chunk_groups=8 combine=direct fetch_next=True gate_up=none k_block=768 order=panel_outer
 // pack_x=False precision=fp32 prefetch=0 schedule=static streams=2 unroll=1 vectors=2
 // Blocked grouped GEMM: register tiles of 4 rows by 4 vectors.
 
@@ -125,16 +125,15 @@ INLINE void finish_tile(const Job &job, int64_t expert, int64_t row, int64_t pan
 }
 
 constexpr int64_t kLine = 64;  // bytes
-constexpr int64_t kFetched = 1;  // cache lines that a step of k fetches of the panels that come next
 
-// What a pass over the rows fetches of the panels that come next: lines from `from` on, in its first steps of k.
-struct Next { const char *from; int64_t steps; };
+// What a pass over the rows fetches of the panels that come next: `lines` from `from` on, one every 2^shift steps of k.
+// A pass that fetched them all in its first steps would wait for memory there, and leave it idle in the others.
+struct Next { const char *from; int64_t lines, shift; };
 
 // Into the second-level cache. Where the panels end earlier, the lines behind them, which does no harm.
 INLINE void fetch(const Next &next, int64_t k) {
-  if (k >= next.steps) return;
-#pragma GCC unroll 16
-  for (int64_t l = 0; l < kFetched; l++) __builtin_prefetch(next.from + (k * kFetched + l) * kLine, 0, 2);
+  if (k & ((1 << next.shift) - 1) || (k >> next.shift) >= next.lines) return;
+  __builtin_prefetch(next.from + (k >> next.shift) * kLine, 0, 2);
 }
 
 // sums[s][i][j] += x[i][k] * panels[s][k][j] over `depth` steps of k.
@@ -194,7 +193,8 @@ INLINE const float *weights_after(const Job &job, const Segment &segment, int64_
 // The part of the next panels that the given pass over the rows fetches.
 INLINE Next part_of(const float *panels, int64_t pass, int64_t passes) {
   const int64_t lines = (kStreams * kK * kPanel * (int64_t)sizeof(float) / kLine + passes - 1) / passes;
-  return Next{(const char *)panels + pass * lines * kLine, panels ? (lines + kFetched - 1) / kFetched : 0};
+  const int64_t shift = lines < kK ? 63 - __builtin_clzll(kK / lines) : 0;
+  return Next{(const char *)panels + pass * lines * kLine, panels ? lines : 0, shift};
 }
 
 // Panels [panel, end) of a segment.

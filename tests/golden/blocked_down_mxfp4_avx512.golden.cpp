@@ -1,7 +1,7 @@
 // Made by tilewright VERSION from templates/moe_gemm/cpu_blocked.cpp.jinja for x86_64_avx512.
 // moe_gemm stage=down experts=128 n=2050 k=768 top_k=8 activation=none bias=True x_dtype=fp32 w_dtype=fp32
 // out_dtype=fp32
-// block_m=96 block_rows=6 chunk_groups=2 combine=partials fetch_next=0 gate_up=none k_block=256 order=panel_outer
+// block_m=96 block_rows=6 chunk_groups=2 combine=partials fetch_next=False gate_up=none k_block=256 order=panel_outer
 // pack_x=True precision=mxfp4 prefetch=0 schedule=dynamic streams=2 unroll=4 vectors=2
 // Blocked grouped GEMM: register tiles of 6 rows by 4 vectors, k in blocks of 256.
 

@@ -50,9 +50,9 @@ def test_every_arch_has_a_default_device(arch: GpuArch) -> None:
     assert find_device(None, arch, refuse) is device
 
 
-@pytest.mark.parametrize("name", ["h200", "H200", "NVIDIA H200"])
+@pytest.mark.parametrize("name", ["rtx-5090", "RTX 5090", "NVIDIA RTX 5090", "rtx5090"])
 def test_a_device_is_found_by_any_spelling_of_its_name(name: str) -> None:
-    assert find_device(name, GPU_ARCHS["sm_90"], refuse) is DEVICES["h200"]
+    assert find_device(name, GPU_ARCHS["sm_120"], refuse) is DEVICES["rtx-5090"]
 
 
 def test_an_unknown_device_is_taken_for_the_default_with_a_warning() -> None:

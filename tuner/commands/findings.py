@@ -11,6 +11,7 @@ from tilewright.codegen.cpu_info import read_cpu_info
 from tilewright.codegen.ops.base import Problem
 from tilewright.codegen.precisions import LOSSLESS
 from tilewright.tuner.campaign import Report, Request, SignatureReport
+from tilewright.tuner.commands.precision_front import front_table, point_document
 from tilewright.tuner.deployed import Deployed
 from tilewright.tuner.evaluation.statistics import Ratio
 from tilewright.tuner.plan import Final
@@ -113,20 +114,8 @@ class Findings:
         exact = next((point for point in mine.front if point.precision == LOSSLESS), None)
         if len(mine.front) < 2 or mine.plan is None or exact is None:
             return []
-        rows = [
-            (
-                point.precision,
-                f"{point.error.relative:.2g}",
-                f"{point.error.largest:.2g}",
-                format_us(point.time_us),
-                f"{exact.time_us / point.time_us:.2f}x",
-                "this one" if point.precision == mine.plan.precision else "stored, too",
-            )
-            for point in mine.front
-        ]
-        head = ("precision", "error", "largest", "mean time", f"vs {LOSSLESS}", "plan")
         return [
-            *table(head, rows, width=terminal_width()),
+            *front_table(mine.front, exact, mine.plan.precision),
             "error: ||out - exact|| / ||exact||, largest: max |out - exact| / max |exact|; at the worst size",
         ]
 
@@ -218,11 +207,7 @@ def _interval(ratio: Ratio) -> tuple[float, float, float]:
 
 def _point_document(point: FrontPoint) -> dict[str, Any]:
     return {
-        "precision": point.precision,
-        "error": point.error.relative,
-        "largest_error": point.error.largest,
-        "layout": point.plan.layout,
-        "geometric_mean_us": point.time_us,
+        **point_document(point),
         "problems": [
             {
                 "tokens": final.problem.dynamic_size,

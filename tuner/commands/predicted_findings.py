@@ -10,10 +10,10 @@ from tilewright.codegen.archs import GpuArch
 from tilewright.codegen.devices import Device
 from tilewright.codegen.ops.base import Problem
 from tilewright.tuner.campaign import KEPT_PER_PROBLEM, Report, Request, SignatureReport
+from tilewright.tuner.commands.precision_front import front_table, point_document
 from tilewright.tuner.loop import ProblemResult
 from tilewright.tuner.plan import Final
 from tilewright.tuner.plan_facts import costs_text
-from tilewright.tuner.precision import FrontPoint
 from tilewright.tuner.prediction.predict import Prediction, predict_config
 from tilewright.tuner.prediction.resources import Resources
 from tilewright.tuner.text import format_interval, format_shape, format_us, table, terminal_width, wrapped
@@ -122,21 +122,8 @@ class PredictedFindings:
         """Time against error of the precisions that were tried; nothing where there is no choice."""
         if len(mine.front) < 2 or mine.plan is None:
             return []
-        exact = mine.front[0]
-        rows = [
-            (
-                point.precision,
-                f"{point.error.relative:.2g}",
-                f"{point.error.largest:.2g}",
-                format_us(point.time_us),
-                f"{exact.time_us / point.time_us:.2f}x",
-                "this one" if point.precision == mine.plan.precision else "stored, too",
-            )
-            for point in mine.front
-        ]
-        head = ("precision", "error", "largest", "mean time", f"vs {exact.precision}", "plan")
         return [
-            *table(head, rows, width=terminal_width()),
+            *front_table(mine.front, mine.front[0], mine.plan.precision),
             "error: ||out - exact|| / ||exact||, computed on a part of the problem with its whole reduction",
         ]
 
@@ -162,7 +149,7 @@ class PredictedFindings:
             "error": mine.plan.error if mine.plan else None,
             "timing": mine.plan.timing if mine.plan else None,
             "checked": mine.plan.checked if mine.plan else None,
-            "front": [_point_document(point) for point in mine.front],
+            "front": [point_document(point) for point in mine.front],
             "plan": [asdict(entry) for entry in mine.plan.entries] if mine.plan else [],
             "binaries": dict(
                 zip(
@@ -232,13 +219,3 @@ def _blemished(result: ProblemResult) -> tuple[int, int, int, int]:
         len(result.set_aside(KEPT_PER_PROBLEM)),
         bool(default and result.blemishes(default.kernel)),
     )
-
-
-def _point_document(point: FrontPoint) -> dict[str, Any]:
-    return {
-        "precision": point.precision,
-        "error": point.error.relative,
-        "largest_error": point.error.largest,
-        "layout": point.plan.layout,
-        "geometric_mean_us": point.time_us,
-    }

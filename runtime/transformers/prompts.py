@@ -1,0 +1,152 @@
+"""Attention over whole prompts on tuned kernels, where it has a plan.
+
+Transformers lets attention implementations be chosen by name for a whole model, so that ours takes every call and hands
+those to ``sdpa`` that it does not serve: steps of decoding (Transformers' cache has no pages), and whatever has a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tilewright.codegen.ops.attention_signature import AttentionSignature
+from tilewright.errors import TilewrightError
+from tilewright.runtime.attention import VarlenPrefill
+from tilewright.runtime.handles import held
+from tilewright.runtime.plans import Database, is_planned
+from tilewright.runtime.torch_ops import define_operator
+from tilewright.runtime.transformers.inference import SharedByCopies, wants_gradients
+from tilewright.runtime.transformers.interface import sdpa
+
+_SERVED = "_tilewright_prompts"
+
+
+@dataclass(frozen=True, eq=False)
+class _Prompts(SharedByCopies):
+    """What computes one attention module over a prompt."""
+
+    prefill: VarlenPrefill
+
+
+def prompts_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The attention implementation ``tilewright``.
+
+    Args:
+        module: of a class that calls Transformers' attention interface.
+        query: [batch, heads, tokens, head_dim].
+        key: [batch, kv_heads, tokens so far, head_dim].
+        value: [batch, kv_heads, tokens so far, value_dim].
+        attention_mask: None where every token sees those before it and itself.
+        **options: as the interface has them.
+
+    Returns:
+        [batch, tokens, heads, value_dim], and None in place of the weights.
+
+    """
+    served = getattr(module, _SERVED, None)
+    if served is None or not _is_whole_prompt(served.prefill.signature, module, query, key, attention_mask, options):
+        return sdpa()(module, query, key, value, attention_mask, **options)
+    if torch.compiler.is_compiling():
+        return torch.ops.tilewright.prompts(query, key, value, served.prefill.handle), None
+    return _compute(served.prefill, query, key, value), None
+
+
+def attach(module: nn.Module, *, database: Database | None, threads: int | None) -> bool:
+    """Have a plan's kernels serve ``module``; False where there is no plan for it, or none that can be loaded."""
+    for signature in _signatures(module):
+        if not is_planned(signature, database, 0.0):
+            continue
+        prefill = VarlenPrefill.prepare(signature, {}, threads=threads, database=database)
+        if prefill.is_tuned:
+            setattr(module, _SERVED, _Prompts(prefill))
+            return True
+    return False
+
+
+def detach(module: nn.Module) -> None:
+    """Undo :func:`attach`."""
+    module.__dict__.pop(_SERVED, None)
+
+
+def _signatures(module: Any) -> Iterator[AttentionSignature]:
+    """What ``module`` computes over a prompt within its window, where one without a window gives the same."""
+    heads = getattr(module.config, "num_attention_heads", 0)
+    for window in dict.fromkeys((getattr(module, "sliding_window", None) or 0, 0)):
+        try:
+            yield AttentionSignature(
+                stage="prefill",
+                heads=heads,
+                kv_heads=heads // module.num_key_value_groups,
+                # Latent attention has these two, and may use the other name for something else.
+                head_dim=getattr(module, "qk_head_dim", getattr(module, "head_dim", 0)),
+                value_dim=getattr(module, "v_head_dim", 0),
+                scale=float(module.scaling),
+                window=window,
+            )
+        except TilewrightError:
+            return  # no kernel computes such heads, so that there is no plan either
+
+
+def _is_whole_prompt(
+    signature: AttentionSignature,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    options: dict[str, Any],
+) -> bool:
+    """Whether a call is plain causal attention of tokens among themselves, in fp32 and without gradients."""
+    is_causal = options.get("is_causal")
+    scaling = options.get("scaling")
+    return (
+        attention_mask is None
+        and query.shape[2] == key.shape[2]
+        and 1 < query.shape[2] <= (signature.window or query.shape[2])
+        and (query.shape[1], key.shape[1]) == (signature.heads, signature.kv_heads)
+        and query.dtype is torch.float32
+        and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        and (scaling is None or scaling == signature.scale)
+        and not options.get("dropout")
+        and all(options.get(name) is None for name in ("position_bias", "softcap", "s_aux", "cache"))
+        and not wants_gradients(module, query)
+    )
+
+
+def _compute(prefill: VarlenPrefill, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    batch, tokens = query.shape[0], query.shape[2]
+    # What rotary embedding makes lies in this order already; a cache's keys and values are copied.
+    q, k, v = (tensor.transpose(1, 2).flatten(0, 1).contiguous() for tensor in (query, key, value))
+    out = torch.empty((batch * tokens, *_heads_of(prefill)))
+    prefill.call(q, k, v, _even_offsets(batch, tokens), out)
+    return out.view(batch, tokens, *_heads_of(prefill))
+
+
+def _heads_of(prefill: VarlenPrefill) -> tuple[int, int]:
+    return prefill.signature.heads, prefill.signature.value_dim
+
+
+@lru_cache(maxsize=64)
+def _even_offsets(batch: int, tokens: int) -> Tensor:
+    with torch.inference_mode(mode=False):
+        return torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32)
+
+
+define_operator(
+    "prompts(Tensor query, Tensor key, Tensor value, int handle) -> Tensor",
+    compute=lambda query, key, value, handle: _compute(held(handle, VarlenPrefill), query, key, value),
+    fake=lambda query, key, value, handle: query.new_empty(  # noqa: ARG005 - arguments go by name
+        (query.shape[0], query.shape[2], *_heads_of(held(handle, VarlenPrefill)))
+    ),
+)
