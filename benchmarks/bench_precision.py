@@ -1,14 +1,15 @@
-"""Each precision of the weights against our own fp32 at few tokens, and against what reading and unpacking allow.
+"""Each precision against our own fp32, and at few tokens against what reading and unpacking weights allow.
 
 pytest benchmarks/bench_precision.py -o python_files=bench_*.py -s
 
 Every contender is the fastest of ``TILEWRIGHT_BENCH_TRIALS`` variants of its precision, drawn at random with the same
 seed and then raced together, interleaved, in the evaluator's worker: inputs and copies of the weights rotate beyond
-the cache, whatever a precision leaves of their size. Two bounds stand beside each time: the packed bytes of the experts
-that the tokens reach at this machine's measured read bandwidth, and the same kernel on weights that stay in the cache,
-which is what unpacking and multiplying take without memory.
+the cache, whatever a precision leaves of their size. For few tokens, two bounds stand beside each time: the packed
+bytes of the experts that the tokens reach at this machine's measured read bandwidth, and the same kernel on weights
+that stay in the cache, which is what unpacking and multiplying take without memory.
 """
 
+import math
 import random
 from dataclasses import dataclass
 from functools import cache
@@ -36,9 +37,16 @@ SHAPES = {
     "E8 k2 1024->2048": MoeGemmSignature(stage="up", experts=8, n=2048, k=1024, top_k=2),
     "E64 k6 512->1024": MoeGemmSignature(stage="up", experts=64, n=1024, k=512, top_k=6),
 }
-PRECISIONS = (LOSSLESS, "bf16", "int8", "int8g128", "fp8_e4m3", "int4g128", "int4g32", "mxfp4")
+_WANTED = (LOSSLESS, "bf16", "int8", "int8g128", "int8_a8", "int8g64_a8", "fp8_e4m3", "int4g128", "int4g32", "mxfp4")
+PRECISIONS = tuple(
+    name for name in _WANTED if all(OP.precisions(signature, ARCH)[name] is None for signature in SHAPES.values())
+)
+"""Those that kernels for this machine read."""
 THREADS = tuple(dict.fromkeys((1, min(2, usable_cores()))))
-STREAM = "moe_gemm/cpu_stream"
+FEW = 4
+"""Tokens up to which weights are streamed; for more, each is multiplied with several rows."""
+TEMPLATES = {True: "moe_gemm/cpu_stream", False: "moe_gemm/cpu_blocked"}
+"""Of floats, for few tokens or more."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +60,23 @@ class Row:
     read_us: float
     """The packed bytes of the experts in use at the measured bandwidth."""
     cached_us: float
-    """The same kernel on few weights that stay in the cache, scaled to the weights in use."""
+    """The same kernel on few weights that stay in the cache, scaled to those in use; nan for more than few tokens."""
     error: float
     samples_us: tuple[float, ...]
 
     @property
     def share(self) -> float:
         """Of what the larger bound allows."""
-        return max(self.read_us, self.cached_us) / self.time_us
+        return max(self.cached_us, self.read_us) / self.time_us  # nan where nothing is known of the cache
 
 
 def built_variants(signature: MoeGemmSignature, precision: str, tokens: int) -> list:
+    few = tokens <= FEW
     configs = [
         config
         for config in OP.space(signature, ARCH, precisions=(precision,))
-        if config["template"] == STREAM and config["block_rows"] <= tokens
+        if config["template"] in (TEMPLATES[few], "moe_gemm/cpu_integer")
+        and (config["block_rows"] <= tokens if few else config["block_rows"] >= FEW)
     ]
     chosen = random.Random(0).sample(configs, min(TRIALS, len(configs)))
     return [b for b in Workshop(OP, signature, ARCH, CppBuilder(ARCH)).build(chosen) if b.path]
@@ -110,7 +120,9 @@ def run_point(shape: str, tokens: int, threads: int) -> list[Row]:
                 final.median_us,
                 f"{ratio.median:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]",
                 nbytes / (bandwidth * 1e3),
-                cached_us(built.variant.config, signature, threads) * active * signature.n * signature.k,
+                cached_us(built.variant.config, signature, threads) * active * signature.n * signature.k
+                if tokens <= FEW
+                else math.nan,
                 error,
                 final.samples_us,
             )
@@ -118,9 +130,9 @@ def run_point(shape: str, tokens: int, threads: int) -> list[Row]:
     TABLES.append(
         [
             f"{shape}, {tokens} tokens, {threads} threads; bandwidth {bandwidth:.1f} GB/s",
-            f"  {'':9} {'us':>8}  {'over our fp32':>20}  {'read us':>8} {'cached':>8} {'of bound':>8}  {'error':>7}",
+            f"  {'':10} {'us':>8}  {'over our fp32':>20}  {'read us':>8} {'cached':>8} {'of bound':>8}  {'error':>7}",
             *(
-                f"  {r.precision:9} {r.time_us:8.1f}  {r.speedup:>20}  {r.read_us:8.1f} {r.cached_us:8.1f}"
+                f"  {r.precision:10} {r.time_us:8.1f}  {r.speedup:>20}  {r.read_us:8.1f} {r.cached_us:8.1f}"
                 f" {r.share:8.0%}  {r.error:7.4f}"
                 for r in rows
             ),
@@ -130,7 +142,7 @@ def run_point(shape: str, tokens: int, threads: int) -> list[Row]:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 64, 256])
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.benchmark(timer=recorded_time)

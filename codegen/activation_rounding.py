@@ -1,4 +1,4 @@
-"""What GPU kernels make of activations in precisions that round them to 8-bit floats before the product."""
+"""What kernels make of activations in precisions that round them to eight bits before the product."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ _Floats = NDArray[np.float32]
 
 _E4M3_TOP_EXPONENT = 8
 """Of 448, the largest number."""
+_INT8_LARGEST = np.float32(127)
+_INT8_TINY = np.float32(2.0**-100)
+"""Rows without a larger value count as zeros."""
 
 
 def round_activations(x: _Floats, precision: Precision) -> _Floats:
@@ -29,6 +32,8 @@ def round_activations(x: _Floats, precision: Precision) -> _Floats:
     if not x.size:
         return x
     peak = np.abs(grouped).max(axis=2, keepdims=True)
+    if precision.x_dtype == "int8":
+        return _round_int8(grouped, peak).reshape(rows, k)
     if precision.x_scales.dtype == "e8m0":
         exponent = np.maximum((peak.view(np.uint32) >> 23).astype(np.int32) - _E4M3_TOP_EXPONENT, 1)
         scale = (exponent.astype(np.uint32) << 23).view(np.float32)
@@ -36,3 +41,12 @@ def round_activations(x: _Floats, precision: Precision) -> _Floats:
         scale = np.where(peak > 0, peak, np.float32(1)) * np.float32(1 / E4M3_LARGEST)
     rounded: _Floats = round_to(grouped / scale, precision.x_dtype) * scale
     return rounded.reshape(rows, k)
+
+
+def _round_int8(grouped: _Floats, peak: _Floats) -> _Floats:
+    """Every step is the fp32 operation that kernels do (``moe_gemm/cpu_integer``), so that elements are the same."""
+    zero = peak < _INT8_TINY
+    largest = np.where(zero, np.float32(1), peak)
+    scale = np.where(zero, np.float32(0), largest / _INT8_LARGEST)
+    rounded: _Floats = np.rint(grouped * (_INT8_LARGEST / largest)) * scale
+    return rounded

@@ -36,6 +36,9 @@ class CpuArch(Arch):
     compile_flags: tuple[str, ...]
     vector_bytes: int
     vector_registers: int
+    dot: Literal["vpmaddwd", "vpdpbusd", "sdot", ""] = ""
+    """Instruction that adds up products of neighbouring integers in 32 bits: of two words of 16 bits, of four bytes
+    without a sign and four with, of four with each; empty: none."""
 
     def lanes(self, itemsize: int) -> int:
         """Elements of ``itemsize`` bytes in one vector register."""
@@ -141,20 +144,39 @@ _TCGEN05 = {"fp16": "UTCHMMA", "bf16": "UTCHMMA", "tf32": "UTCHMMA", "fp8_e4m3":
 _MFMA = {"fp16": "v_mfma", "bf16": "v_mfma", "tf32": "v_mfma", "int8": "v_mfma", "fp8_e4m3": "v_mfma"}
 _DATACENTER_BLACKWELL = "async_copy fp8_mma tma tma_gather warp_specialize tcgen05 dot_scaled"
 
+_AVX2, _AVX2_FLAGS = ("avx2", "fma"), ("-mavx2", "-mfma")
+_AVX512 = ("avx512f", "avx512vl", "avx512dq", "avx512bw", "avx2", "fma")
+_AVX512_FLAGS = ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mprefer-vector-width=512")
+
 CPU_ARCHS: dict[str, CpuArch] = {
     arch.name: arch
     for arch in (
-        CpuArch("x86_64_avx2", "cpu", "x86_64", ("avx2", "fma"), ("-mavx2", "-mfma"), 32, 16),
+        CpuArch("x86_64_avx2", "cpu", "x86_64", _AVX2, _AVX2_FLAGS, 32, 16, "vpmaddwd"),
         CpuArch(
-            "x86_64_avx512",
+            "x86_64_avx2_vnni", "cpu", "x86_64", (*_AVX2, "avx_vnni"), (*_AVX2_FLAGS, "-mavxvnni"), 32, 16, "vpdpbusd"
+        ),
+        CpuArch("x86_64_avx512", "cpu", "x86_64", _AVX512, _AVX512_FLAGS, 64, 32, "vpmaddwd"),
+        CpuArch(
+            "x86_64_avx512_vnni",
             "cpu",
             "x86_64",
-            ("avx512f", "avx512vl", "avx512dq", "avx512bw", "avx2", "fma"),
-            ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"),
+            (*_AVX512, "avx512_vnni"),
+            (*_AVX512_FLAGS, "-mavx512vnni"),
             64,
             32,
+            "vpdpbusd",
         ),
         CpuArch("aarch64_neon", "cpu", "aarch64", ("asimd",), ("-march=armv8-a",), 16, 32),
+        CpuArch(
+            "aarch64_neon_dotprod",
+            "cpu",
+            "aarch64",
+            ("asimd", "asimddp"),
+            ("-march=armv8.2-a+dotprod",),
+            16,
+            32,
+            "sdot",
+        ),
     )
 }
 
@@ -214,7 +236,7 @@ ARCHS: dict[str, Arch] = {**CPU_ARCHS, **GPU_ARCHS}
 
 
 def native_arch(cpu: CpuInfo | None = None) -> CpuArch:
-    """The widest CPU arch that this machine runs.
+    """The CPU arch with the widest vectors, and of those with the most features, that this machine runs.
 
     Raises:
         TilewrightError: when this CPU is none that tilewright generates for.
@@ -226,7 +248,7 @@ def native_arch(cpu: CpuInfo | None = None) -> CpuArch:
         raise TilewrightError(
             f"this CPU ({cpu.name}, {cpu.machine}) is not supported: tilewright needs AVX2 with FMA, AVX-512, or NEON"
         )
-    return max(runnable, key=lambda arch: arch.vector_bytes)
+    return max(runnable, key=lambda arch: (arch.vector_bytes, len(arch.features)))
 
 
 def runs_on(arch: Arch, cpu: CpuInfo) -> bool:

@@ -1,13 +1,16 @@
 """Precisions that weights are stored in: elements of few bits, and the scales that they share.
 
-On CPUs sums and activations stay fp32 throughout, so a precision says what is read from memory. Elements lie in words
-of 32 bits, the same column's consecutive steps of k in one word, the first in the lowest bits: a kernel takes them
-apart with shifts, on any instruction set. On GPUs they lie row by row (codegen/layouts.py, ``RowLayout``), weights are
-at most as exact as the signature's dtype, and some precisions round the activations, too, so that both sides of the
-product go to the matrix unit as they are.
+On CPUs sums and activations stay fp32, unless a name ends in ``_a8``, so a precision says what is read from memory.
+Elements lie in words of 32 bits, the same column's consecutive steps of k in one word, the first in the lowest bits: a
+kernel takes them apart with shifts, on any instruction set. On GPUs they lie row by row (codegen/layouts.py,
+``RowLayout``), weights are at most as exact as the signature's dtype, and some precisions round the activations, too,
+so that both sides of the product go to the matrix unit as they are.
 
 * ``bf16``: the upper half of an fp32, rounded to nearest even.
 * ``int8``: ``scale * q``, q in [-127, 127], the scale being max |w| / 127.
+* ``int8_a8``: the same, and every row of the activations becomes ``scale * q``, too, while the kernel runs: products
+  and their sums are of integers, exact, and scaled at the end of a group of k. An arch has instructions for that, or
+  has not (codegen/archs.py, ``CpuArch.dot``).
 * ``int4``: ``scale * q + offset``, q in [-8, 7]: of four ranges between the least and the largest weight, the one with
   the least squared error. A scale alone cannot use all sixteen values and is off by 8.1 % where this is off by 7.5 %
   (normal weights, groups of 32).
@@ -19,7 +22,7 @@ product go to the matrix unit as they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tilewright.errors import TilewrightError
@@ -29,6 +32,7 @@ LOSSLESS = "fp32"
 """The precision of the weights as the op declares them."""
 
 _ELEMENT_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "fp8_e4m3": 8, "int4": 4, "fp4_e2m1": 4}
+_LONGEST_INT32_SUM = (2**31 - 1) // 127**2
 _GROUPS_PER_WORD = {"fp32": 1, "bf16_pair": 1, "e8m0": 4}
 """Groups whose scales share a word: an fp32 scale, a bf16 scale (low half) and offset, four exponents."""
 
@@ -106,6 +110,8 @@ class Precision:
         """Why weights with ``k`` steps cannot be stored so, in one sentence; None when they can."""
         if k % self.group(k):
             return f"k={k} is no multiple of the {self.group(k)} steps that share a scale in precision {self.name}"
+        if self.x_dtype == "int8" and self.group(k) > _LONGEST_INT32_SUM:
+            return f"k={k} products of int8 do not fit the 32 bits of a sum in precision {self.name}"
         return None
 
 
@@ -123,6 +129,10 @@ _CPU = (
     Precision("fp8_e4m3", "fp8_e4m3", ScaleSpec("fp32", "channel")),
     *_groups("int4", "bf16_pair"),
     Precision("mxfp4", "fp4_e2m1", ScaleSpec("e8m0", "group", 32)),
+)
+_INTEGER = tuple(
+    replace(weights, name=f"{weights.name}_a8", x_dtype="int8", x_scales=ScaleSpec("fp32", "channel"))
+    for weights in (Precision("int8", "int8", ScaleSpec("fp32", "channel")), *_groups("int8", "fp32"))
 )
 _GPU_ONLY = (
     Precision("fp16", "fp16"),
@@ -142,11 +152,13 @@ _GPU_ONLY = (
     ),
 )
 
-PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in (*_CPU, *_GPU_ONLY)}
+PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in (*_CPU, *_INTEGER, *_GPU_ONLY)}
 """By name: those that CPU kernels know, the most exact first, then those that only GPU kernels do."""
 
 CPU_PRECISIONS = tuple(precision.name for precision in _CPU)
-GPU_PRECISIONS = tuple(name for name in PRECISIONS if name not in (LOSSLESS, _FP8))
+INTEGER_PRECISIONS = tuple(precision.name for precision in _INTEGER)
+"""Those whose products are of integers, on CPUs that have instructions for them."""
+GPU_PRECISIONS = tuple(name for name in PRECISIONS if name not in (LOSSLESS, _FP8, *INTEGER_PRECISIONS))
 """Those that weights of GPU kernels are stored in; ``bf16`` and ``fp16`` are lossless for signatures of that dtype."""
 
 

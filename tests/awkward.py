@@ -142,11 +142,21 @@ class Case:
         return f"{self.config['template']} {self.arch.name} {' '.join(fields)}"
 
 
+def templates_of(op_name: str, arch: Arch) -> list[Template[Any]]:
+    """Templates that ``arch`` can run in some precision."""
+    return [
+        template
+        for template in find_op(op_name).templates
+        if arch.family in template.families
+        and (not template.precisions or any(template.exclusion(name, arch) is None for name in template.precisions))
+    ]
+
+
 def space_of(op_name: str, template: Template[Any], signature: Signature, arch: Arch) -> Space:
     """Configs of one template, in every precision that these weights can be stored in."""
     if not template.precisions:
         return template.space(signature, arch)
-    refusals = find_op(op_name).precisions(signature)
+    refusals = find_op(op_name).precisions(signature, arch)
     return template.space(signature, arch, tuple(name for name in template.precisions if refusals[name] is None))
 
 
@@ -155,8 +165,7 @@ def cases(arch: Arch) -> list[Case]:
     return [
         case
         for op in OPS.values()
-        for template in op.templates
-        if arch.family in template.families
+        for template in templates_of(op.name, arch)
         for case in _covering_cases(op.name, template, arch)
     ]
 
@@ -166,9 +175,7 @@ def few_cases(arch: Arch, count: int) -> list[Case]:
     random = np.random.default_rng(0)
     chosen = []
     for op in OPS.values():
-        for template in op.templates:
-            if arch.family not in template.families:
-                continue
+        for template in templates_of(op.name, arch):
             signatures = [each for each in SIGNATURES[op.name] if template.applies(each, arch)]
             for number in range(count):
                 signature = signatures[(2 * number + 1) * len(signatures) // (2 * count)]
@@ -183,16 +190,12 @@ def precision_cases(arch: Arch) -> list[Case]:
     random = np.random.default_rng(0)
     chosen = []
     for op in OPS.values():
-        for template in op.templates:
-            if arch.family not in template.families:
-                continue
+        for template in templates_of(op.name, arch):
             kinds = {find_precision(name).dtype: name for name in template.precisions if name != LOSSLESS}
             for name in kinds.values():
                 signature = next(s for s in reversed(SIGNATURES[op.name]) if op.precisions(s)[name] is None)
                 own = template.space(signature, arch, (name,))
-                config = op.space(signature, arch, precisions=(name,)).lift(
-                    template.name, own[int(random.integers(len(own)))]
-                )
+                config = op.space(signature, arch).lift(template.name, own[int(random.integers(len(own)))])
                 chosen.append(Case(op.name, signature, config, arch))
     return chosen
 
@@ -279,7 +282,7 @@ def rounded(weight: NDArray[np.float32], precision: Precision) -> NDArray[np.flo
 def examples(op_name: str, signature: Signature, precision: str = LOSSLESS) -> tuple[Example, ...]:
     """Data of all problems of a signature, and of one with values far beyond what activations flatten.
 
-    What must come out is computed with the weights as they are in ``precision``.
+    What must come out is computed with the weights and activations as they are in ``precision``.
     """
     op = find_op(op_name)
     stored = weights(op_name, signature)
@@ -291,4 +294,7 @@ def examples(op_name: str, signature: Signature, precision: str = LOSSLESS) -> t
         # A sum is off by parts of itself; where an output is clamped, that must stay little beside the limit.
         beyond = 8 if getattr(signature, "activation", "") == "swiglu_clamped" else 200
         drawn.append((problem, {**inputs, "x": inputs["x"] * np.float32(beyond)}))
-    return tuple(Example(problem, inputs, op.reference(signature, stored, inputs)) for problem, inputs in drawn)
+    return tuple(
+        Example(problem, inputs, op.reference(signature, stored, op.rounded_inputs(signature, inputs, precision)))
+        for problem, inputs in drawn
+    )

@@ -323,7 +323,8 @@ class OpDeclaration(ABC, Generic[S, P]):
         knob of the templates that know several. :data:`LOSSLESS` means :meth:`lossless` there.
 
         Raises:
-            TilewrightError: when no template stores the signature's weights in one of ``precisions`` on ``arch``.
+            TilewrightError: when no template, or none of ``templates``, stores the signature's weights in one of
+                ``precisions`` on ``arch``.
 
         """
         asked = dict.fromkeys(self.lossless(signature) if name == LOSSLESS else name for name in precisions)
@@ -342,7 +343,15 @@ class OpDeclaration(ABC, Generic[S, P]):
             why = reasons[0] if reasons else self._no_template(signature, arch, asked)
             raise TilewrightError(f"{self.name} cannot be generated for {arch.name} so: {why}")
         union = Space.union(spaces)
-        return union.of_templates(templates) if templates else union
+        if not templates:
+            return union
+        if not spaces.keys() & set(templates):
+            read = dict.fromkeys(name for t in self.templates if t.name in templates for name in t.precisions)
+            raise TilewrightError(
+                f"{', '.join(templates)} read no weights in {', '.join(asked)}; name one of these precisions: "
+                f"{', '.join(read)}"
+            )
+        return union.of_templates(templates)
 
     def _no_template(self, signature: S, arch: Arch, precisions: Collection[str]) -> str:
         dtype = self.compute_dtype(signature)

@@ -1,17 +1,18 @@
-"""moe_gemm on CPUs: the spaces of its two C++ templates, and what the runtime needs to call what they make."""
+"""moe_gemm on CPUs: the spaces of its C++ templates, and what the runtime needs to call what they make."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 from tilewright.codegen.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
-from tilewright.codegen.archs import CpuArch
+from tilewright.codegen.archs import CPU_ARCHS, Arch, CpuArch
 from tilewright.codegen.layouts import WeightLayout
 from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.precisions import CPU_PRECISIONS, LOSSLESS, Precision, find_precision
+from tilewright.codegen.precisions import CPU_PRECISIONS, INTEGER_PRECISIONS, LOSSLESS, Precision, find_precision
 from tilewright.codegen.recipe import Argument, Launch, Recipe, TensorSpec
 from tilewright.codegen.space import Config, Constraint, Parameter, Space, Value
 from tilewright.errors import TilewrightError
@@ -19,6 +20,7 @@ from tilewright.errors import TilewrightError
 ENTRY = "tilewright_moe_gemm"
 BLOCKED = "moe_gemm/cpu_blocked"
 STREAM = "moe_gemm/cpu_stream"
+INTEGER = "moe_gemm/cpu_integer"
 
 _STREAM_BLOCK_M = 4096
 """Rows of one task of the streaming template: in effect, all of an expert."""
@@ -28,6 +30,9 @@ _MULTIPLY_ADDS_IN_FLIGHT = 8
 
 _STREAM_OPERANDS = 2
 """Registers that the streaming template needs beside its accumulators."""
+
+_INTEGER_OPERANDS = 4
+"""The same for the integer template: a word's factors (one, or even and odd bytes), activations, and products."""
 
 _VECTORS = Parameter("vectors", (1, 2), "vectors in a row of a weight panel: the weight layout")
 _CHUNK = Parameter("chunk_groups", (1, 2, 4, 8), "groups of streams in a task: cache block in n, grain of the schedule")
@@ -195,6 +200,60 @@ def _stream_space(signature: MoeGemmSignature, arch: CpuArch, precisions: tuple[
     return Space.enumerate(parameters, constraints)
 
 
+@lru_cache(maxsize=64)
+def _integer_space(
+    signature: MoeGemmSignature, arch: CpuArch, precisions: tuple[str, ...] = INTEGER_PRECISIONS[:1]
+) -> Space:
+    """Register tile x rows of a task: few rows read many streams, many rows share one."""
+    parameters = (
+        _precision(signature, precisions),
+        _VECTORS,
+        Parameter("block_rows", (1, 2, 4, 6, 12), "rows of a register tile"),
+        Parameter("streams", (1, 2, 3, 4, 6), "neighbouring weight panels of a register tile"),
+        Parameter("block_m", _row_blocks(signature), "rows of one task: cache block in m"),
+        _CHUNK,
+        Parameter("pack_x", (True,), "x is rounded into a copy first"),
+        _UNROLL,
+        _PREFETCH,
+        Parameter("fetch_next", (False,), "no panels are fetched ahead"),
+        _SCHEDULE,
+        _gate_up(signature),
+        _combine(signature),
+    )
+    tile = ("vectors", "block_rows", "streams")
+
+    def tile_size(c: Mapping[str, Any]) -> int:
+        return int(c["block_rows"] * c["streams"] * c["vectors"])
+
+    constraints = (
+        _whole_pairs(signature),
+        Constraint(
+            "registers",
+            lambda c: tile_size(c) + _INTEGER_OPERANDS <= arch.vector_registers,
+            "accumulators and operands fit the registers",
+            tile,
+        ),
+        _chunks_exist(signature, arch),
+        Constraint(
+            "short_body",
+            lambda c: c["unroll"] == 1 or tile_size(c) < _MULTIPLY_ADDS_IN_FLIGHT,
+            "a large tile unrolls the loop by itself",
+            (*tile, "unroll"),
+        ),
+    )
+    return Space.enumerate(parameters, constraints)
+
+
+def _integer_exclusion(_precision: str, arch: Arch) -> str | None:
+    """Why products of integers are not to be had on ``arch``, in words; None where they are."""
+    assert isinstance(arch, CpuArch)
+    if arch.dot:
+        return None
+    better = next(a for a in CPU_ARCHS.values() if a.machine == arch.machine and a.dot)
+    missing = ", ".join(sorted(set(better.features) - set(arch.features)))
+    return f"it has no dot product of integers; a CPU with {missing} has, and is {better.name}"
+
+
 def _layout(signature: MoeGemmSignature, config: Config, arch: CpuArch) -> WeightLayout:
     lanes = arch.lanes(4)
     columns = lanes if config["gate_up"] == "apart" else config["vectors"] * lanes
@@ -203,7 +262,7 @@ def _layout(signature: MoeGemmSignature, config: Config, arch: CpuArch) -> Weigh
 
 
 def _order(signature: MoeGemmSignature, config: Config, arch: CpuArch) -> str:
-    """Both templates go through k step by step with one sum for each output, whatever their tiles and blocks of k.
+    """All templates go through k step by step with one sum for each output, whatever their tiles and blocks of k.
 
     What differs: scales of a group come before or after its sum, and a token's experts are added up as rows lie
     (``direct``) or as they were chosen (``partials``). Either order is the token's own.
@@ -250,7 +309,9 @@ def _workspace(signature: MoeGemmSignature, config: Config, arch: CpuArch) -> li
         groups = stored.groups(signature.k)
         parts.append(("x_sums", "float *", f"4 * threads * {config['block_rows'] * groups}"))
         parts.append(("x_divided", "float *", f"4 * threads * {config['block_rows'] * signature.k}"))
-    if config.get("pack_x"):
+    if config["template"] == INTEGER:
+        parts += _integer_workspace(signature, config, arch)
+    elif config.get("pack_x"):
         parts.append(("packed", "float *", f"4 * rows * {signature.k}"))
     if config.get("k_block") and _stored(config).quantised:
         per_thread = config["streams"] * _unpacked_steps(config) * panel
@@ -260,6 +321,20 @@ def _workspace(signature: MoeGemmSignature, config: Config, arch: CpuArch) -> li
         parts.append(("accumulators", "float *", f"4 * threads * {per_thread}"))
     return parts
 
+
+def _integer_workspace(signature: MoeGemmSignature, config: Config, arch: CpuArch) -> list[tuple[str, str, str]]:
+    """Rows of x in words as ``shared/cpu_dot.jinja`` reads them, their scales, and sums of groups where needed."""
+    stored, rows = _stored(config), "tokens" if signature.stage == "up" else "rows"
+    groups = stored.groups(signature.k)
+    words = groups * stored.group_rows(signature.k) * (2 if arch.dot == "vpmaddwd" else 1)
+    parts = [("quantised", "int32_t *", f"4 * {rows} * {words}"), ("x_scales", "float *", f"4 * {rows}")]
+    if arch.dot == "vpdpbusd":
+        parts.append(("x_sums", "int32_t *", f"4 * {rows} * {groups}"))
+    return parts
+
+
+_SIZE_NAMES = {"rows": "job.rows", "tokens": "job.tokens", "threads": "host->threads", "//": "/"}
+"""Of an expression in a recipe, as C++ spells them."""
 
 _C_TYPES = {"fp32": "const float *", "int32": "const int32_t *"}
 
@@ -300,7 +375,7 @@ def _context(signature: MoeGemmSignature, config: Config, arch: CpuArch) -> dict
         "entry": ENTRY,
         "arguments": arguments,
         "workspace": [
-            (name, c_type, size.replace("//", "/").replace("rows", "job.rows").replace("threads", "host->threads"))
+            (name, c_type, re.sub("rows|tokens|threads|//", lambda found: _SIZE_NAMES[found[0]], size))
             for name, c_type, size in _workspace(signature, config, arch)
         ],
         "halves": signature.halves,
@@ -375,7 +450,8 @@ def starting_configs(signature: MoeGemmSignature, arch: CpuArch) -> tuple[Config
 
 
 def _whole_space(signature: MoeGemmSignature, arch: CpuArch) -> Space:
-    return Space.union({t.name: t.space(signature, arch) for t in TEMPLATES})
+    exact = (template for template in TEMPLATES if LOSSLESS in template.precisions)
+    return Space.union({template.name: template.space(signature, arch) for template in exact})
 
 
 _LABEL = ("precision", "block_rows", "streams", "vectors")
@@ -403,6 +479,19 @@ TEMPLATES = (
         _context,
         label=_LABEL,
         precisions=CPU_PRECISIONS,
+        order=_order,
+    ),
+    Template(
+        INTEGER,
+        "cpp",
+        ("cpu",),
+        _integer_space,
+        _layout,
+        _recipe,
+        _context,
+        label=_LABEL,
+        precisions=INTEGER_PRECISIONS,
+        exclusion=_integer_exclusion,
         order=_order,
     ),
 )

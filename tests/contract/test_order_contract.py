@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from awkward import SIGNATURES, problems, space_of, weights
+from awkward import SIGNATURES, problems, space_of, templates_of, weights
 from batch_parts import PARTS, part_of, tokens_of
 from guarded_calls import Call, forking, run_kernel, tensors_for
 from hypothesis import HealthCheck, given, settings
@@ -43,7 +43,9 @@ def orders(op_name: str, signature: Signature, seed: int) -> dict[str, list[Conf
     found: dict[str, list[Config]] = defaultdict(list)
     possible = tuple(name for name, refusal in op.precisions(signature).items() if refusal is None) or (LOSSLESS,)
     lifted = op.space(signature, ARCH, precisions=possible)
-    for template in op.templates_for(signature, ARCH):
+    for template in templates_of(op_name, ARCH):
+        if not template.applies(signature, ARCH):
+            continue
         space = space_of(op_name, template, signature, ARCH)
         drawn: dict[str, int] = defaultdict(int)
         for index in random.permutation(len(space))[:400]:

@@ -4,10 +4,12 @@ Variants cover every pair of two knobs' values. Each is built and called on awkw
 buffers that start at odd addresses, hold NaN where nothing was written, and are guarded on both sides.
 """
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -21,10 +23,18 @@ from tilewright.codegen.building.base import Source
 from tilewright.codegen.building.cpp import Build, CppBuilder, find_compiler
 from tilewright.codegen.cpu_info import read_cpu_info, usable_cores
 from tilewright.codegen.ops import OPS, find_op
+from tilewright.codegen.precisions import find_precision
 from tilewright.codegen.rendering import render
 from tilewright.errors import TilewrightError
 from tilewright.runtime.openmp import fork_address
 from tilewright.tuner.evaluation.checking import compare_all
+
+DEFINITION = """
+  for (int l = 0; l < kLanes; l++) {
+    for (int t = 0; t < 4; t++) sum[l] += (uint8_t)(w[l] >> 8 * t) * (int8_t)(splat[l] >> 8 * t);
+  }
+"""
+"""Of ``vpdpbusd`` (Intel 64 and IA-32 Architectures Software Developer's Manual), for CPUs without it."""
 
 FOREIGN = [arch for arch in CPU_ARCHS.values() if arch.machine == native_arch().machine and arch != native_arch()]
 
@@ -48,6 +58,15 @@ def builder_for(arch: Arch, directory) -> CppBuilder:
         return CppBuilder(arch, find_compiler(), directory)
     except TilewrightError as error:
         pytest.skip(str(error))
+
+
+def samples(arch: Arch) -> list[Case]:
+    """Few cases; of an arch that has no more than integer products beside what another one has, those that use them."""
+    chosen = [*few_cases(arch, 4), *precision_cases(arch)]
+    lesser = (a for a in CPU_ARCHS.values() if (a.machine, a.vector_bytes) == (arch.machine, arch.vector_bytes))
+    if not any(set(a.features) < set(arch.features) for a in lesser):
+        return chosen
+    return [case for case in chosen if find_precision(case.precision).x_dtype]
 
 
 def source_of(case: Case) -> str:
@@ -89,7 +108,7 @@ def test_variant_matches_the_reference(case: Case, builds: dict[Case, Future[Bui
 def test_other_levels_of_this_machine_compile(arch: Arch, tmp_path) -> None:
     """Compiled is all that is known of them, unless this CPU runs them, too."""
     builder = builder_for(arch, tmp_path)
-    chosen = [*few_cases(arch, 4), *precision_cases(arch)]
+    chosen = samples(arch)
     for case, build in zip(chosen, builder.build_all([Source(source_of(case)) for case in chosen]), strict=True):
         assert build.path is not None, f"{case}: {build.message}"
         if not runs_on(arch, read_cpu_info()):
@@ -103,10 +122,10 @@ def test_other_levels_of_this_machine_compile(arch: Arch, tmp_path) -> None:
             )
 
 
-def check_standalone(case: Case, toolchain: Toolchain, folder: Path) -> None:
+def check_standalone(case: Case, toolchain: Toolchain, folder: Path, source: str = "") -> None:
     op = find_op(case.op)
     recipe = case.template.recipe(case.signature, case.config, case.arch)
-    program = toolchain.build(source_of(case), recipe.launches[0].entry, folder / "program")
+    program = toolchain.build(source or source_of(case), recipe.launches[0].entry, folder / "program")
     for example in examples(case.op, case.signature, case.precision):
         tensors = tensors_for(recipe, weights(case.op, case.signature), example.inputs)
         out = toolchain.run(program, recipe, tensors, example.expected, threads=2)
@@ -114,9 +133,21 @@ def check_standalone(case: Case, toolchain: Toolchain, folder: Path) -> None:
         assert complaint is None, f"{example.problem.to_dict()}: {complaint}"
 
 
-@pytest.mark.parametrize(
-    "case", [*few_cases(ARCHS["aarch64_neon"], 4), *precision_cases(ARCHS["aarch64_neon"])], ids=str
-)
+@pytest.mark.skipif(native_arch().machine != "x86_64", reason="an instruction of x86-64 in vectors of AVX2")
+@pytest.mark.parametrize("case", samples(ARCHS["x86_64_avx2_vnni"]), ids=str)
+def test_variant_with_vnni_matches_the_reference_by_the_instructions_definition(case: Case, tmp_path) -> None:
+    """All of the kernel but that instruction: the offset of the weights, and what frees sums of it."""
+    text = source_of(case)
+    instruction = re.search(r"  asm\(.*vpdpbusd.*\);\n", text)
+    assert instruction
+    baseline = replace(ARCHS["x86_64_avx2"], name=case.arch.name)
+    compiler = builder_for(baseline, tmp_path).compiler.command
+    check_standalone(
+        case, Toolchain(compiler, baseline, ()), tmp_path, text.replace(instruction[0], DEFINITION.lstrip("\n"))
+    )
+
+
+@pytest.mark.parametrize("case", [*samples(ARCHS["aarch64_neon"]), *samples(ARCHS["aarch64_neon_dotprod"])], ids=str)
 def test_variant_for_arm_matches_the_reference_in_an_emulator(case: Case, tmp_path) -> None:
     compiler = shutil.which("aarch64-linux-gnu-g++")
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from awkward import rounded
 
-from tilewright.codegen.archs import native_arch
+from tilewright.codegen.archs import ARCHS, native_arch
 from tilewright.codegen.building.cpp import CppBuilder
 from tilewright.codegen.cpu_info import read_cpu_info
 from tilewright.codegen.ops import find_op
@@ -21,19 +21,20 @@ from tilewright.codegen.routing import RoutingSpec
 from tilewright.errors import TilewrightError
 from tilewright.runtime import Experts, TilewrightWarning, prepare
 from tilewright.tuner.cli import main
+from tilewright.tuner.evaluation.evaluator import CpuEvaluator
 from tilewright.tuner.variants import Workshop
-from tilewright.tuning_db.records import DeviceRecord, PlanEntry, PlanRecord
+from tilewright.tuning_db.records import DeviceRecord, Outcome, PlanEntry, PlanRecord
 from tilewright.tuning_db.store import Store
 
 OP = find_op("moe_gemm")
 SIGNATURE = MoeGemmSignature(stage="up", experts=3, n=24, k=64, top_k=2, activation="swiglu")
-ERRORS = {LOSSLESS: 0.0, "int8": 0.01, "int4g32": 0.1}
+ERRORS = {LOSSLESS: 0.0, "int8": 0.01, "int8_a8": 0.02, "int4g32": 0.1}
 TOKENS = 5
 
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Plans of three precisions, the fewer bits the faster, with kernels of both templates."""
+    """Plans of several precisions, the fewer bits the faster, with kernels of all their templates."""
     arch = native_arch()
     try:
         workshop = Workshop(OP, SIGNATURE, arch, CppBuilder(arch))
@@ -43,15 +44,17 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Store.open(path) as store:
         store.put_device(DeviceRecord(read_cpu_info().key, "test", arch.name))
         for rank, (precision, error) in enumerate(ERRORS.items()):
+            if OP.precisions(SIGNATURE, arch)[precision]:
+                continue
             space = OP.space(SIGNATURE, arch, precisions=(precision,))
             built = []
-            for template in (each for each in OP.templates if arch.family in each.families):
+            for template in (t for t in OP.templates_for(SIGNATURE, arch) if precision in t.precisions):
                 fitting = [c for c in space if c["template"] == template.name]
                 first = next((b.variant.layout_key for b in built), None)
                 config = next(c for c in fitting if first in (None, OP.layout_key(SIGNATURE, c, arch)))
                 built += workshop.build([config])
             entries = []
-            for bound, each in zip((2, None), built, strict=True):
+            for bound, each in zip((2, None)[-len(built) :], built, strict=True):
                 record, artifacts = workshop.record(each, "device")
                 store.add_kernel(record, artifacts)
                 entries.append(PlanEntry(bound, record.key, 100.0 - rank, 200.0, bound or 8))
@@ -94,19 +97,27 @@ def serve(weights: dict[str, np.ndarray], database: Path, tokens: int, **options
     return out.numpy(), prepared
 
 
+def skip_without(precision: str) -> None:
+    if refusal := OP.precisions(SIGNATURE, native_arch())[precision]:
+        pytest.skip(refusal)
+
+
 def exact(weights: dict[str, np.ndarray], tokens: int, precision: str) -> np.ndarray:
     inputs = OP.inputs(OP.problem(SIGNATURE, tokens, RoutingSpec.parse("balanced")), seed=1)
     stored = weights["weight"]
     if precision != LOSSLESS:
         stored = rounded(stored, find_precision(precision))
+    inputs = OP.rounded_inputs(SIGNATURE, inputs, precision)
     return OP.reference(SIGNATURE, {**weights, "weight": stored}, inputs)["out"]
 
 
 @pytest.mark.parametrize("tokens", [1, TOKENS])
 @pytest.mark.parametrize(
-    ("max_error", "precision"), [(0.0, LOSSLESS), (0.009, LOSSLESS), (0.01, "int8"), (0.05, "int8"), (1.0, "int4g32")]
+    ("max_error", "precision"),
+    [(0.0, LOSSLESS), (0.009, LOSSLESS), (0.01, "int8"), (0.05, "int8_a8"), (1.0, "int4g32")],
 )
 def test_the_fastest_plan_within_the_error_serves(weights, database, max_error, precision, tokens) -> None:
+    skip_without(precision)
     out, prepared = serve(weights, database, tokens, max_error=max_error)
     expected = exact(weights, tokens, precision)
     assert np.abs(out - expected).max() <= OP.tolerance(SIGNATURE) * np.abs(expected).max()
@@ -160,12 +171,71 @@ def test_only_plans_with_a_larger_error_leave_torch(weights, tmp_path, database)
     np.testing.assert_allclose(out, exact(weights, TOKENS, LOSSLESS), atol=1e-5)
 
 
+@pytest.fixture
+def mixed_database(tmp_path: Path, database: Path) -> Path:
+    """One plan of two weight layouts: few tokens by a kernel on exact weights, more by one on int8."""
+    with Store.open(database) as store:
+        plans = {plan.precision: plan for plan in store.plans()}
+        kernels = [store.kernel(plans[name].entries[0].kernel_key) for name in (LOSSLESS, "int8")]
+        artifacts = [[store.artifact(checksum) for checksum in kernel.artifacts] for kernel in kernels]
+    tmp_path.chmod(0o700)
+    with Store.open(tmp_path / "mixed.db") as store:
+        store.put_device(DeviceRecord(read_cpu_info().key, "test", native_arch().name))
+        for kernel, own in zip(kernels, artifacts, strict=True):
+            store.add_kernel(kernel, own)
+        few, many = (
+            PlanEntry(bound, kernel.key, 100.0, 200.0, 2) for bound, kernel in zip((2, None), kernels, strict=True)
+        )
+        layouts = "+".join(plans[name].layout for name in (LOSSLESS, "int8"))
+        plan = replace(plans["int8"], precision="fp32+int8", layout=layouts, entries=(few, many))
+        store.put_plan(plan)
+    return tmp_path / "mixed.db"
+
+
+@pytest.mark.parametrize(("tokens", "precision"), [(1, LOSSLESS), (2, LOSSLESS), (3, "int8"), (TOKENS, "int8")])
+def test_a_plan_of_two_precisions_holds_both_and_serves_each_where_it_says(
+    weights, mixed_database, tokens, precision
+) -> None:
+    out, prepared = serve(weights, mixed_database, tokens, max_error=0.01)
+    expected = exact(weights, tokens, precision)
+    tolerance = OP.tolerance(SIGNATURE) * np.abs(expected).max()
+    assert np.abs(out - expected).max() <= tolerance
+    other = exact(weights, tokens, "int8" if precision == LOSSLESS else LOSSLESS)
+    assert np.abs(out - other).max() > tolerance
+    explanation = prepared.explain()
+    assert "precision fp32+int8: results are off by 0.01" in str(explanation)
+    words = [layout.packed_words(*weights["weight"].shape) for layout in explanation.resolution.layouts]
+    assert len(words) == 2
+    assert prepared.memory.bytes == 4 * sum(words)
+
+
+def test_a_plan_of_two_precisions_counts_as_its_least_exact_one(weights, mixed_database) -> None:
+    with pytest.warns(UserWarning, match=r"least error \(fp32\+int8\) is off by 0.01, and max_error is 0"):
+        out, _ = serve(weights, mixed_database, 1)
+    np.testing.assert_allclose(out, exact(weights, 1, LOSSLESS), atol=1e-5)
+
+
 def test_weights_with_nan_are_refused(weights, database) -> None:
     bad = {"weight": weights["weight"].copy()}
     bad["weight"][2, 5, 7] = np.nan
     with pytest.raises(TilewrightError, match="NaN, infinity or values beyond"):
         serve(bad, database, 1, max_error=1.0)
     serve(bad, database, 1)  # as they are
+
+
+def test_a_row_that_cannot_be_rounded_gives_nan_and_spoils_no_other(weights, database) -> None:
+    skip_without("int8_a8")
+    inputs = OP.inputs(OP.problem(SIGNATURE, TOKENS, RoutingSpec.parse("balanced")), seed=1)
+    expected = exact(weights, TOKENS, "int8_a8")
+    x = inputs["x"].copy()
+    x[0, 3], x[1, 63], x[2] = np.nan, -np.inf, 1e-35
+    _, prepared = serve(weights, database, TOKENS, max_error=0.05)
+    out = torch.empty(len(inputs["row_token"]), SIGNATURE.n)
+    prepared(torch.from_numpy(x), *(torch.from_numpy(inputs[name]) for name in ("row_token", "expert_offsets")), out)
+    tokens = inputs["row_token"]
+    assert np.isnan(out.numpy()[tokens < 2]).all()
+    assert (out.numpy()[tokens == 2] == 0).all()
+    np.testing.assert_allclose(out.numpy()[tokens > 2], expected[tokens > 2], atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("max_error", [-1, float("nan"), float("inf"), "much"])
@@ -195,6 +265,41 @@ PROBLEM = ["--arch", "native", "--op", "moe_gemm", "--problem", "experts=2,n=24,
 def test_mistakes_on_the_command_line(words, said, tmp_path, capsys) -> None:
     assert main([*PROBLEM, *words, "--db", str(tmp_path / "tuning.db")]) != 0
     assert said in capsys.readouterr().err
+
+
+def test_tuning_with_rounded_activations(tmp_path, capsys) -> None:
+    skip_without("int8_a8")
+    tmp_path.chmod(0o700)
+    words = ["--tokens", "2", "--precision", "int8_a8", "--max-error", "0.03", "--trials", "8", "--threads", "1"]
+    assert main([*PROBLEM, *words, "--json", "--db", str(tmp_path / "tuning.db")]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["signatures"]
+    with Store.open_read_only(tmp_path / "tuning.db") as store:
+        tried = [t for t in store.trials() if t.config["template"] == "moe_gemm/cpu_integer"]
+        plans = {plan.precision for plan in store.plans()}
+    assert {trial.config["precision"] for trial in tried} == {"int8_a8"}
+    assert Outcome.OK in {trial.outcome for trial in tried} <= {Outcome.OK, Outcome.BUILD_FAILED}  # in time, or not
+    assert found["precision"] in plans <= {LOSSLESS, "int8_a8"}
+
+
+def test_the_error_of_a_precision_counts_rounded_activations() -> None:
+    problem = OP.problem(SIGNATURE, TOKENS, RoutingSpec.parse("balanced"))
+    weights, inputs = OP.weights(SIGNATURE, seed=0), OP.inputs(problem, seed=0)
+    rounded_x = OP.rounded_inputs(SIGNATURE, inputs, "int8_a8")
+    rounded_weights = {**weights, "weight": rounded(weights["weight"], find_precision("int8_a8"))}
+    right, out = OP.reference(SIGNATURE, weights, inputs), OP.reference(SIGNATURE, rounded_weights, rounded_x)
+    with CpuEvaluator(OP, SIGNATURE, threads=1) as evaluator:
+        of_weights, of_both = (evaluator.precision_error(problem, name).relative for name in ("int8", "int8_a8"))
+    assert of_both == pytest.approx(np.linalg.norm(out["out"] - right["out"]) / np.linalg.norm(right["out"]))
+    assert 0.003 < of_weights < of_both < 0.03
+
+
+def test_an_arch_without_integer_products_says_what_is_missing(tmp_path, capsys, monkeypatch) -> None:
+    without = replace(native_arch(), dot="")
+    monkeypatch.setitem(ARCHS, without.name, without)
+    monkeypatch.setattr("tilewright.codegen.archs.native_arch", lambda: without)
+    words = [*PROBLEM, "--precision", "int8_a8", "--db", str(tmp_path / "tuning.db")]
+    assert main(words) != 0
+    assert f"int8_a8 are impossible on {without.name}: it has no dot product of integers" in capsys.readouterr().err
 
 
 def test_tuning_over_precisions_stores_the_front(tmp_path, capsys) -> None:

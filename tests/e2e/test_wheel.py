@@ -28,9 +28,9 @@ for op in OPS.values():
     problem = dict(pair.split("=") for pair in op.problem_example.split(","))
     signature = op.parse_problem(problem, RoutingSpec.parse("balanced")).signature
     space = op.space(signature, native_arch())
-    for template in op.templates_for(signature, native_arch()):
-        config = next(config for config in space if config["template"] == template.name)
-        print(len(render(template, signature, config, native_arch())))
+    for name in space.parameters[0].values:
+        config = next(config for config in space if config["template"] == name)
+        print(len(render(op.template(config), signature, config, native_arch())))
 """
 
 MAKE_DATABASE = """

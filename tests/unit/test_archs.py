@@ -12,6 +12,9 @@ from tilewright.codegen.cpu_info import CpuInfo, read_cpu_info, usable_cores
 from tilewright.errors import TilewrightError
 
 AVX2, AVX512, NEON = ARCHS["x86_64_avx2"], ARCHS["x86_64_avx512"], ARCHS["aarch64_neon"]
+AVX2_VNNI, AVX512_VNNI, NEON_DOT = (
+    ARCHS[name] for name in ("x86_64_avx2_vnni", "x86_64_avx512_vnni", "aarch64_neon_dotprod")
+)
 ZEN = CpuInfo(
     name="a CPU",
     machine="x86_64",
@@ -24,11 +27,24 @@ ZEN = CpuInfo(
     memory_bytes=16 << 30,
 )
 SKYLAKE = replace(ZEN, features=ZEN.features | {"avx512f", "avx512vl", "avx512dq", "avx512bw"})
+ALDER_LAKE = replace(ZEN, features=ZEN.features | {"avx_vnni"})
+SAPPHIRE_RAPIDS = replace(SKYLAKE, features=SKYLAKE.features | {"avx512_vnni", "avx_vnni"})
 ARM = replace(ZEN, machine="aarch64", features=frozenset({"fp", "asimd"}))
+GRAVITON2 = replace(ARM, features=ARM.features | {"asimddp"})
 
 
-@pytest.mark.parametrize(("cpu", "arch"), [(ZEN, AVX2), (SKYLAKE, AVX512), (ARM, NEON)])
-def test_native_is_the_widest_that_runs(cpu: CpuInfo, arch) -> None:
+@pytest.mark.parametrize(
+    ("cpu", "arch"),
+    [
+        (ZEN, AVX2),
+        (ALDER_LAKE, AVX2_VNNI),
+        (SKYLAKE, AVX512),
+        (SAPPHIRE_RAPIDS, AVX512_VNNI),
+        (ARM, NEON),
+        (GRAVITON2, NEON_DOT),
+    ],
+)
+def test_native_is_the_widest_that_runs_with_most_features(cpu: CpuInfo, arch) -> None:
     assert native_arch(cpu) is arch
 
 

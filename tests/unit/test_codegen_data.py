@@ -71,6 +71,16 @@ def test_an_unknown_template_is_refused_with_the_known_ones() -> None:
         OP.template_names(["cpu_blocked", "cpu_streem"], ARCHS["x86_64_avx2"])
 
 
+def test_a_template_that_reads_none_of_the_precisions_names_those_that_it_reads() -> None:
+    (signature, _), arch = OP.signatures(load_model("mixtral-8x7b", tp=8)), ARCHS["x86_64_avx2"]
+    integer = ["moe_gemm/cpu_integer"]
+    assert {config["precision"] for config in OP.space(signature, arch, integer, ("fp32", "int8_a8"))} == {"int8_a8"}
+    with pytest.raises(
+        TilewrightError, match=r"moe_gemm/cpu_integer read no weights in fp32; .*: int8_a8, int8g128_a8"
+    ):
+        OP.space(signature, arch, integer)
+
+
 def test_a_template_of_other_archs_is_refused() -> None:
     with pytest.raises(TilewrightError, match=r"'cpu_stream' of moe_gemm is not for sm_90"):
         OP.template_names(["cpu_stream"], ARCHS["sm_90"])

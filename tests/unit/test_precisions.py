@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tilewright.codegen.activation_rounding import round_activations
+from tilewright.codegen.archs import ARCHS, CPU_ARCHS
 from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.precisions import CPU_PRECISIONS, LOSSLESS, find_precision, parse_precisions
+from tilewright.codegen.ops import find_op
+from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.precisions import (
+    CPU_PRECISIONS,
+    INTEGER_PRECISIONS,
+    LOSSLESS,
+    find_precision,
+    parse_precisions,
+)
 from tilewright.errors import TilewrightError
 
 precisions = st.sampled_from([find_precision(name) for name in CPU_PRECISIONS])
@@ -58,6 +69,40 @@ def test_bits_per_weight_of_a_long_panel() -> None:
         "int4g32": 5,
         "mxfp4": 4.25,
     }
+
+
+def test_integer_precisions_store_weights_like_those_of_floats() -> None:
+    for name in INTEGER_PRECISIONS:
+        integers, floats = find_precision(name), find_precision(name.removesuffix("_a8"))
+        assert (integers.dtype, integers.scales) == (floats.dtype, floats.scales)
+
+
+def test_activations_are_rounded_to_127_steps_of_their_row() -> None:
+    x = np.array([[1.0, -127.0, 2.5, 3.5], [0, -0.0, 0, 0], [1e-35, 0, 0, 1e-32], [0.5, 0.25, 0, -0.125]], np.float32)
+    scale = np.float32(0.5) / np.float32(127)
+    expected = [[1, -127, 2, 4], [0, 0, 0, 0], [0, 0, 0, 0], [127 * scale, 64 * scale, 0, -32 * scale]]
+    rounded = round_activations(x, find_precision("int8_a8"))
+    np.testing.assert_array_equal(rounded, np.array(expected, np.float32))
+    np.testing.assert_array_equal(round_activations(x, find_precision("int8g32")), x)
+
+
+def test_sums_of_integers_are_bounded() -> None:
+    assert find_precision("int8_a8").refusal(133_144) is None
+    assert "do not fit the 32 bits" in str(find_precision("int8_a8").refusal(133_145))
+    assert find_precision("int8").refusal(133_145) is None
+
+
+def test_integer_products_are_offered_where_the_cpu_has_them() -> None:
+    op = find_op("moe_gemm")
+    signature = MoeGemmSignature(stage="plain", experts=2, n=64, k=64)
+    for arch in CPU_ARCHS.values():
+        refusal = op.precisions(signature, arch)["int8_a8"]
+        assert (refusal is None) == bool(arch.dot), arch.name
+    missing = "a CPU with asimddp has, and is aarch64_neon_dotprod"
+    with pytest.raises(TilewrightError, match=missing):
+        op.space(signature, ARCHS["aarch64_neon"], precisions=("int8_a8",))
+    assert missing in op.precisions(signature, ARCHS["aarch64_neon"])["int8_a8"]
+    assert "impossible on sm_90" in op.precisions(signature, ARCHS["sm_90"])["int8_a8"]
 
 
 def test_layout_keys_name_the_precision() -> None:

@@ -189,7 +189,7 @@ class CpuEvaluator:
         return paired_ratio(twins[0].samples_us, twins[1].samples_us)
 
     def precision_error(self, problem: Problem, precision: str) -> PrecisionError:
-        """What storing the weights in ``precision`` does to the op's output on this problem.
+        """What ``precision`` does to the op's output on this problem, with inputs rounded where it rounds them, too.
 
         Raises:
             TilewrightError: when the problem does not fit the memory.
@@ -271,11 +271,12 @@ class CpuEvaluator:
         return ProblemData(problem, shared, {})
 
     def _reference(self, data: ProblemData, precision: str) -> Arrays:
-        """What must come out with weights in ``precision``."""
+        """What must come out in ``precision``."""
         if precision not in data.references:
             with self._clock("preparing_s"):
                 weights = self._workbench.weights.rounded(precision)
                 inputs = data.sets[0].inputs(self._op.tensors(self._signature))
+                inputs = self._op.rounded_inputs(self._signature, inputs, precision)
                 data.references[precision] = self._op.reference(self._signature, weights, inputs)
         return data.references[precision]
 
