@@ -29,7 +29,7 @@ from tilewright.tuner.finals import Finals, Probed, Verdict
 from tilewright.tuner.loop import Budget, Origin, ProblemResult, ProblemTuner
 from tilewright.tuner.plan import Final, Settled, choose_bonds, kept
 from tilewright.tuner.plan_facts import costs_document
-from tilewright.tuner.precision import FrontPoint, admit, bond_by_precision, front, storable
+from tilewright.tuner.precision import FrontPoint, admit, bond_by_precision, front, left_out, storable
 from tilewright.tuner.progress import Progress
 from tilewright.tuner.proving import Default, Proof
 from tilewright.tuner.search import Prior
@@ -301,7 +301,12 @@ class Campaign:
         self._store.put_plan(mine.plan)
         others = [bond for name, bond in of_precisions.items() if name != mine.plan.precision]
         verdicts = [verdict for bond in others if (verdict := finals.within(bond)) and verdict.finals]
-        mine.front = front([self._point(mine.verdict, mine.plan), *(self._point(v, self._plan(v)) for v in verdicts)])
+        points = [self._point(mine.verdict, mine.plan), *(self._point(v, self._plan(v)) for v in verdicts)]
+        mine.front = front(points)
+        exact = op.lossless(signature)
+        admitted = [exact if name == LOSSLESS else name for key, name in self._errors if key == signature.key]
+        for line in left_out(admitted, points, mine.front):
+            self._progress.say(line)
         for point in mine.front:
             if point.precision != mine.plan.precision:
                 keep([final.winner.variant.config for final in point.finals])

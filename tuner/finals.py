@@ -299,10 +299,14 @@ class Finals:
 def _contenders(
     tuner: ProblemTuner, solved: Sequence[ProblemTuner], bonds: Sequence[Bond], likely: Sequence[Bond]
 ) -> list[Config]:
-    """A size's own fastest with each bond and of all, and the fastest of every other size with each likely one."""
+    """A size's own fastest with each bond and of all, and the fastest of every other size with each likely one.
+
+    Also with one in which this size has none: a plan within it needs a kernel for every size.
+    """
     own = [c.config for bond in bonds for c in tuner.result.finalists(FINALISTS, bond)]
     of_all = [c.config for c in tuner.result.finalists(1)]
-    others = [c.config for bond in likely for other in solved for c in other.result.finalists(1, bond)]
+    shared = [bond for bond in bonds if bond in likely or not tuner.result.ranked(bond)]
+    others = [c.config for bond in shared for other in solved for c in other.result.finalists(1, bond)]
     return list(dict.fromkeys([*own, *of_all, *others]))
 
 

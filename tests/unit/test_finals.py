@@ -118,6 +118,26 @@ def test_the_default_serves_where_a_probe_finds_the_plan_slower(workshop: Worksh
     assert verdict.settled.layout == LAYOUT
 
 
+def test_a_bond_that_few_sizes_searched_has_a_kernel_for_all(workshop: Workshop) -> None:
+    """A precision whose layout the search tried at one size alone still gets its plan."""
+
+    def make_tuner(problem: Problem) -> ProblemTuner:
+        tried = [DEFAULT, OTHER_LAYOUT] if problem.dynamic_size == TUNED[0] else [DEFAULT, SAME_LAYOUT]
+        return cast("ProblemTuner", MadeUpTimes(problem, workshop, fast_but_for(SAME_LAYOUT, 1, 0), tried))
+
+    tuners = [make_tuner(OP.problem(SIGNATURE, size, RoutingSpec.parse("balanced"))) for size in TUNED]
+    finals = Finals(make_tuner, cast("CpuEvaluator", Quiet()), Progress(None), copies=1, until=math.inf)
+    other = workshop.variant(OTHER_LAYOUT).bond
+    assert other is not None
+    verdict = finals.run(tuners, [Bond(LAYOUT), other])
+    assert verdict is not None
+    assert verdict.settled.layout == LAYOUT
+    within = finals.within(other)
+    assert within is not None
+    assert [final.problem.dynamic_size for final in within.finals] == list(TUNED)
+    assert {entry.kernel_key for entry in within.entries} == {workshop.variant(OTHER_LAYOUT).key}
+
+
 def test_a_layout_in_which_nothing_is_as_fast_as_the_default_gives_way_to_the_default_s(workshop: Workshop) -> None:
     found = []
     for seed in range(6):
