@@ -176,7 +176,7 @@ def _x_operands(precision: Precision, workspace: Workspace) -> tuple[EntryParame
 def _gemm_parameters(signature: MoeGemmSignature, config: Config, workspace: Workspace) -> tuple[EntryParameter, ...]:
     """Everything but where results go."""
     precision = stored(config)
-    scales: tuple[EntryParameter, ...] = ()
+    scales: list[EntryParameter] = []
     x = _tensor("x", _POINTERS[signature.x_dtype], aligned=True)
     if precision.x_scales is not None:
         codes, *scales = _x_operands(precision, workspace)
