@@ -227,6 +227,10 @@ class OpDeclaration(ABC, Generic[S, P]):
     def inputs(self, problem: P, seed: int) -> Arrays:
         """Realistic tensors of the other inputs; the same for the same seed."""
 
+    @abstractmethod
+    def input_bytes(self, problem: P) -> int:
+        """Memory of the largest of :meth:`inputs`, known before they are drawn: nobody draws what cannot be held."""
+
     def rounded_inputs(self, signature: S, inputs: Arrays, precision: str) -> Arrays:  # noqa: ARG002
         """``inputs`` with the values that kernels of ``precision`` compute with, where it rounds activations, too."""
         return inputs

@@ -145,6 +145,11 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
             arrays["bias"] = rng.normal(0, 0.1, (signature.experts, rows)).astype(np.float32)
         return arrays
 
+    def input_bytes(self, problem: MoeGemmProblem) -> int:
+        """Activations, a row for every token or for every one of its experts."""
+        signature = problem.signature
+        return 4 * problem.tokens * signature.k * (1 if signature.stage == "up" else signature.top_k)
+
     def inputs(self, problem: MoeGemmProblem, seed: int) -> Arrays:
         """Normal activations (float32, of the dtype's values) and routing as the problem's spec draws it."""
         signature = problem.signature
