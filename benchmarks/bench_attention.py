@@ -51,6 +51,7 @@ def our_calls(cases: list[Case], threads: int, database: str) -> list:
     return [call_for(case) for case in cases]
 
 
+@cache
 def plan_for(stage: Stage, shape: str, threads: int) -> str:
     heads, kv_heads, head_dim = HEADS[shape]
     problem = f"stage={stage},heads={heads},kv_heads={kv_heads},head_dim={head_dim},context=2048"

@@ -10,7 +10,7 @@ from tilewright.codegen.precisions import Precision
 
 _Floats = NDArray[np.float32]
 
-_E4M3_TOP_EXPONENT = 8
+E4M3_TOP_EXPONENT = 8
 """Of 448, the largest number."""
 _INT8_LARGEST = np.float32(127)
 _INT8_TINY = np.float32(2.0**-100)
@@ -35,7 +35,7 @@ def round_activations(x: _Floats, precision: Precision) -> _Floats:
     if precision.x_dtype == "int8":
         return _round_int8(grouped, peak).reshape(rows, k)
     if precision.x_scales.dtype == "e8m0":
-        exponent = np.maximum((peak.view(np.uint32) >> 23).astype(np.int32) - _E4M3_TOP_EXPONENT, 1)
+        exponent = np.maximum((peak.view(np.uint32) >> 23).astype(np.int32) - E4M3_TOP_EXPONENT, 1)
         scale = (exponent.astype(np.uint32) << 23).view(np.float32)
     else:
         scale = np.where(peak > 0, peak, np.float32(1)) * np.float32(1 / E4M3_LARGEST)

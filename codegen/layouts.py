@@ -76,8 +76,8 @@ class RowLayout:
 
     Scales begin at the next multiple of 256 bytes: fp32 [experts] (``tensor``), fp32 [experts, n] (``channel``),
     [experts, groups of k, n] for groups that a kernel multiplies with itself (int8: fp32, int4: a word of two bf16, the
-    scale in the lower half, mxfp4: e8m0), e8m0 [experts, n, groups of k] for ``pairs``, or fp32 [experts,
-    ceil(k / 128), ceil(n / 128)] (``block``).
+    scale in the lower half, mxfp4: e8m0), e8m0 [experts, n, groups of k] for those that the matrix unit multiplies, or
+    fp32 [experts, ceil(k / 128), ceil(n / 128)] (``block``).
 
     Raises:
         TilewrightError: for a precision that this release does not know.
@@ -120,7 +120,7 @@ class RowLayout:
                 return (experts, -(-k // scales.group), -(-n // scales.group))
             case _:
                 groups = k // scales.group
-                return (experts, n, groups) if self.nibbles == "pairs" else (experts, groups, n)
+                return (experts, n, groups) if self.stored.scaled_by_matrix_unit else (experts, groups, n)
 
     def scale_offset(self, experts: int, n: int, k: int) -> int:
         """Where the scales begin, in bytes."""

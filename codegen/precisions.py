@@ -16,7 +16,8 @@ so that both sides of the product go to the matrix unit as they are.
   (normal weights, groups of 32).
 * ``fp8_e4m3``: four bits of exponent, three of mantissa, no infinity (OCP 8-bit floating point, 2023), times a scale.
 * ``fp4_e2m1``: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, times a power of two (``e8m0``) for 32 of them: mxfp4 of
-  the OCP microscaling formats (2023).
+  the OCP microscaling formats (2023). ``mxfp8`` of the same: ``fp8_e4m3`` elements with such scales, weights and
+  activations alike.
 """
 
 from __future__ import annotations
@@ -86,6 +87,11 @@ class Precision:
         """Whether weights are rounded, and lie in words."""
         return self.name != LOSSLESS
 
+    @property
+    def scaled_by_matrix_unit(self) -> bool:
+        """Whether elements of both sides go to the matrix unit together with their scales (``tl.dot_scaled``)."""
+        return bool(self.x_dtype and self.scales and self.scales.dtype == "e8m0")
+
     def group(self, k: int) -> int:
         """Steps of k that share a scale, of ``k`` in all."""
         return (self.scales.group if self.scales else 0) or k
@@ -150,6 +156,7 @@ _GPU_ONLY = (
     Precision(
         "mxfp4_a8", "fp4_e2m1", ScaleSpec("e8m0", "group", 32), x_dtype=_FP8, x_scales=ScaleSpec("e8m0", "group", 32)
     ),
+    Precision("mxfp8", _FP8, ScaleSpec("e8m0", "group", 32), x_dtype=_FP8, x_scales=ScaleSpec("e8m0", "group", 32)),
 )
 
 PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in (*_CPU, *_INTEGER, *_GPU_ONLY)}

@@ -45,6 +45,30 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class TensorMap:
+    """What ``cuTensorMapEncodeTiled`` of the CUDA driver needs beside an address, for a contiguous tensor.
+
+    Elements are not interleaved, strides of elements are 1, what lies outside is read as zero. ``box``, ``data_type``
+    and ``swizzle`` are what the compiler settled on; they are filled in when the kernel is built.
+    """
+
+    shape: tuple[str, ...]
+    """:class:`IntExpr` texts, in elements, the slowest dimension first (the driver wants the fastest first)."""
+    element_bytes: int
+    box: tuple[int, ...] = ()
+    """Elements that one copy fetches, in the order of ``shape``."""
+    data_type: int = -1
+    """A ``CUtensorMapDataType``."""
+    swizzle: int = -1
+    """A ``CUtensorMapSwizzle``: how rows are spread over the banks of shared memory."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TensorMap:
+        """Tensor map from its JSON form."""
+        return cls(**{**data, "shape": tuple(data["shape"]), "box": tuple(data["box"])})
+
+
+@dataclass(frozen=True)
 class Argument:
     """One argument of an entry: the address of a tensor or of the workspace, or the value of an expression.
 
@@ -56,6 +80,19 @@ class Argument:
     source: str = ""
     """Tensor name for ``tensor`` (0 when it is optional and absent), :class:`IntExpr` text for ``size``, and for
     ``workspace`` and ``scales`` that of an offset in bytes (empty: 0)."""
+    map: TensorMap | None = None
+    """Passed in place of the address: a ``CUtensorMap`` of 128 bytes over what lies there, then its shape (32 bits for
+    each dimension) and its strides in elements (64 bits each)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form. Without a map it is what releases before there were any wrote, seals and keys included."""
+        fields = asdict(self)
+        return fields if self.map else {name: value for name, value in fields.items() if name != "map"}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Argument:
+        """Argument from its JSON form."""
+        return cls(data["kind"], data["source"], TensorMap.from_dict(data["map"]) if data.get("map") else None)
 
 
 @dataclass(frozen=True)
@@ -90,7 +127,7 @@ class Recipe:
     """Everything needed to call a kernel, besides the artifacts' bytes.
 
     ``dynamic_size`` names the size by which plans pick a kernel. ``workspace_bytes`` is an :class:`IntExpr` over the
-    sizes and ``threads``.
+    sizes and ``threads``. Grids may name ``sm_count``, the device's multiprocessors, too.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -140,7 +177,10 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, read back by :meth:`from_dict`."""
-        return asdict(self)
+        launches = [
+            {**asdict(launch), "arguments": [each.to_dict() for each in launch.arguments]} for launch in self.launches
+        ]
+        return {**asdict(self), "launches": launches}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -152,7 +192,7 @@ class Recipe:
                 Launch(
                     **{
                         **launch,
-                        "arguments": tuple(Argument(**a) for a in launch["arguments"]),
+                        "arguments": tuple(Argument.from_dict(a) for a in launch["arguments"]),
                         "grid": tuple(launch["grid"]),
                         "block": tuple(launch["block"]),
                         "cluster": tuple(launch["cluster"]),

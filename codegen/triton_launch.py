@@ -53,7 +53,7 @@ class EntryLaunch:
         return EntrySpec(
             self.entry,
             tuple((each.name, each.type) for each in self.parameters),
-            divisible_by_16=tuple(each.name for each in self.parameters if each.aligned),
+            divisible_by_16=tuple(each.name for each in self.parameters if each.aligned and not each.argument.map),
             num_warps=self.num_warps,
             num_stages=self.num_stages,
             options=self.options,
@@ -151,7 +151,7 @@ def built_launch(launch: Launch, facts: EntryFacts, artifact: str, warp_size: in
         TilewrightError: when the binary does not take what the launch passes.
 
     """
-    passed = [None if each.kind == "size" else _POINTER_BYTES for each in launch.arguments]
+    passed = [size for each in launch.arguments for size in _argument_sizes(each)]
     passed += [_POINTER_BYTES] * launch.hidden_arguments
     found = facts.parameter_bytes
     if len(found) != len(passed) or any(size not in (None, took) for size, took in zip(passed, found, strict=True)):
@@ -162,10 +162,48 @@ def built_launch(launch: Launch, facts: EntryFacts, artifact: str, warp_size: in
     return replace(
         launch,
         artifact=artifact,
+        arguments=_with_maps(launch, facts),
         block=(str(facts.num_warps * warp_size),),
         cluster=(str(facts.cluster),) if facts.cluster > 1 else (),
         shared_memory_bytes=str(facts.dynamic_smem_bytes),
     )
+
+
+def _argument_sizes(argument: Argument) -> list[int | None]:
+    """Bytes that an argument of a recipe passes; None where the entry says how many."""
+    if argument.kind == "size":
+        return [None]
+    return [*_map_sizes(len(argument.map.shape))] if argument.map else [_POINTER_BYTES]
+
+
+def _map_sizes(dimensions: int) -> list[int]:
+    return [_DESCRIPTOR_BYTES, *[4] * dimensions, *[8] * dimensions]
+
+
+def _with_maps(launch: Launch, facts: EntryFacts) -> tuple[Argument, ...]:
+    """The arguments, tensor maps with what the compiler settled on.
+
+    Raises:
+        TilewrightError: when it did not make as many maps of such elements.
+
+    """
+    maps = [each.map for each in launch.arguments if each.map]
+    wanted = [(len(each.shape), each.element_bytes) for each in maps]
+    if wanted != [(len(each.box), each.element_bytes) for each in facts.tensor_maps]:
+        raise TilewrightError(
+            f"{launch.entry} cannot be launched: its recipe passes {len(wanted)} tensor maps, and the compiler made "
+            f"{len(facts.tensor_maps)}, or of other elements"
+        )
+    made = iter(facts.tensor_maps)
+    arguments = []
+    for each in launch.arguments:
+        if each.map:
+            told = next(made)
+            settled = replace(each.map, box=told.box, data_type=told.data_type, swizzle=told.swizzle)
+            arguments.append(replace(each, map=settled))
+        else:
+            arguments.append(each)
+    return tuple(arguments)
 
 
 def _parameter_sizes(kind: str) -> list[int]:
@@ -173,6 +211,5 @@ def _parameter_sizes(kind: str) -> list[int]:
     if kind.startswith("*"):
         return [_POINTER_BYTES]
     if kind.startswith("tensordesc"):
-        dimensions = kind.count(",") + 1
-        return [_DESCRIPTOR_BYTES, *[4] * dimensions, *[8] * dimensions]
+        return _map_sizes(kind.count(",") + 1)
     return [_SCALAR_BYTES[kind]]

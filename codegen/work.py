@@ -29,6 +29,9 @@ class LaunchWork:
     tile: tuple[int, int] = (0, 0)
     """Rows and columns that one program adds up at once; (0, 0) where it multiplies nothing."""
 
+    resident: int = 0
+    """Blocks for a multiprocessor, which go through the work of all programs; 0: every program is a block."""
+
     @property
     def accumulators(self) -> int:
         """Sums that one program holds."""

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.codegen.dtypes import round_to
+from tilewright.codegen.activation_rounding import E4M3_TOP_EXPONENT
+from tilewright.codegen.dtypes import e4m3_bits, round_to
 from tilewright.codegen.layouts import RowLayout
 from tilewright.codegen.precisions import Precision
 from tilewright.errors import TilewrightError
@@ -39,7 +40,7 @@ def pack_rows(weight: _Floats, layout: RowLayout) -> _Bytes:
         return packed
     codes, scales = _codes_and_scales(weight, layout.stored)
     packed[:element_bytes] = _element_bytes(codes, layout)
-    if layout.stored.scales.granularity == "group" and layout.nibbles != "pairs":
+    if layout.stored.scales.granularity == "group" and not layout.stored.scaled_by_matrix_unit:
         scales = scales.transpose(0, 2, 1)
     flat = np.ascontiguousarray(scales)
     as_bytes = flat.astype(np.uint8) if layout.stored.scales.dtype == "e8m0" else flat.view(np.uint8)
@@ -51,7 +52,7 @@ def round_rows(weight: _Floats, precision: Precision, dtype: str) -> _Floats:
     """``weight`` [experts, n, k] with the values that GPU kernels compute with; the signature's weights are ``dtype``.
 
     Where a kernel multiplies elements and scales before the product, the result is rounded to ``dtype`` once more;
-    where scales wait until after it (a row, a tensor, a block), it is not.
+    where scales wait until after it (a row, a tensor, a block), or the matrix unit multiplies them, it is not.
 
     Raises:
         TilewrightError: as :func:`pack_rows` does.
@@ -74,7 +75,8 @@ def round_rows(weight: _Floats, precision: Precision, dtype: str) -> _Floats:
             factors, offsets = (spread << 16).view(np.float32), (spread & np.uint32(0xFFFF0000)).view(np.float32)
             return round_to(elements * factors + offsets, dtype)
         case "e8m0":
-            return round_to(elements * (spread << 23).view(np.float32), dtype)
+            exact = elements * (spread << 23).view(np.float32)
+            return exact if precision.scaled_by_matrix_unit else round_to(exact, dtype)
         case _:
             return round_to(elements * spread.view(np.float32), dtype)
 
@@ -113,8 +115,18 @@ def _codes_and_scales(weight: _Floats, precision: Precision) -> tuple[_Words, _W
             return back[:, :n], bits.reshape(experts, k // size, rows // size)
         case _:
             group = precision.group(k)
-            codes, bits = encode(weight.reshape(experts * n, k // group, group), precision.dtype)
+            grouped = weight.reshape(experts * n, k // group, group)
+            is_mxfp8 = precision.dtype == "fp8_e4m3" and scales.dtype == "e8m0"
+            codes, bits = _mxfp8(grouped) if is_mxfp8 else encode(grouped, precision.dtype)
             return codes.reshape(weight.shape), bits.reshape(experts, n, k // group)
+
+
+def _mxfp8(groups: _Floats) -> tuple[_Words, _Words]:
+    """Codes and exponents of e4m3 elements times powers of two, as kernels make them of activations."""
+    peak = np.abs(groups).max(axis=2, keepdims=True)
+    exponent = np.maximum((peak.view(np.uint32) >> 23).astype(np.int32) - E4M3_TOP_EXPONENT, 1).astype(np.uint32)
+    codes = e4m3_bits(round_to(groups / (exponent << 23).view(np.float32), "fp8_e4m3"))
+    return codes.astype(np.uint32), exponent[:, :, 0]
 
 
 def _element_bytes(codes: _Words, layout: RowLayout) -> _Bytes:

@@ -1,4 +1,4 @@
-"""Rendered Triton sources compiled for an arch that this machine does not have; what their binaries multiply with."""
+"""Rendered Triton sources compiled for an arch that this machine lacks; what their binaries multiply and copy with."""
 
 import importlib.util
 import re
@@ -15,7 +15,7 @@ from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.rendering import render
 from tilewright.codegen.space import Config, Space
 
-_SASS_MMA = re.compile(r"\b([HIQ]MMA|[HIQ]GMMA|UTC[HIQO]MMA)\b")
+_SASS_TELLING = re.compile(r"\b([HIQ]MMA|[HIQ]GMMA|UTC[HIQO]MMA|UTMALDG)\b")
 
 
 def nearest(space: Space, wanted: Mapping[str, Any]) -> Config:
@@ -28,10 +28,10 @@ def nearest(space: Space, wanted: Mapping[str, Any]) -> Config:
     return space[int(score.argmax())]
 
 
-def matrix_instructions(
+def telling_instructions(
     template: Template[Any], signature: Signature, config: Config, arch: GpuArch, entry: str, folder: Path
 ) -> set[str]:
-    """Names of the matrix instructions in the binary of one entry."""
+    """Names of the matrix instructions in the binary of one entry, and of copies by tensor maps."""
     from triton import compile as compile_entry
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -54,7 +54,7 @@ def matrix_instructions(
         return set(re.findall(r"\b(v_mfma)_", compiled.asm["amdgcn"]))
     binary = folder / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
-    return set(_SASS_MMA.findall(_disassemble(binary)))
+    return set(_SASS_TELLING.findall(_disassemble(binary)))
 
 
 def _disassemble(binary: Path) -> str:

@@ -39,7 +39,7 @@ from tilewright.tuner.variants import Bond, Workshop
 from tilewright.tuning_db.records import PlanRecord, TrialRecord
 from tilewright.tuning_db.store import Store
 
-_KEPT_PER_PROBLEM = 6
+KEPT_PER_PROBLEM = 6
 """Kernels of a problem that the database keeps, source and bytes, beside every trial's config."""
 _PRIOR_CONFIGS = 12
 """Fastest configs of a neighbouring problem that a search is told of."""
@@ -280,6 +280,7 @@ class Campaign:
         op, signature, arch = self._request.op, mine.signature, self._target.arch
         # The default's layout is the one in which no size can be slower than the default.
         default = workshop.bond(op.default_config(signature, arch))
+        defaults = [op.default_for(tuner.result.problem, arch) for tuner in tuners]
         of_precisions = bond_by_precision(mine.results)
         in_question = [*bonds, *([default] if default else []), *of_precisions.values()]
         mine.verdict = finals.run(tuners, list(dict.fromkeys(in_question)))
@@ -289,13 +290,13 @@ class Campaign:
             if final is None:
                 self._progress.say(f"{tuner.result.problem.title}: no finalist was right; the plan leaves it out")
             else:
-                fastest = kept(tuner.result, _KEPT_PER_PROBLEM)
+                fastest = kept(tuner.result, KEPT_PER_PROBLEM)
                 keep([final.winner.variant.config, *(c.config for c in fastest)])
         if not mine.verdict or not mine.finals:
             return
         mine.verdict, mine.probed = finals.probe(mine.verdict, self._request.probes, self._request.seed)
         served = [finalist.built.variant.config for finalist in mine.verdict.chosen]
-        keep([*served, op.default_config(signature, arch)])
+        keep([*served, *defaults])
         mine.plan = self._plan(mine.verdict)
         self._store.put_plan(mine.plan)
         others = [bond for name, bond in of_precisions.items() if name != mine.plan.precision]

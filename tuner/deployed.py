@@ -31,6 +31,10 @@ from tilewright.tuner.evaluation.statistics import TOLERATED, Interval, Ratio, m
 
 _ROUNDS = 25
 _LIMIT_S = 300
+_SETS = 4
+"""Of inputs, in turn."""
+_SETS_BYTES = 1 << 30
+"""Of memory that they may take together, as far as there are several."""
 _SERVED, _TORCH, _DEFAULT = "served", "torch", "default"
 
 
@@ -228,7 +232,9 @@ def _race(
     import torch
 
     calls, all_outputs = [], []
-    for routing_seed in range(seed, seed + 4):
+    # Large inputs are in no cache, and take their memory as often.
+    sets = max(1, min(_SETS, _SETS_BYTES // max(1, op.input_bytes(problem))))
+    for routing_seed in range(seed, seed + sets):
         inputs = {name: torch.from_numpy(array) for name, array in op.inputs(problem, routing_seed).items()}
         specs = op.tensors(problem.signature)
         sizes = sizes_of(specs, {name: tuple(tensor.shape) for name, tensor in inputs.items()})

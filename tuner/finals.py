@@ -303,10 +303,10 @@ def _contenders(
 
     Also with one in which this size has none: a plan within it needs a kernel for every size.
     """
-    own = [c.config for bond in bonds for c in tuner.result.ranked(bond)[:FINALISTS]]
-    of_all = [c.config for c in tuner.result.ranked()[:1]]
+    own = [c.config for bond in bonds for c in tuner.result.finalists(FINALISTS, bond)]
+    of_all = [c.config for c in tuner.result.finalists(1)]
     shared = [bond for bond in bonds if bond in likely or not tuner.result.ranked(bond)]
-    others = [c.config for bond in shared for other in solved for c in other.result.ranked(bond)[:1]]
+    others = [c.config for bond in shared for other in solved for c in other.result.finalists(1, bond)]
     return list(dict.fromkeys([*own, *of_all, *others]))
 
 

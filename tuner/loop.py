@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -83,6 +83,8 @@ class ProblemResult:
     candidates: dict[Config, Candidate] = field(default_factory=dict)
     told: list[ToldTrial] = field(default_factory=list)
     """Every trial, with the time that the search was told."""
+    blemishes: Callable[[BuiltKernel], Sequence[str]] = lambda _kernel: ()
+    """What speaks against a kernel that was not timed; nothing against one that was."""
 
     @property
     def trials(self) -> int:
@@ -98,6 +100,26 @@ class ProblemResult:
         """Candidates, fastest first; with one bond if named."""
         chosen = [c for c in self.candidates.values() if bond is None or c.bond == bond]
         return sorted(chosen, key=lambda c: c.time_us)
+
+    def finalists(self, count: int, bond: Bond | None = None) -> list[Candidate]:
+        """The fastest ``count`` against which nothing speaks; where there are fewer, the fastest of the others, too."""
+        clean, others = self._sifted(count, bond)
+        return (clean + others)[:count]
+
+    def set_aside(self, count: int) -> list[Candidate]:
+        """Those that are faster than some of :meth:`finalists`, and were not taken for what speaks against them."""
+        clean, others = self._sifted(count)
+        return others if len(clean) == count else others[count - len(clean) :]
+
+    def _sifted(self, count: int, bond: Bond | None = None) -> tuple[list[Candidate], list[Candidate]]:
+        """The fastest ``count`` clean candidates, and those that were passed over to find them."""
+        clean: list[Candidate] = []
+        others: list[Candidate] = []
+        for candidate in self.ranked(bond):
+            if len(clean) == count:
+                break
+            (others if self.blemishes(candidate.kernel) else clean).append(candidate)
+        return clean, others
 
 
 class ProblemTuner:
@@ -119,7 +141,9 @@ class ProblemTuner:
         self._store = store
         self._origin = origin
         self._progress = progress
-        self.result = ProblemResult(problem, workshop.op.default_config(workshop.signature, workshop.arch))
+        self.result = ProblemResult(
+            problem, workshop.op.default_for(problem, workshop.arch), blemishes=workshop.blemishes
+        )
         self.build_s = 0.0
         """Wall seconds spent building."""
 

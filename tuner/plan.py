@@ -201,7 +201,7 @@ def race_configs(tuner: ProblemTuner, configs: Sequence[Config], budget_s: float
 
 def kept(result: ProblemResult, count: int) -> list[Candidate]:
     """Candidates that the database keeps as kernels: the fastest few and the default."""
-    fastest = result.ranked()[:count]
+    fastest = result.finalists(count)
     default = result.candidates.get(result.default)
     return fastest if default is None or default in fastest else [*fastest, default]
 

@@ -12,7 +12,6 @@ from tilewright.codegen.archs import Arch, GpuArch
 from tilewright.codegen.building.base import Builder, BuiltFile, Source
 from tilewright.codegen.building.entry import EntrySpec
 from tilewright.codegen.building.facts import EntryFacts
-from tilewright.codegen.building.instructions import InstructionMix, disassemble, read_amdgcn, read_sass
 from tilewright.codegen.ops.base import OpDeclaration
 from tilewright.codegen.ops.signature import Signature, stable_key
 from tilewright.codegen.recipe import Recipe
@@ -20,6 +19,7 @@ from tilewright.codegen.rendering import render
 from tilewright.codegen.space import Config
 from tilewright.codegen.triton_launch import built_launch
 from tilewright.tuner.evaluation.outcome import BuiltKernel
+from tilewright.tuner.inspection import Inspector, blemishes, spills
 from tilewright.tuning_db.records import ArtifactRecord, Checked, KernelRecord
 
 
@@ -97,7 +97,8 @@ class Workshop:
         self.signature = signature
         self.arch = arch
         self._builder = builder
-        self._instructions: dict[str, InstructionMix] = {}
+        self._inspector = Inspector()
+        self._blemishes: dict[Config, tuple[str, ...]] = {}
 
     @property
     def toolchain(self) -> str:
@@ -160,7 +161,11 @@ class Workshop:
             "layout": built.variant.layout_key,
         }
         if built.facts:
-            facts["entries"] = [self._entry_facts(*each) for each in zip(built.files, artifacts, strict=True)]
+            mixes = self._inspector.instructions(built.variant.source, built.files)
+            facts["entries"] = [
+                {**told.to_dict(), "instructions": mix.to_dict(), "wide_loads": mix.wide}
+                for told, mix in zip(built.facts, mixes, strict=True)
+            ]
         record = KernelRecord(
             key=kernel.key,
             op=self.op.name,
@@ -178,14 +183,15 @@ class Workshop:
         )
         return record, artifacts
 
-    def _entry_facts(self, file: BuiltFile, artifact: ArtifactRecord) -> dict[str, Any]:
-        """Facts of a GPU binary, its instructions among them: those are read once of equal binaries."""
-        assert file.facts is not None
-        if artifact.checksum not in self._instructions:
-            if file.kind == "cubin":
-                mix = read_sass(disassemble(artifact.data))
-            else:
-                mix = read_amdgcn(file.path.with_suffix(".amdgcn").read_text())
-            self._instructions[artifact.checksum] = mix
-        mix = self._instructions[artifact.checksum]
-        return {**file.facts.to_dict(), "instructions": mix.to_dict(), "wide_loads": mix.wide}
+    def blemishes(self, kernel: BuiltKernel) -> tuple[str, ...]:
+        """What speaks against a GPU kernel that was not timed; see :func:`tilewright.tuner.inspection.blemishes`."""
+        if not kernel.facts:
+            return ()
+        if kernel.config not in self._blemishes:
+            found = ("spills registers",) if spills(kernel.facts) else self._of_instructions(kernel.config)
+            self._blemishes[kernel.config] = found
+        return self._blemishes[kernel.config]
+
+    def _of_instructions(self, config: Config) -> tuple[str, ...]:
+        (built,) = self.build([config])
+        return blemishes(built.facts, self._inspector.instructions(built.variant.source, built.files))

@@ -10,6 +10,16 @@ from tilewright.codegen.archs import GpuArch
 
 
 @dataclass(frozen=True)
+class TensorMapFacts:
+    """What the compiler's metadata say of a ``CUtensorMap`` parameter: numbers of the CUDA driver's enumerations."""
+
+    box: tuple[int, ...]
+    data_type: int
+    swizzle: int
+    element_bytes: int
+
+
+@dataclass(frozen=True)
 class EntryFacts:
     """Of one entry point, per thread or block as named; read from the binary unless said otherwise."""
 
@@ -34,6 +44,8 @@ class EntryFacts:
     """Blocks of a cluster."""
     parameter_bytes: tuple[int, ...]
     """Sizes of all parameters in order, hidden ones included."""
+    tensor_maps: tuple[TensorMapFacts, ...] = ()
+    """Of the parameters that are tensor maps, in order."""
 
     @property
     def dynamic_smem_bytes(self) -> int:
@@ -47,13 +59,15 @@ class EntryFacts:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, read back by :meth:`from_dict`."""
-        return {**asdict(self), "parameter_bytes": list(self.parameter_bytes)}
+        maps = [{**asdict(each), "box": list(each.box)} for each in self.tensor_maps]
+        return {**asdict(self), "parameter_bytes": list(self.parameter_bytes), "tensor_maps": maps}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> EntryFacts:
         """Facts from their JSON form; what later releases add to it is left out."""
-        own = {name: fields[name] for name in cls.__dataclass_fields__}
-        return cls(**{**own, "parameter_bytes": tuple(own["parameter_bytes"])})
+        own = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
+        maps = tuple(TensorMapFacts(**{**each, "box": tuple(each["box"])}) for each in fields.get("tensor_maps", ()))
+        return cls(**{**own, "parameter_bytes": tuple(own["parameter_bytes"]), "tensor_maps": maps})
 
 
 def launch_obstacle(facts: EntryFacts, arch: GpuArch) -> str | None:

@@ -1,7 +1,7 @@
 """Which instructions a kernel came to: its matrix instructions, and how wide its main loop loads.
 
 Of NVIDIA binaries the disassembly is read (``nvdisasm``, which comes with Triton); of AMD binaries the assembly that
-they were made from.
+they were made from. Both name the source's lines, so that loads of weights are told from those of scales and indices.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,16 @@ from typing import Any
 from tilewright.codegen.building.triton_toolchain import bundled_tool
 from tilewright.errors import TilewrightError
 
+_WIDE_BYTES = 16
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 """Bytes of a thread's load by suffix of the instruction; 4 without one."""
 _SASS = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)(.*)$")
 _SASS_LABEL = re.compile(r"^(\.L\w+):")
 _SASS_MMA = re.compile(r"(?:[HIQOBD]|HG|QG|IG|BG|UTC[HQIO])MMA")
+_STREAMED = "# streamed"
+"""Ends the lines of a source that load what its main loop streams: weights, or keys and values."""
+_SASS_LINE = re.compile(r'^\s*//## File "[^"]*?([^/"]+)", line (\d+)')
+_GCN_LINE = re.compile(r"^\s+\.loc\s.*;\s+([^:]*):(\d+):")
 _GCN = re.compile(r"^\s+([a-z]\w+)\b(.*)$")
 _GCN_LABEL = re.compile(r"^(\.LBB\w+):")
 _GCN_LOAD = re.compile(r"(?:global|buffer|flat)_load_(?:dword(x[234])?|([us]?byte|[us]?short)\w*|b(\d+))")
@@ -39,11 +44,14 @@ class InstructionMix:
     loop_load_bytes: int | None
     """Least bytes that a thread loads at a time in the main loop; 0 where only the tensor memory accelerator does, None
     where nothing is loaded in one."""
+    streamed_load_bytes: int | None = None
+    """The same of the loads that the source marks as streamed, wherever they stand; None where it marks none."""
 
     @property
     def wide(self) -> bool:
-        """Whether the main loop loads 16 bytes a thread, or by the tensor memory accelerator."""
-        return self.loop_load_bytes is None or self.loop_load_bytes in (0, 16)
+        """Whether what is streamed is loaded 16 bytes a thread, or by the tensor memory accelerator."""
+        width = self.loop_load_bytes if self.streamed_load_bytes is None else self.streamed_load_bytes
+        return width in (None, 0, _WIDE_BYTES)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -55,10 +63,17 @@ class _Line:
     label: str
     opcode: str
     operands: str
+    source: tuple[str, int] = ("", 0)
+    """File and line that it comes from, where the text says so."""
 
 
-def disassemble(cubin: bytes) -> str:
-    """SASS of a cubin.
+def streamed_lines(source: str) -> frozenset[int]:
+    """Numbers of the lines of a kernel's source that load what its main loop streams."""
+    return frozenset(at for at, line in enumerate(source.splitlines(), 1) if line.endswith(_STREAMED))
+
+
+def disassemble(cubin: bytes, *, lines: bool = False) -> str:
+    """SASS of a cubin; with the source's ``lines`` among the instructions.
 
     Raises:
         TilewrightError: when it cannot be disassembled.
@@ -68,59 +83,85 @@ def disassemble(cubin: bytes) -> str:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         done = subprocess.run(
-            [str(bundled_tool("nvdisasm")), "-c", str(path)], capture_output=True, text=True, check=False
+            [str(bundled_tool("nvdisasm")), "-c", *(["-g"] if lines else []), str(path)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
     if done.returncode != 0 or not done.stdout:
         raise TilewrightError(f"nvdisasm cannot read the cubin: {done.stderr.strip()[:200]}")
     return done.stdout
 
 
-def read_sass(text: str) -> InstructionMix:
-    """Instruction mix of NVIDIA machine code, as nvdisasm writes it."""
-    lines = _lines(text, _SASS_LABEL, _SASS)
+def read_sass(text: str, streamed: Collection[int] = (), file: str = "kernel.py") -> InstructionMix:
+    """Instruction mix of NVIDIA machine code, as nvdisasm writes it; ``streamed``: lines of ``file``."""
+    lines = _lines(text, _SASS_LABEL, _SASS, _SASS_LINE)
     mma = Counter(line.opcode for line in lines if _SASS_MMA.fullmatch(line.opcode.partition(".")[0]))
-    loads = {"LDG", "LDGSTS", "UTMALDG", "UBLKCP"}
-    copies = Counter(line.opcode for line in lines if line.opcode.partition(".")[0] in loads)
-    loop = _main_loop(lines, mma, "BRA")
-    widths = []
-    for line in loop:
-        name, *suffixes = line.opcode.split(".")
-        if name in ("UTMALDG", "UBLKCP"):
-            widths.append(0)
-        elif name in ("LDG", "LDGSTS"):
-            widths.append(next((_WIDTHS[s] for s in suffixes if s in _WIDTHS), 4))
-    return InstructionMix(dict(mma), dict(copies), _least(widths))
+    copies = Counter(line.opcode for line in lines if _sass_width(line) is not None)
+    return _mix(lines, mma, copies, _main_loop(lines, mma, "BRA"), _sass_width, streamed, file)
 
 
-def read_amdgcn(text: str) -> InstructionMix:
-    """Instruction mix of AMD assembly."""
-    lines = _lines(text, _GCN_LABEL, _GCN)
+def read_amdgcn(text: str, streamed: Collection[int] = (), file: str = "kernel.py") -> InstructionMix:
+    """Instruction mix of AMD assembly; ``streamed``: lines of ``file``."""
+    lines = _lines(text, _GCN_LABEL, _GCN, _GCN_LINE)
     mma = Counter(line.opcode for line in lines if line.opcode.startswith(("v_mfma", "v_smfmac", "v_wmma")))
     copies = Counter(line.opcode for line in lines if _GCN_LOAD.match(line.opcode))
-    widths = []
-    for line in _main_loop(lines, mma, "s_cbranch"):
-        if found := _GCN_LOAD.match(line.opcode):
-            dwords, small, bits = found.groups()
-            if small:
-                widths.append(1 if "byte" in small else 2)
-            else:
-                widths.append(int(bits) // 8 if bits else 4 * int(dwords[1:] if dwords else 1))
-    return InstructionMix(dict(mma), dict(copies), _least(widths))
+    return _mix(lines, mma, copies, _main_loop(lines, mma, "s_cbranch"), _gcn_width, streamed, file)
 
 
-def _least(widths: Sequence[int]) -> int | None:
-    """The narrowest load by threads; 0 where there is none but the accelerator's."""
-    by_threads = [width for width in widths if width]
-    return min(by_threads) if by_threads else (0 if widths else None)
+def _mix(
+    lines: Sequence[_Line],
+    mma: Counter[str],
+    copies: Counter[str],
+    loop: Sequence[_Line],
+    width: Callable[[_Line], int | None],
+    streamed: Collection[int],
+    file: str,
+) -> InstructionMix:
+    marked = [width(line) for line in lines if line.source[0] == file and line.source[1] in streamed]
+    if streamed and not any(each is not None for each in marked):
+        # Warps that only load have their copies at the lines of the products that they feed.
+        marked = [each for each in map(width, lines) if each == 0]
+    return InstructionMix(dict(mma), dict(copies), _least(map(width, loop)), _least(marked))
 
 
-def _lines(text: str, label: re.Pattern[str], instruction: re.Pattern[str]) -> list[_Line]:
-    lines = []
+def _sass_width(line: _Line) -> int | None:
+    """Bytes that a thread loads from global memory; 0: the tensor memory accelerator does; None: it is no load."""
+    name, *suffixes = line.opcode.split(".")
+    if name in ("UTMALDG", "UBLKCP"):
+        return 0
+    if name in ("LDG", "LDGSTS"):
+        return next((_WIDTHS[s] for s in suffixes if s in _WIDTHS), 4)
+    return None
+
+
+def _gcn_width(line: _Line) -> int | None:
+    found = _GCN_LOAD.match(line.opcode)
+    if found is None:
+        return None
+    dwords, small, bits = found.groups()
+    if small:
+        return 1 if "byte" in small else 2
+    return int(bits) // 8 if bits else 4 * int(dwords[1:] if dwords else 1)
+
+
+def _least(widths: Iterable[int | None]) -> int | None:
+    """The narrowest load by threads; 0 where there is none but the accelerator's; None without any."""
+    loads = [width for width in widths if width is not None]
+    return min((width for width in loads if width), default=0) if loads else None
+
+
+def _lines(
+    text: str, label: re.Pattern[str], instruction: re.Pattern[str], source_line: re.Pattern[str]
+) -> list[_Line]:
+    lines, source = [], ("", 0)
     for line in text.splitlines():
         if found := label.match(line):
             lines.append(_Line(found[1], "", ""))
+        elif found := source_line.match(line):
+            source = (found[1], int(found[2]))
         elif found := instruction.match(line):
-            lines.append(_Line("", found[1], found[2]))
+            lines.append(_Line("", found[1], found[2], source))
     return lines
 
 

@@ -23,7 +23,7 @@ from tilewright.codegen.building.base import (
 )
 from tilewright.codegen.building.cubin import read_cubin, read_spills
 from tilewright.codegen.building.entry import EntrySpec
-from tilewright.codegen.building.facts import EntryFacts, launch_obstacle
+from tilewright.codegen.building.facts import EntryFacts, TensorMapFacts, launch_obstacle
 from tilewright.codegen.building.hsaco import read_hsaco
 from tilewright.codegen.building.triton_compile import BINARIES, FORMS
 from tilewright.codegen.building.triton_pool import CompilePool, CompileServerError, Finished, Limits
@@ -31,7 +31,7 @@ from tilewright.codegen.building.triton_toolchain import toolchain
 from tilewright.codegen.triton_launch import parameter_mismatch
 from tilewright.errors import TilewrightError
 
-_FORMAT = 1
+_FORMAT = 2
 """Of a build's folder; a part of its name."""
 _SOURCE = "kernel.py"
 _LONGEST_MESSAGE = 500
@@ -184,6 +184,7 @@ def _facts(path: Path, index: int, entry: EntrySpec, binary: bytes, kind: str) -
         num_warps=told["num_warps"],
         cluster=told["num_ctas"],
         parameter_bytes=parameters,
+        tensor_maps=tuple(TensorMapFacts(**{**each, "box": tuple(each["box"])}) for each in told["tensor_maps"]),
     )
 
 

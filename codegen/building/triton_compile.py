@@ -53,8 +53,23 @@ def compile_entries(
             "num_ctas": metadata.num_ctas,
             "tensor_memory_columns": getattr(metadata, "tmem_size", 0) or 0,
             "scratch_bytes": (getattr(metadata, "global_scratch_size", 0) or 0) + (metadata.profile_scratch_size or 0),
+            "tensor_maps": [_told_map(each) for each in getattr(metadata, "tensordesc_meta", None) or ()],
         }
         (folder / f"{index}.json").write_text(json.dumps(told))
+
+
+def _told_map(descriptor: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a tensor descriptor that the host encodes; the compiler's numbers of types are another enumeration."""
+    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+
+    if descriptor["fp4_padded"]:
+        raise ValueError("tensor descriptors of padded fp4 elements are not launched")
+    return {
+        "box": list(descriptor["block_size"]),
+        "data_type": TMA_DTYPE_DEVICE_TO_HOST[descriptor["elem_type"]],
+        "swizzle": descriptor["swizzle"],
+        "element_bytes": descriptor["elem_size"],
+    }
 
 
 def _compile(module: ModuleType, entry: Mapping[str, Any], target: tuple[str, int | str, int]) -> Any:

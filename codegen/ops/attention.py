@@ -139,6 +139,11 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
                 arrays[spec.name] = round_to(arrays[spec.name], spec.dtype)
         return arrays
 
+    def input_bytes(self, problem: AttentionProblem) -> int:
+        """Keys and values of all sequences."""
+        signature = problem.signature
+        return 4 * problem.lengths_total[0] * signature.kv_heads * (signature.head_dim + signature.value_dim)
+
     def compute_dtype(self, signature: AttentionSignature) -> str:
         """That of the queries."""
         return signature.q_dtype

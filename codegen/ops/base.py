@@ -227,6 +227,10 @@ class OpDeclaration(ABC, Generic[S, P]):
     def inputs(self, problem: P, seed: int) -> Arrays:
         """Realistic tensors of the other inputs; the same for the same seed."""
 
+    @abstractmethod
+    def input_bytes(self, problem: P) -> int:
+        """Memory of the largest of :meth:`inputs`, known before they are drawn: nobody draws what cannot be held."""
+
     def rounded_inputs(self, signature: S, inputs: Arrays, precision: str) -> Arrays:  # noqa: ARG002
         """``inputs`` with the values that kernels of ``precision`` compute with, where it rounds activations, too."""
         return inputs
@@ -250,6 +254,11 @@ class OpDeclaration(ABC, Generic[S, P]):
     @abstractmethod
     def default_config(self, signature: S, arch: Arch) -> Config:
         """The config that a careful engineer would write down without tuning; always a candidate."""
+
+    def default_for(self, problem: P, arch: Arch) -> Config:
+        """The same for one problem, where practice chooses by its size; of one weight layout for all sizes."""
+        signature: Any = problem.signature
+        return self.default_config(signature, arch)
 
     def starting_configs(self, signature: S, arch: Arch, precisions: Sequence[str] = (LOSSLESS,)) -> tuple[Config, ...]:
         """Configs that have won elsewhere, the likeliest first: a search tries them before it knows anything.

@@ -90,6 +90,10 @@ class Gating(OpDeclaration[GatingSignature, GatingProblem]):
         del seed
         return {"bias": generate_bias(signature)} if signature.bias else {}
 
+    def input_bytes(self, problem: GatingProblem) -> int:
+        """Logits."""
+        return 4 * problem.tokens * problem.signature.experts
+
     def inputs(self, problem: GatingProblem, seed: int) -> Arrays:
         """Logits whose choices do not depend on rounding."""
         signature = problem.signature

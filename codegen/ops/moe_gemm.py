@@ -39,6 +39,8 @@ from tilewright.errors import TilewrightError
 if TYPE_CHECKING:
     import torch
 
+_MANY_TOKENS = 1024
+"""For the default config of a signature, without a problem."""
 _SAMPLED_EXPERTS, _SAMPLED_COLUMNS, _SAMPLED_TOKENS = 4, 256, 32
 
 
@@ -143,6 +145,11 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
             arrays["bias"] = rng.normal(0, 0.1, (signature.experts, rows)).astype(np.float32)
         return arrays
 
+    def input_bytes(self, problem: MoeGemmProblem) -> int:
+        """Activations, a row for every token or for every one of its experts."""
+        signature = problem.signature
+        return 4 * problem.tokens * signature.k * (1 if signature.stage == "up" else signature.top_k)
+
     def inputs(self, problem: MoeGemmProblem, seed: int) -> Arrays:
         """Normal activations (float32, of the dtype's values) and routing as the problem's spec draws it."""
         signature = problem.signature
@@ -226,9 +233,15 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
     def default_config(self, signature: MoeGemmSignature, arch: Arch) -> Config:
         """CPUs: a packed, cache-blocked GEMM with the register tile that textbooks give for the arch. GPUs: vLLM's."""
         if isinstance(arch, GpuArch):
-            return moe_gemm_triton.default_config(signature, arch)
+            return moe_gemm_triton.default_config(signature, arch, _MANY_TOKENS)
         assert isinstance(arch, CpuArch)
         return moe_gemm_cpu.default_config(signature, arch)
+
+    def default_for(self, problem: MoeGemmProblem, arch: Arch) -> Config:
+        """On GPUs vLLM's tile for so many tokens."""
+        if isinstance(arch, GpuArch):
+            return moe_gemm_triton.default_config(problem.signature, arch, problem.tokens)
+        return self.default_config(problem.signature, arch)
 
     def starting_configs(
         self, signature: MoeGemmSignature, arch: Arch, precisions: Sequence[str] = (LOSSLESS,)

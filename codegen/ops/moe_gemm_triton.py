@@ -17,17 +17,21 @@ from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.ops.moe_gemm_triton_space import (
     GROUPED,
     LEAST_SPLIT_K,
+    PERSISTENT,
     SPLIT_K,
     decodes,
     default_knobs,
     exclusion,
     grouped_space,
+    maps_fit,
+    persistent_exclusion,
+    persistent_space,
     split_k_space,
     stored,
 )
 from tilewright.codegen.ops.moe_gemm_triton_work import grouped_work
-from tilewright.codegen.precisions import GPU_PRECISIONS, Precision
-from tilewright.codegen.recipe import Argument, Recipe
+from tilewright.codegen.precisions import GPU_PRECISIONS, Precision, find_precision
+from tilewright.codegen.recipe import Argument, Recipe, TensorMap
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.codegen.space import Config, Space
 from tilewright.codegen.triton_launch import EntryLaunch, EntryParameter, Workspace, recipe_of
@@ -45,6 +49,8 @@ _POINTERS = {
     "fp4_e2m1": "*u8",
     "fp8_e4m3": "*fp8e4nv",
 }
+_ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "i8": 1, "u8": 1, "fp8e4nv": 1}
+_TYPES = {"bf16": "tl.bfloat16", "fp16": "tl.float16"}
 _SCALE_POINTERS = {"fp32": "*fp32", "bf16_pair": "*u32", "e8m0": "*u8"}
 
 
@@ -86,6 +92,8 @@ def parts_of_k(config: Config) -> int:
 def _gemm_launch(signature: MoeGemmSignature, config: Config, parameters: tuple[EntryParameter, ...]) -> EntryLaunch:
     splits = parts_of_k(config)
     tiles = f"{most_tiles_m(signature, config)} * {tiles_n(signature, config)}"
+    if blocks := config.get("blocks_per_sm"):
+        tiles = f"min({tiles}, {blocks} * sm_count)"
     return EntryLaunch(
         "moe_gemm",
         parameters,
@@ -168,13 +176,20 @@ def _x_operands(precision: Precision, workspace: Workspace) -> tuple[EntryParame
 def _gemm_parameters(signature: MoeGemmSignature, config: Config, workspace: Workspace) -> tuple[EntryParameter, ...]:
     """Everything but where results go."""
     precision = stored(config)
-    parameters = []
-    if precision.x_scales is None:
-        parameters.append(_tensor("x", _POINTERS[signature.x_dtype], aligned=True))
-    else:
-        codes, scales = _x_operands(precision, workspace)
-        parameters += [EntryParameter("x", codes.type, codes.argument, aligned=True), scales]
-    parameters.append(_tensor("weight", _POINTERS[precision.dtype], aligned=True))
+    scales: list[EntryParameter] = []
+    x = _tensor("x", _POINTERS[signature.x_dtype], aligned=True)
+    if precision.x_scales is not None:
+        codes, *scales = _x_operands(precision, workspace)
+        x = EntryParameter("x", codes.type, codes.argument, aligned=True)
+    weight = _tensor("weight", _POINTERS[precision.dtype], aligned=True)
+    if config["template"] == PERSISTENT:
+        per_byte = 8 // precision.bits or 1
+        rows, row_bytes = signature.experts * signature.halves * signature.n, signature.k // per_byte
+        weight = _mapped(weight, (str(rows), str(row_bytes)), (config["block_n"], config["block_k"] // per_byte))
+        if kind := x_map(signature, config):
+            box = (1 if kind == "gather" else config["block_m"], config["block_k"])
+            x = _mapped(x, (_x_rows(signature), str(signature.k)), box)
+    parameters = [x, *scales, weight]
     if precision.scales is not None:
         offset = RowLayout(precision.name).scale_offset(signature.experts, signature.halves * signature.n, signature.k)
         pointer = _SCALE_POINTERS[precision.scales.dtype]
@@ -185,6 +200,20 @@ def _gemm_parameters(signature: MoeGemmSignature, config: Config, workspace: Wor
         parameters.append(_tensor("row_token", "*i32"))
     parameters.append(_tensor("expert_offsets", "*i32"))
     return tuple(parameters)
+
+
+def x_map(signature: MoeGemmSignature, config: Config) -> str:
+    """How a tensor map brings rows of x: a ``tile`` of neighbours, a ``gather`` of tokens' rows; empty: by pointers."""
+    if config.get("x_loads") != "tensor_map":
+        return ""
+    return "gather" if signature.stage == "up" else "tile"
+
+
+def _mapped(parameter: EntryParameter, shape: tuple[str, str], box: tuple[int, int]) -> EntryParameter:
+    """A parameter passed as a tensor map over ``shape``, of which a copy fetches ``box``."""
+    element = parameter.type.removeprefix("*")
+    argument = replace(parameter.argument, map=TensorMap(shape, _ELEMENT_BYTES[element]))
+    return replace(parameter, type=f"tensordesc<{element}[{box[0]}, {box[1]}]>", argument=argument)
 
 
 def entries(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> tuple[EntrySpec, ...]:
@@ -211,6 +240,9 @@ def context(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> dict[
         "group": group,
         "groups": max(1, config["block_k"] // group) if group else 0,
         "scale_rows": -(-signature.halves * signature.n // 128),
+        "weight_map": config["template"] == PERSISTENT,
+        "x_map": x_map(signature, config),
+        "x_element": _TYPES[signature.x_dtype] if x_map(signature, config) else "x.dtype.element_ty",
         "gate_up": config["gate_up"],
         "parts": parts[config["gate_up"]],
         "fuses_activation": signature.activation != "none",
@@ -246,6 +278,7 @@ def work(
         partial_dtype="fp32" if config["partials"] == "fp32" else signature.out_dtype,
         columns=combine_columns(signature),
         split_k=parts_of_k(config),
+        resident=config.get("blocks_per_sm") or 0,
     )
 
 
@@ -271,11 +304,11 @@ def emulated_problems(signature: MoeGemmSignature, config: Config, arch: GpuArch
     )
 
 
-def default_config(signature: MoeGemmSignature, arch: GpuArch) -> Config:
-    """The grouped template with vLLM's untuned tile."""
+def default_config(signature: MoeGemmSignature, arch: GpuArch, tokens: int) -> Config:
+    """The grouped template with vLLM's untuned tile for so many tokens."""
     mine = (t for t in TEMPLATES if arch.family in t.families and t.applies(signature, arch))
     spaces = {t.name: t.space(signature, arch, (signature.w_dtype,)) for t in mine}
-    return Space.union(spaces).lift(GROUPED, default_knobs(signature, arch))
+    return Space.union(spaces).lift(GROUPED, default_knobs(signature, arch, tokens))
 
 
 _LABEL = ("precision", "block_m", "block_n", "block_k", "num_warps", "num_stages")
@@ -311,6 +344,23 @@ TEMPLATES = (
         precisions=GPU_PRECISIONS,
         dtypes=_DTYPES,
         exclusion=exclusion,
+        entries=entries,
+        emulated_problems=emulated_problems,
+        work=work,
+    ),
+    Template(
+        PERSISTENT,
+        "triton",
+        ("cuda",),
+        persistent_space,
+        layout,
+        recipe,
+        context,
+        applies=lambda signature, arch: "tma" in arch.capabilities and maps_fit(signature, find_precision("bf16")),
+        label=(*_LABEL, "x_loads", "overlap", "blocks_per_sm"),
+        precisions=GPU_PRECISIONS,
+        dtypes=_DTYPES,
+        exclusion=persistent_exclusion,
         entries=entries,
         emulated_problems=emulated_problems,
         work=work,

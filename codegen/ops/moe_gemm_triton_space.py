@@ -15,6 +15,7 @@ from tilewright.errors import TilewrightError
 
 GROUPED = "moe_gemm/triton_grouped"
 SPLIT_K = "moe_gemm/triton_split_k"
+PERSISTENT = "moe_gemm/triton_persistent"
 
 LEAST_SPLIT_K = 512
 """Steps of k that are worth sharing: below, one program goes through them before a second launch has begun."""
@@ -23,6 +24,13 @@ MOST_SUMS_PER_THREAD = 128
 """fp32 sums of a tile that a thread may hold: half of its registers, so that operands and addresses fit beside them."""
 
 _WIDE_LOAD_BYTES = 16
+
+_MAP_UNIT_BYTES = 16
+"""Of which the rows that a tensor map steps over have to be multiples."""
+
+_BYTE = 8
+_FEW_TOKENS = 64
+"""Up to which vLLM's untuned tiles are narrow and long."""
 
 _TILE = ("block_m", "block_n", "num_warps")
 _ALL_TILES = (*_TILE, "block_k")
@@ -79,7 +87,7 @@ def common_parameters(signature: MoeGemmSignature, arch: GpuArch, precisions: tu
         Parameter("block_m", (16, 32, 64, 128), "rows of a tile"),
         Parameter("block_n", (32, 64, 128, 256), "output columns of a tile"),
         Parameter("block_k", (32, 64, 128, 256), "steps of k of an iteration"),
-        Parameter("group_m", (1, 8, 32), "tiles in m that are gone through before the next in n"),
+        Parameter("group_m", (1, 8, 16), "tiles in m that are gone through before the next in n"),
         Parameter("num_warps", (4, 8), "warps of a program"),
         Parameter("num_stages", (2, 3, 4, 5) if arch.family == "cuda" else (1, 2), "tiles in flight"),
         Parameter(
@@ -160,7 +168,7 @@ def exclusion(precision: str, arch: Arch) -> str | None:
     taken = find_precision(precision)
     if taken.x_dtype and "fp8_mma" not in arch.capabilities:
         return f'the compiler says of {arch.name} "type fp8e4nv not supported in this architecture"'
-    if taken.x_dtype and taken.dtype == "fp4_e2m1" and "dot_scaled" not in arch.capabilities:
+    if taken.scaled_by_matrix_unit and "dot_scaled" not in arch.capabilities:
         return f"{arch.name} has no matrix instruction that takes block scales"
     return None
 
@@ -191,16 +199,80 @@ def split_k_space(signature: MoeGemmSignature, arch: GpuArch, precisions: tuple[
     return Space.enumerate(parameters, (*common_constraints(signature, arch), worth))
 
 
-def default_knobs(signature: MoeGemmSignature, arch: GpuArch) -> dict[str, Value]:
-    """What vLLM's fused_moe takes where nobody tuned (``get_default_config``), for many tokens: 64 x 64 x 32."""
+def persistent_exclusion(precision: str, arch: Arch) -> str | None:
+    """The same for the persistent template, whose weights are copied by tensor maps."""
+    assert isinstance(arch, GpuArch)
+    if "tma" not in arch.capabilities:
+        return f"{arch.name} has no instruction that copies tiles by a tensor map"
+    if find_precision(precision).x_dtype and find_precision(precision).bits < _BYTE:
+        return "tensor descriptors of padded fp4 elements are not launched"
+    return exclusion(precision, arch)
+
+
+def maps_fit(signature: MoeGemmSignature, precision: Precision) -> bool:
+    """Whether rows of weights and activations are multiples of what tensor maps step over."""
+    bits = (precision.bits, _BYTE * x_bytes(signature, precision))
+    return all(signature.k * each % (_BYTE * _MAP_UNIT_BYTES) == 0 for each in bits)
+
+
+@lru_cache(maxsize=64)
+def persistent_space(signature: MoeGemmSignature, arch: GpuArch, precisions: tuple[str, ...]) -> Space:
+    """As many programs as the device holds; the grid is no more a matter of tiles."""
+    gathers = signature.stage == "up"
+    x_loads = ("pointers", "tensor_map") if not gathers or "tma_gather" in arch.capabilities else ("pointers",)
+    # On sm_90 Triton 3.7 ignores warp_specialize with 8 warps and aborts in TaskIdPropagation.cpp with 4.
+    specializes = "warp_specialize" in arch.capabilities and "wgmma" not in arch.capabilities
+    own = {
+        "block_n": Parameter("block_n", (64, 128, 256), "output columns of a tile"),
+        "block_k": Parameter("block_k", (32, 64, 128), "steps of k of an iteration"),
+        "group_m": Parameter("group_m", (1, 8), "tiles in m that are gone through before the next in n"),
+        "num_stages": Parameter("num_stages", (2, 3, 4), "tiles in flight"),
+        "gate_up": Parameter("gate_up", ("two_dots",) if signature.halves == 2 else ("none",), "as two products"),
+    }
+    parameters = (
+        *(own.get(each.name, each) for each in common_parameters(signature, arch, precisions)),
+        Parameter("x_loads", x_loads, "how rows of x come: pointers, or a tensor map (rows of tokens: gathered by it)"),
+        Parameter(
+            "overlap",
+            ("none", "flatten", "warp_specialize") if specializes else ("none", "flatten"),
+            "what runs beside products: nothing, the loads of the next tile, or loads by warps of their own",
+        ),
+        Parameter("blocks_per_sm", (1, 2), "programs for a multiprocessor"),
+    )
+
+    def fits_maps(c: Mapping[str, Any]) -> bool:
+        runs = stored(c).bits < _BYTE  # x is read in two halves, which no map holds
+        return maps_fit(signature, stored(c)) and not (runs and c["x_loads"] == "tensor_map")
+
+    common = [each for each in common_constraints(signature, arch) if each.name != "wide_loads"]
+    maps = Constraint(
+        "tensor_maps", fits_maps, "rows are multiples of 16 bytes, and come whole", ("precision", "x_loads")
+    )
+    return Space.enumerate(parameters, (*common, maps))
+
+
+def default_knobs(signature: MoeGemmSignature, arch: GpuArch, tokens: int) -> dict[str, Value]:
+    """What vLLM's fused_moe takes where nobody tuned: ``get_default_config`` since its pull request 34846 (2026).
+
+    Small batches get few rows and long steps of k, large ones more warps. Its columns are those of gate and up
+    together, and tiles no larger than the problem are kept within it.
+    """
+    hip = arch.family == "hip"
+    block_m = next((rows for most, rows in ((32, 16), (96, 32), (512, 64)) if tokens <= most), 128)
+    few = tokens <= _FEW_TOKENS
+    block_n, block_k = (64 if few else 128) // signature.halves, 128 if few else 64
+    while block_n > 64 and block_n >= 2 * signature.n:
+        block_n //= 2
+    while block_k > 64 and block_k >= 2 * signature.k:
+        block_k //= 2
     return {
         "precision": signature.w_dtype,
-        "block_m": 64,
-        "block_n": 64,
-        "block_k": 32,
-        "group_m": 8,
-        "num_warps": 4,
-        "num_stages": 3 if arch.family == "cuda" else 2,
+        "block_m": block_m,
+        "block_n": block_n,
+        "block_k": block_k,
+        "group_m": 16 if tokens // signature.experts > 128 else 1,
+        "num_warps": 4 if tokens <= 128 else 8,
+        "num_stages": 2 if hip else 4 if tokens <= 32 else 3,
         "operands": "rows_first",
         "gate_up": "two_dots" if signature.halves == 2 else "none",
         "partials": "rounded" if signature.stage == "down" else "none",

@@ -115,6 +115,7 @@ def grouped_work(
     partial_dtype: str,
     columns: int,
     split_k: int = 1,
+    resident: int = 0,
 ) -> tuple[LaunchWork, ...]:
     """Every launch of a grouped GEMM, in order: quantising activations, the product, the sum over a token's experts."""
     before: tuple[LaunchWork, ...] = ()
@@ -129,6 +130,7 @@ def grouped_work(
     product = gemm_work(
         problem, precision, config_tile, weights_first=weights_first, out_bytes=out_bytes, split_k=split_k
     )
+    product = replace(product, resident=resident)
     if not partial:
         return (*before, product)
     return (*before, product, combine_work(problem, out_bytes, columns, split_k))

@@ -19,6 +19,7 @@ from tilewright.codegen.ops.base import OpDeclaration
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.rendering import render
+from tilewright.codegen.routing import RoutingSpec
 from tilewright.codegen.space import Config
 from tilewright.errors import TilewrightError
 
@@ -158,6 +159,11 @@ def test_spaces_of_gpus_hold_the_default_and_render(op: OpDeclaration, arch: Arc
         space = op.space(signature, arch, precisions=[op.lossless(signature)])
         default = op.default_config(signature, arch)
         assert default in space
+        for size in op.gpu_ladder(signature):
+            problem = op.problem(signature, size, RoutingSpec.parse("balanced"))
+            own = op.default_for(problem, arch)
+            assert own in space
+            assert op.layout_key(signature, own, arch) == op.layout_key(signature, default, arch)
         assert len(space) <= MOST_CONFIGS
         for config in (default, space[len(space) // 2], space[len(space) - 1]):
             template = op.template(config)

@@ -17,8 +17,11 @@ from pathlib import Path
 import pytest
 from evaluation_kernels import KernelMaker, evaluator, needs_compiler, problem
 
+from tilewright.codegen.ops.attention import Attention
+from tilewright.codegen.ops.attention_signature import AttentionSignature
 from tilewright.codegen.ops.moe_gemm import MoeGemm
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.routing import RoutingSpec
 from tilewright.errors import TilewrightError
 from tilewright.tuner.evaluation.evaluator import CpuEvaluator
 from tilewright.tuning_db.records import Outcome
@@ -216,6 +219,15 @@ def test_weights_larger_than_memory_are_refused_before_they_are_made() -> None:
     signature = MoeGemmSignature(stage="plain", experts=1 << 12, n=1 << 16, k=1 << 16)
     with pytest.raises(TilewrightError, match=r"too large for this machine: .* take 140737.5 GB of .* at most 60%"):
         CpuEvaluator(MoeGemm(), signature, threads=1)
+
+
+def test_inputs_larger_than_memory_are_refused_before_they_are_drawn() -> None:
+    op = Attention()
+    signature = AttentionSignature(stage="decode", heads=16, kv_heads=4, head_dim=64)
+    with CpuEvaluator(op, signature, threads=1) as evaluator:
+        large = op.problem(signature, 1 << 20, RoutingSpec.parse("balanced"))
+        with pytest.raises(TilewrightError, match=r"1048576 tokens take 8796.1 GB of .* at most 60% may be used"):
+            evaluator.evaluate([], large, budget_s=1.0)
 
 
 def test_a_problem_larger_than_memory_is_refused(

@@ -88,7 +88,9 @@ def test_binaries_are_stored_with_recipes_that_fit_them(tuned: tuple[Path, dict[
                 assert f".text.{launch.entry}" in sections(artifact.data)
                 assert launch.block == (str(32 * facts["num_warps"]),)
                 assert int(launch.shared_memory_bytes) == facts["smem_bytes"] - facts["static_smem_bytes"]
-                assert len(launch.arguments) + launch.hidden_arguments == len(facts["parameter_bytes"])
+                # A tensor map is followed by its shape and its strides.
+                passed = [1 + 2 * len(each.map.shape) if each.map else 1 for each in launch.arguments]
+                assert sum(passed) + launch.hidden_arguments == len(facts["parameter_bytes"])
             assert kernel.facts["entries"][0]["instructions"]["mma"]
 
 

@@ -95,9 +95,17 @@ def test_a_set_comes_back_only_after_most_others(contestants: int, sets: int) ->
 
 @pytest.mark.parametrize(
     ("weight_mb", "touched_mb", "copies", "sets"),
-    [(470, 117, 1, 1), (470, 10, 1, 7), (64, 64, 1, 1), (20, 20, 4, 4), (20, 5, 4, 13), (0, 0, 16, 16)],
+    [
+        (470, 117, 1, 1),
+        (470, 10, 1, 7),
+        (64, 64, 1, 1),
+        (20, 20, 4, 4),
+        (20, 5, 4, 13),
+        (0, 0, 16, 16),
+        (0, 2000, 16, 1),
+    ],
 )
 def test_a_rotation_exceeds_twice_the_cache(weight_mb: int, touched_mb: int, copies: int, sets: int) -> None:
     cache = 32 << 20
     assert weight_copies(weight_mb << 20, cache) == copies
-    assert input_sets(touched_mb << 20, copies, cache) == sets
+    assert input_sets(touched_mb << 20, cache) == sets

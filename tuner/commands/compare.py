@@ -90,7 +90,7 @@ def _variants(store: Store, summary: ProblemSummary, top: int) -> dict[str, Any]
     problem = op.problem_from_dict(summary.problem)
     bound_us, roofline = _bound(op, problem, summary)
     arch = next(find_arch(d.arch) for d in store.devices() if d.key == summary.device_key)
-    default_config = dict(op.default_config(problem.signature, arch))
+    default_config = dict(op.default_for(problem, arch))
     ranked = standings(right_trials(store, summary))
     default = next((trial for trial in ranked if trial.config == default_config), None)
     chosen = ranked[:top]

@@ -9,8 +9,9 @@ from typing import Any
 from tilewright.codegen.archs import GpuArch
 from tilewright.codegen.devices import Device
 from tilewright.codegen.ops.base import Problem
-from tilewright.tuner.campaign import Report, Request, SignatureReport
+from tilewright.tuner.campaign import KEPT_PER_PROBLEM, Report, Request, SignatureReport
 from tilewright.tuner.commands.precision_front import front_table, point_document
+from tilewright.tuner.loop import ProblemResult
 from tilewright.tuner.plan import Final
 from tilewright.tuner.plan_facts import costs_text
 from tilewright.tuner.prediction.predict import Prediction, predict_config
@@ -50,7 +51,14 @@ class PredictedFindings:
         report, device = self.report, self._device
         lines = [""]
         for mine in report.signatures:
-            lines += [format_shape(mine.signature.to_dict()), *self._table(mine), *self._front(mine), *_plan(mine), ""]
+            lines += [
+                format_shape(mine.signature.to_dict()),
+                *self._table(mine),
+                *self._front(mine),
+                *_plan(mine),
+                *_binaries(mine),
+                "",
+            ]
         lines += [
             *_NOTES.splitlines(),
             "",
@@ -143,6 +151,13 @@ class PredictedFindings:
             "checked": mine.plan.checked if mine.plan else None,
             "front": [point_document(point) for point in mine.front],
             "plan": [asdict(entry) for entry in mine.plan.entries] if mine.plan else [],
+            "binaries": dict(
+                zip(
+                    ("kept", "blemished", "set_aside", "blemished_defaults"),
+                    (sum(column) for column in zip(*map(_blemished, mine.results), strict=True)),
+                    strict=True,
+                )
+            ),
             "unsolved": len(mine.results) - len(mine.finals),
         }
 
@@ -180,3 +195,27 @@ def _plan(mine: SignatureReport) -> list[str]:
     text += f"{mine.verdict.candidates}, which costs {mine.verdict.distilling_cost - 1:.1%}; "
     text += f"timing: {mine.plan.timing}, checked: {mine.plan.checked}"
     return [part for line in (*costs_text(mine.plan), text) for part in wrapped(line, terminal_width())]
+
+
+def _binaries(mine: SignatureReport) -> list[str]:
+    """How many of the kernels that were kept spill or load narrowly; and how many that seem faster were not."""
+    told = [_blemished(result) for result in mine.results if result.candidates]
+    if not told:
+        return []
+    kept, blemished, aside, defaults = (sum(column) for column in zip(*told, strict=True))
+    text = f"binaries: of the fastest {KEPT_PER_PROBLEM} of each size {blemished} of {kept} spill registers or load "
+    text += f"less than 16 bytes of weights or keys at a time, and of the defaults {defaults} of {len(told)}; "
+    text += f"{aside} that are predicted faster were set aside for that"
+    return wrapped(text, terminal_width())
+
+
+def _blemished(result: ProblemResult) -> tuple[int, int, int, int]:
+    """Kernels kept, those of them with blemishes, those set aside, and whether the default has any."""
+    kept = result.finalists(KEPT_PER_PROBLEM)
+    default = result.candidates.get(result.default)
+    return (
+        len(kept),
+        sum(bool(result.blemishes(each.kernel)) for each in kept),
+        len(result.set_aside(KEPT_PER_PROBLEM)),
+        bool(default and result.blemishes(default.kernel)),
+    )

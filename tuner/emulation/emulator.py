@@ -266,7 +266,10 @@ def _launch(
         offset = 0
         if argument.kind != "tensor" and argument.source:
             offset = IntExpr(argument.source).evaluate(sizes)
-        described.append({"buffer": buffer, "offset": offset, "type": kind})
+        address = {"buffer": buffer, "offset": offset, "type": kind}
+        if argument.map:
+            address["shape"] = [IntExpr(each).evaluate(sizes) for each in argument.map.shape]
+        described.append(address)
         others = [other for other in _offsets(recipe, argument.kind, sizes) if other > offset]
         if argument.kind == "tensor" and buffer == packed:
             others = _offsets(recipe, "scales", sizes)

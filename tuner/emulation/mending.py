@@ -73,8 +73,8 @@ class Memory:
             MemoryFaultError: which names the tensor and how far beyond it the access is.
 
         """
-        # The interpreter gives results of comparisons the width of what was compared.
-        live = mask.astype(bool)
+        # The interpreter gives results of comparisons the width of what was compared, and descriptors' masks as views.
+        live = np.asarray(mask).astype(bool)
         active = addresses if live.all() else np.broadcast_to(addresses, live.shape)[live]
         if not active.size:
             return
@@ -201,7 +201,13 @@ class _Mended(interpreter.InterpreterBuilder):  # type: ignore[misc]
         return interpreter.TensorHandle(np.matmul(left, right.T).astype(np.float32) + acc.data, acc.dtype.scalar)
 
     def create_masked_load(
-        self, ptrs: Handle, mask: Handle, other: Handle | None, cache: Any, eviction: Any, volatile: Any
+        self,
+        ptrs: Handle,
+        mask: Handle,
+        other: Handle | None,
+        cache_modifier: Any,
+        eviction_policy: Any,
+        is_volatile: Any,
     ) -> Handle:
         dtype = ptrs.get_element_ty()
         itemsize = interpreter._get_np_dtype(dtype).itemsize  # noqa: SLF001
@@ -216,7 +222,20 @@ class _Mended(interpreter.InterpreterBuilder):  # type: ignore[misc]
                 )
             )
             other = interpreter.TensorHandle(junk.reshape(ptrs.data.shape), dtype)
-        return _plain_masked_load(self, ptrs, mask, other, cache, eviction, volatile)
+        return _plain_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile)
+
+    def create_descriptor_gather(self, desc: Handle, x_offsets: Handle, y_offset: Handle, _type: Any) -> Handle:
+        """Rows of a two-dimensional descriptor: all at once, where the interpreter loads one after the other."""
+        rows = x_offsets.data.astype(np.int64)[:, None]
+        columns = int(y_offset.data.item()) + np.arange(desc.block_shape[-1])[None, :]
+        (height, width), (step, _) = (tuple(int(each.data.item()) for each in of) for of in (desc.shape, desc.strides))
+        itemsize = interpreter._get_np_dtype(desc.base.dtype.scalar.element_ty).itemsize  # noqa: SLF001
+        addresses = desc.base.data + (itemsize * (rows * step + columns)).astype(np.uint64)
+        pointers = interpreter.TensorHandle(addresses, desc.base.dtype.scalar)
+        inside = interpreter.TensorHandle((rows >= 0) & (rows < height) & (columns < width), tl.int1)
+        zeros = np.zeros(addresses.shape, interpreter._get_np_dtype(pointers.get_element_ty()))  # noqa: SLF001
+        other = interpreter.TensorHandle(zeros, pointers.get_element_ty())
+        return self.create_masked_load(pointers, inside, other, None, None, False)
 
     def create_masked_store(self, ptrs: Handle, value: Handle, mask: Handle, cache: Any, eviction: Any) -> Any:
         MEMORY.require(ptrs.data, mask.data, value.data.itemsize, write=True)

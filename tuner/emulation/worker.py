@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import re
 import resource
 import signal
 import socket
@@ -19,6 +20,7 @@ from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 _POISON = 0xFF
+_DESCRIPTOR = re.compile(r"tensordesc<(\w+)\[(.*)\]>")
 
 
 def _confine(parent: int) -> None:
@@ -100,12 +102,19 @@ class Runner:
         return buffer
 
     def _argument(self, memory: dict[str, Any], argument: dict[str, Any]) -> Any:
-        """A size, or a tensor that begins where the argument's address is."""
+        """A size, or a tensor that begins where the argument's address is, or a descriptor of one."""
         if "value" in argument:
             return argument["value"]
         tail = memory[argument["buffer"]][argument["offset"] :]
-        dtype = self._dtypes[argument["type"].removeprefix("*")]
-        return tail[: tail.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+        descriptor = _DESCRIPTOR.fullmatch(argument["type"])
+        dtype = self._dtypes[descriptor[1] if descriptor else argument["type"].removeprefix("*")]
+        tensor = tail[: tail.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+        if descriptor is None:
+            return tensor
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        rows, columns = argument["shape"]
+        return TensorDescriptor(tensor, [rows, columns], [columns, 1], [int(each) for each in descriptor[2].split(",")])
 
 
 def _root_cause(error: BaseException) -> str:

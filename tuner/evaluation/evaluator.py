@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -82,7 +83,6 @@ class CpuEvaluator:
         tensors = op.tensors(signature)
         weight_bytes = declared_bytes(tensors)
         self._refuse_if_too_large("weights and their packed copy", 2 * weight_bytes)
-        self._copies = weight_copies(weight_bytes, self._cache_bytes)
         self._stored_share = min(find_precision(name).bits for name in precisions) / WORD_BITS
         with contextlib.ExitStack() as undo:
             self._session = Session(threads=threads, time_limit_s=time_limit_s, memory_limit_bytes=memory_limit_bytes)
@@ -261,13 +261,15 @@ class CpuEvaluator:
 
     def _make_data(self, problem: Problem, *, rotate: bool) -> ProblemData:
         """Inputs, outputs and reference; with ``rotate``, enough sets of them to exceed the cache."""
+        what, weight_bytes = f"{problem.dynamic_size} tokens", declared_bytes(self._op.tensors(self._signature))
+        # Twice before anything is drawn: the inputs, and their copy that the worker shares.
+        self._refuse_if_too_large(what, weight_bytes + 2 * self._op.input_bytes(problem))
         first = self._op.inputs(problem, self._seed)
-        needed = declared_bytes(self._op.tensors(self._signature)) + expected_bytes(self._op, problem, first)
-        self._refuse_if_too_large(f"{problem.dynamic_size} tokens", needed)
+        self._refuse_if_too_large(what, weight_bytes + expected_bytes(self._op, problem, first))
         touched = self._stored_share * self._op.workload(problem, first).min_bytes
-        sets = input_sets(touched, self._copies, self._cache_bytes) if rotate else 1
+        sets = input_sets(touched, self._cache_bytes) if rotate else 1
         others = (self._op.inputs(problem, self._seed + index) for index in range(1, sets))
-        shared = tuple(share_inputs(self._op, problem, inputs) for inputs in (first, *others))
+        shared = tuple(share_inputs(self._op, problem, inputs) for inputs in itertools.chain((first,), others))
         return ProblemData(problem, shared, {})
 
     def _reference(self, data: ProblemData, precision: str) -> Arrays:

@@ -15,13 +15,13 @@ def weight_copies(weight_bytes: int, cache_bytes: int) -> int:
     return _limited(_CACHES * cache_bytes / max(weight_bytes, 1))
 
 
-def input_sets(touched_bytes: float, copies: int, cache_bytes: int) -> int:
+def input_sets(touched_bytes: float, cache_bytes: int) -> int:
     """Sets of inputs and outputs in a rotation.
 
     ``touched_bytes`` is what one call moves: a call for one token reads few experts, and several sets, routed
     differently, reach all of them. At most 16: smaller problems than that stay in the cache in deployment, too.
     """
-    return max(copies, _limited(_CACHES * cache_bytes / max(touched_bytes, 1)))
+    return _limited(_CACHES * cache_bytes / max(touched_bytes, 1))
 
 
 def _limited(wanted: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,18 +59,24 @@ def launch_row(work: LaunchWork, resources: Resources, device: Device) -> dict[s
     arch = device.arch
     rows, columns = work.tile
     groups = not {"wgmma", "tcgen05"}.isdisjoint(arch.capabilities)
-    narrow = groups and rows > 0 and (rows < _FEWEST_ROWS or resources.num_warps < _WARP_GROUP)
+    warps = resources.computing_warps or resources.num_warps
+    narrow = groups and rows > 0 and (rows < _FEWEST_ROWS or warps < _WARP_GROUP)
+    blocks, rounds, share = float(work.programs), 1.0, 1.0
+    if work.resident and work.programs:
+        blocks = min(blocks, float(work.resident * device.sm_count))
+        rounds = math.ceil(work.programs / blocks)
+        share = work.programs / (blocks * rounds)  # of what the busiest block does, on average
     return {
-        "programs": float(work.programs),
-        "steps": float(work.steps),
+        "programs": blocks,
+        "steps": work.steps * rounds,
         "step_flops": work.step_flops,
-        "step_bytes": work.step_bytes,
+        "step_bytes": work.step_bytes * share,
         "scalar_ops": work.scalar_ops,
         "dram_bytes": work.dram_bytes,
-        "epilogue_bytes": work.epilogue_bytes,
+        "epilogue_bytes": work.epilogue_bytes * rounds * share,
         "feed": 1 / rows + 1 / columns if work.accumulators else 0.0,
         "accumulators": float(work.accumulators),
-        "num_warps": float(resources.num_warps * arch.warp_size / 32),
+        "num_warps": float(warps * arch.warp_size / 32),
         "num_stages": float(resources.num_stages),
         "blocks_per_sm": float(min(8, max(1, resources.blocks_per_sm(arch)))),
         "spill_bytes": float(resources.spill_bytes),
@@ -128,5 +135,5 @@ def predict_config(
         ]
     else:
         by_entry = {found.entry: found for found in facts}
-        resources = [Resources.of_binary(by_entry[spec.entry], spec.num_stages) for spec in specs]
+        resources = [Resources.of_binary(by_entry[spec.entry], spec.num_stages, spec.num_warps) for spec in specs]
     return predict(work, resources, device)

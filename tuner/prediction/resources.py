@@ -52,12 +52,14 @@ class Resources:
     smem_bytes: int
     spill_bytes: int = 0
     """Per thread: stored and loaded."""
+    computing_warps: int = 0
+    """Of a block whose other warps only load; 0: all of them."""
 
     @classmethod
-    def of_binary(cls, facts: BinaryFacts, num_stages: int) -> Resources:
-        """As the binary says; only the number of stages does not stand in it."""
+    def of_binary(cls, facts: BinaryFacts, num_stages: int, computing_warps: int = 0) -> Resources:
+        """As the binary says; only the number of stages, and which warps compute, does not stand in it."""
         spilled = facts.spill_store_bytes + facts.spill_load_bytes
-        return cls(facts.num_warps, num_stages, facts.registers, facts.smem_bytes, spilled)
+        return cls(facts.num_warps, num_stages, facts.registers, facts.smem_bytes, spilled, computing_warps)
 
     @classmethod
     def estimated(cls, work: LaunchWork, arch: GpuArch, num_warps: int, num_stages: int) -> Resources:
