@@ -23,7 +23,7 @@ from tilewright.codegen.archs import Arch, CpuArch, GpuArch
 from tilewright.codegen.cpu_info import usable_cores
 from tilewright.codegen.dtypes import ITEMSIZE, ROUNDING, round_to
 from tilewright.codegen.models import ModelShape
-from tilewright.codegen.ops import moe_gemm_cpu, moe_gemm_triton
+from tilewright.codegen.ops import moe_gemm_cpu, moe_gemm_cpu_configs, moe_gemm_triton
 from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Template, Workload
 from tilewright.codegen.ops.moe_gemm_problem import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
@@ -235,7 +235,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         if isinstance(arch, GpuArch):
             return moe_gemm_triton.default_config(signature, arch, _MANY_TOKENS)
         assert isinstance(arch, CpuArch)
-        return moe_gemm_cpu.default_config(signature, arch)
+        return moe_gemm_cpu_configs.default_config(signature, arch)
 
     def default_for(self, problem: MoeGemmProblem, arch: Arch) -> Config:
         """On GPUs vLLM's tile for so many tokens."""
@@ -246,8 +246,8 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
     def starting_configs(
         self, signature: MoeGemmSignature, arch: Arch, precisions: Sequence[str] = (LOSSLESS,)
     ) -> tuple[Config, ...]:
-        """CPUs: see :func:`moe_gemm_cpu.starting_configs`. GPUs: predictions of the whole space say where to begin."""
-        return moe_gemm_cpu.starting_configs(signature, arch, precisions) if isinstance(arch, CpuArch) else ()
+        """CPUs: what won on those that were tuned. GPUs: predictions of the whole space say where to begin."""
+        return moe_gemm_cpu_configs.starting_configs(signature, arch, precisions) if isinstance(arch, CpuArch) else ()
 
 
 def _projections(model: ModelShape) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +14,7 @@ from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.precisions import CPU_PRECISIONS, INTEGER_PRECISIONS, LOSSLESS, Precision, find_precision
 from tilewright.codegen.recipe import Argument, Launch, Recipe, TensorSpec
-from tilewright.codegen.space import Config, Constraint, Parameter, Space, Value
+from tilewright.codegen.space import Config, Constraint, Parameter, Space
 from tilewright.errors import TilewrightError
 
 ENTRY = "tilewright_moe_gemm"
@@ -37,7 +37,6 @@ _INTEGER_OPERANDS = 4
 _VECTORS = Parameter("vectors", (1, 2), "vectors in a row of a weight panel: the weight layout")
 _CHUNK = Parameter("chunk_groups", (1, 2, 4, 8), "groups of streams in a task: cache block in n, grain of the schedule")
 _SCHEDULE = Parameter("schedule", ("dynamic", "static"), "threads claim tasks one by one, or get equal shares")
-_CACHE_LINE = 64
 _SHORT_K = 1024
 """Steps of k of which 384 rows take 1.5 MiB, as much as second caches of servers spare today."""
 _PREFETCH = Parameter("prefetch", (0, 16, 64), "software prefetch distance in rows of a weight panel; 0: none")
@@ -89,7 +88,7 @@ def _whole_pairs(signature: MoeGemmSignature) -> Constraint:
 
 def _chunks_exist(signature: MoeGemmSignature, arch: CpuArch) -> Constraint:
     def holds(c: Mapping[str, Any]) -> bool:
-        panels = _groups(signature, c["vectors"], arch)
+        panels = groups_of(signature, c["vectors"], arch)
         return c["streams"] * c["chunk_groups"] == 1 or bool(c["streams"] * c["chunk_groups"] <= panels)
 
     knobs = ("vectors", "streams", "chunk_groups")
@@ -274,7 +273,7 @@ def _order(signature: MoeGemmSignature, config: Config, arch: CpuArch) -> str:
     return " ".join(part for part in (stored.name, scaled, combined) if part)
 
 
-def _groups(signature: MoeGemmSignature, vectors: int, arch: CpuArch) -> int:
+def groups_of(signature: MoeGemmSignature, vectors: int, arch: CpuArch) -> int:
     """Panels as the templates count them: ``vectors`` vectors, gate and up columns of the same outputs together."""
     out_columns = vectors * arch.lanes(4) // signature.halves
     return -(-signature.n // out_columns)
@@ -381,7 +380,7 @@ def _context(signature: MoeGemmSignature, config: Config, arch: CpuArch) -> dict
         "halves": signature.halves,
         "clamped_alpha": CLAMPED_ALPHA,
         "clamped_limit": CLAMPED_LIMIT,
-        "panels": _groups(signature, config["vectors"], arch),
+        "panels": groups_of(signature, config["vectors"], arch),
         "ragged": signature.n % (config["vectors"] * arch.lanes(4) // signature.halves) != 0,
         "block_m": _block_m(config),
         "streams_for_rows": _streams_for_rows(config, arch),
@@ -391,80 +390,6 @@ def _context(signature: MoeGemmSignature, config: Config, arch: CpuArch) -> dict
         "k_block": k_block,
         "k_blocks": -(-signature.k // k_block),
     }
-
-
-def default_config(signature: MoeGemmSignature, arch: CpuArch) -> Config:
-    """Six rows by two vectors (twelve accumulators), packed x, k in blocks that keep a panel in the first cache."""
-    panels = _groups(signature, 2, arch)
-    own: dict[str, Value] = {
-        "precision": LOSSLESS,
-        "vectors": 2,
-        "block_rows": 6,
-        "streams": 1,
-        "k_block": min(256, signature.k),
-        "block_m": 96,
-        "chunk_groups": max(groups for groups in (1, 2, 4) if groups <= max(panels, 1)),
-        "order": "panel_outer",
-        "pack_x": True,
-        "unroll": 4,
-        "prefetch": 0,
-        "fetch_next": False,
-        "schedule": "dynamic",
-        "gate_up": "interleaved" if signature.halves == 2 else "none",
-        "combine": "partials" if signature.stage == "down" else "none",
-    }
-    return _whole_space(signature, arch).lift(BLOCKED, own)
-
-
-def starting_configs(signature: MoeGemmSignature, arch: CpuArch, precisions: Sequence[str]) -> tuple[Config, ...]:
-    """What won on machines that were tuned: narrow panels side by side for few rows; for many, next panels fetched.
-
-    Of every precision, one for few rows and one for many, in one weight layout.
-    """
-    halves, whole = signature.halves, _whole_space(signature, arch)
-    # Vectors of one panel, of which half are gates where gate and up lie apart, so that columns are as few.
-    narrow: dict[str, Value] = {"vectors": 1, "gate_up": "none"}
-    wide: dict[str, Value] = {"vectors": 2, "gate_up": "none"}
-    if halves == 2:
-        narrow, wide = {"vectors": 2, "gate_up": "apart"}, {"vectors": 2, "gate_up": "interleaved"}
-
-    def tile(template: str, rows: int, streams: int, panel: dict[str, Value], precision: str) -> Config | None:
-        knobs: dict[str, Value] = {
-            **panel,
-            "precision": precision,
-            "block_rows": rows,
-            "streams": streams // halves if panel is narrow else streams,
-            "chunk_groups": max(groups for groups in (1, 2, 4) if groups <= max(_groups(signature, 2, arch), 1)),
-            "unroll": 1,
-            "prefetch": 0,
-            "schedule": "dynamic",
-            "combine": "partials" if signature.stage == "down" else "none",
-        }
-        if template != STREAM:
-            exact = template == BLOCKED and precision == LOSSLESS
-            knobs |= {"block_m": 96, "pack_x": template == INTEGER, "fetch_next": exact}
-        if template == BLOCKED:
-            knobs |= {"k_block": signature.k, "order": "panel_outer"}
-        own = next(each for each in TEMPLATES if each.name == template)
-        known = tuple(name for name in precisions if name in own.precisions)
-        if precision not in known or own.space(signature, arch, known).find(knobs) is None:
-            return None
-        return whole.lift(template, knobs)
-
-    starts = (
-        *(tile(STREAM, 2, 8, narrow, name) for name in precisions),
-        *(tile(INTEGER, 1, 6, narrow, name) for name in precisions),
-        tile(STREAM, 4, 4, narrow, LOSSLESS),
-        *(tile(BLOCKED, 6, 2, narrow, name) for name in precisions),
-        *(tile(INTEGER, 6, 2, narrow, name) for name in precisions),
-        tile(BLOCKED, 6, 1, wide, LOSSLESS),
-    )
-    return tuple(config for config in starts if config is not None)
-
-
-def _whole_space(signature: MoeGemmSignature, arch: CpuArch) -> Space:
-    exact = (template for template in TEMPLATES if LOSSLESS in template.precisions)
-    return Space.union({template.name: template.space(signature, arch) for template in exact})
 
 
 _LABEL = ("precision", "block_rows", "streams", "vectors")

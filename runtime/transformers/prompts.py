@@ -107,7 +107,7 @@ def _is_whole_prompt(
     attention_mask: Tensor | None,
     options: dict[str, Any],
 ) -> bool:
-    """Whether a call is plain causal attention of tokens among themselves, in fp32 and without gradients."""
+    """Whether a call is plain causal attention of tokens among themselves, in fp32 on the CPU and without gradients."""
     is_causal = options.get("is_causal")
     scaling = options.get("scaling")
     return (
@@ -116,6 +116,7 @@ def _is_whole_prompt(
         and 1 < query.shape[2] <= (signature.window or query.shape[2])
         and (query.shape[1], key.shape[1]) == (signature.heads, signature.kv_heads)
         and query.dtype is torch.float32
+        and query.device.type == "cpu"
         and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         and (scaling is None or scaling == signature.scale)
         and not options.get("dropout")

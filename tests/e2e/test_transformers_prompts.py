@@ -12,6 +12,7 @@ from tilewright.errors import TilewrightError
 from tilewright.runtime.attention import VarlenPrefill
 from tilewright.runtime.notices import forget_warnings
 from tilewright.runtime.transformers import disable, enable
+from tilewright.runtime.transformers.prompts import prompts_forward
 from tilewright.tuner.variants import Workshop
 
 transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
@@ -155,6 +156,16 @@ def test_gradients_and_another_implementation_stay_as_they_are(tmp_path, calls):
     model(PROMPTS).logits.sum().backward()
     assert calls == []
     assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
+
+
+def test_tensors_on_another_device_go_to_sdpa(tmp_path, calls):
+    store_prefill(tmp_path / "tuning.db", kv_heads=2, head_dim=16)
+    model = make_model("qwen3_moe", QWEN)
+    enable(model)
+    q, kv = torch.empty(2, 4, 37, 16, device="meta"), torch.empty(2, 2, 37, 16, device="meta")
+    with torch.no_grad():
+        out, _ = prompts_forward(model.model.layers[0].self_attn, q, kv, kv, None, scaling=0.25)
+    assert (tuple(out.shape), out.device.type, calls) == ((2, 37, 4, 16), "meta", [])
 
 
 def test_a_served_prompt_compiles_in_one_graph(tmp_path):
