@@ -25,10 +25,9 @@ class RowsNorm(Specialised):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``hidden_states`` [..., n] over its root mean square, times ``weight``."""
-        native = native_for_torch()
-        if native is not None and not torch.compiler.is_compiling() and hidden_states.numel() <= _MOST_ELEMENTS:
-            out = torch.empty_like(hidden_states)
-            if native.rms_norm(hidden_states, self.weight, self.variance_epsilon, out):
+        if not torch.compiler.is_compiling() and hidden_states.numel() <= _MOST_ELEMENTS:
+            native, out = native_for_torch(), torch.empty_like(hidden_states)
+            if native is not None and native.rms_norm(hidden_states, self.weight, self.variance_epsilon, out):
                 return out
         result: Tensor = super().forward(hidden_states)  # type: ignore[misc]  # of the class that this is mixed into
         return result
