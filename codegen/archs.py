@@ -142,7 +142,8 @@ _HMMA = {"fp16": "HMMA", "bf16": "HMMA", "tf32": "HMMA", "int8": "IMMA"}
 _HOPPER = {"fp16": "HGMMA", "bf16": "HGMMA", "tf32": "HGMMA", "int8": "IGMMA", "fp8_e4m3": "QGMMA"}
 _TCGEN05 = {
     **dict.fromkeys(("fp16", "bf16", "tf32"), "UTCHMMA"),
-    **{"fp8_e4m3": "UTCQMMA", "mxfp4": "UTCQMMA", "nvfp4": "UTCOMMA"},
+    **dict.fromkeys(("fp8_e4m3", "mxfp4"), "UTCQMMA"),
+    "nvfp4": "UTCOMMA",
 }
 _MFMA = {"fp16": "v_mfma", "bf16": "v_mfma", "tf32": "v_mfma", "int8": "v_mfma", "fp8_e4m3": "v_mfma"}
 _DATACENTER_BLACKWELL = "async_copy fp8_mma tma tma_gather warp_specialize tcgen05 dot_scaled"

@@ -96,9 +96,7 @@ def _plain_bytes(weight: _Floats, dtype: str) -> _Bytes:
 
 
 def _codes_and_scales(weight: _Floats, precision: Precision) -> tuple[_Words, _Words, _Floats]:
-    """Codes [experts, n, k], the bits of the scales ([experts, n, groups], or as the granularity has it), and the scales
-    of scales ([experts] or empty).
-    """
+    """Codes [experts, n, k], bits of the scales (as ``RowLayout`` has them), scales of scales ([experts] or empty)."""
     experts, n, k = weight.shape
     scales = precision.scales
     assert scales is not None
