@@ -59,5 +59,6 @@ def e4m3_bits(values: _Floats) -> NDArray[np.uint8]:
 def e2m1_bits(values: _Floats) -> NDArray[np.uint8]:
     """Codes of ``values``, which :func:`round_to` made: the sign in the highest of four bits."""
     magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-    bits: NDArray[np.uint8] = np.searchsorted(magnitudes, np.abs(values)) | np.where(values < 0, 8, 0)
-    return bits.astype(np.uint8)
+    found = np.searchsorted(magnitudes, np.abs(values)).astype(np.uint8)
+    bits: NDArray[np.uint8] = found | np.where(values < 0, 8, 0).astype(np.uint8)
+    return bits
