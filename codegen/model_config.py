@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tilewright.codegen.activations import CLAMPED_LIMIT
@@ -59,9 +59,8 @@ _FAMILIES = {
     "qwen2_moe": _Family(_OWN_WIDTH, renormalize=False, attention_bias=True),
     "qwen3_moe": _Family(_OWN_WIDTH, renormalize=False),
     "deepseek_v2": _Family(_OWN_WIDTH, renormalize=False),
-    "deepseek_v3": _DEEPSEEK_V3,
-    "kimi_k2": _DEEPSEEK_V3,
-    "glm4_moe": _DEEPSEEK_V3,
+    **dict.fromkeys(("deepseek_v3", "deepseek_v32", "kimi_k2", "glm4_moe", "glm4_moe_lite"), _DEEPSEEK_V3),
+    "dots1": replace(_DEEPSEEK_V3, renormalize=False),
     "gpt_oss": _Family(
         _ONLY_WIDTH,
         "topk_softmax",
@@ -234,14 +233,19 @@ def _activation(fields: _Fields, family: _Family) -> Activation:
     return activation
 
 
+_BY_METHOD: dict[str | None, Scoring] = {"group_limited_greedy": "softmax_group", "noaux_tc": "sigmoid_group"}
+"""DeepSeek's names, where no ``scoring_func`` stands beside them."""
+
+
 def _scoring(fields: _Fields, family: _Family) -> Scoring:
     function = fields.text("scoring_func")
     if function == "sigmoid":
         return "sigmoid_group"
     if function not in (None, "softmax"):
         raise fields.error(f"the router's scoring_func {function!r} is not supported; supported are softmax, sigmoid")
-    if fields.text("topk_method") == "group_limited_greedy":
-        return "softmax_group"
+    method = fields.text("topk_method")
+    if method in _BY_METHOD:
+        return _BY_METHOD[method]
     return family.scoring if function is None else "softmax_topk"
 
 
