@@ -24,7 +24,7 @@ from tilewright.codegen.archs import Arch, CpuArch, GpuArch
 from tilewright.codegen.dtypes import ITEMSIZE, ROUNDING, round_to
 from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops import attention_cpu, attention_triton, attention_triton_space
-from tilewright.codegen.ops.attention_inputs import draw, draw_cache, draw_queries, gather_cache, split_tokens
+from tilewright.codegen.ops.attention_inputs import draw, draw_cache, draw_queries, gather_sequence, split_tokens
 from tilewright.codegen.ops.attention_problem import AttentionProblem
 from tilewright.codegen.ops.attention_signature import AttentionSignature, Stage
 from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Template, Workload
@@ -142,7 +142,7 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
     def input_bytes(self, problem: AttentionProblem) -> int:
         """Keys and values of all sequences."""
         signature = problem.signature
-        return 4 * problem.lengths_total[0] * signature.kv_heads * (signature.head_dim + signature.value_dim)
+        return 4 * problem.lengths_total[0] * signature.kv_heads * signature.kv_elements
 
     def compute_dtype(self, signature: AttentionSignature) -> str:
         """That of the queries."""
@@ -154,8 +154,7 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
         sinks = weights.get("sinks")
         if signature.stage == "decode":
             for row, length in enumerate(inputs["lengths"].tolist()):
-                table_row = inputs["block_table"][row]
-                k, v = (gather_cache(signature, inputs[name], table_row, length) for name in ("k_cache", "v_cache"))
+                k, v = gather_sequence(signature, inputs, row)
                 out[row : row + 1] = _attend(signature, inputs["q"][row : row + 1], k, v, sinks, length - 1)
             return {"out": out}
         boundaries: list[int] = inputs["cu_seqlens"].tolist()
@@ -187,7 +186,7 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
             pairs, kv_rows = int((inside * (inside + 1) // 2 + (lengths - inside) * inside).sum()), problem.tokens
         dims = signature.head_dim + signature.value_dim
         flops = pairs * signature.heads * (2 * dims + _EXPONENTIAL_FLOPS)
-        kv_bytes = ITEMSIZE[signature.kv_dtype] * kv_rows * signature.kv_heads * dims
+        kv_bytes = ITEMSIZE[signature.kv_dtype] * kv_rows * signature.kv_heads * signature.kv_elements
         row_bytes = (
             ITEMSIZE[signature.q_dtype] * signature.head_dim + ITEMSIZE[signature.out_dtype] * signature.value_dim
         )

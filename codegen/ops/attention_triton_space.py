@@ -14,6 +14,7 @@ from tilewright.codegen.space import Constraint, Parameter, Space, Value
 from tilewright.errors import TilewrightError
 
 DECODE = "attention/triton_decode"
+MLA_DECODE = "attention/triton_mla_decode"
 PREFILL = "attention/triton_prefill"
 
 _LEAST_SIDE = 16
@@ -47,9 +48,24 @@ def dim_parts(dim: int) -> tuple[DimPart, ...]:
     return tuple(parts)
 
 
-def padded(dim: int) -> int:
-    """Elements that the parts of ``dim`` have together."""
-    return sum(part.width for part in dim_parts(dim))
+def key_parts(signature: AttentionSignature) -> tuple[DimPart, ...]:
+    """Parts of a key. Those of a latent row begin with the parts of its value, so that both products share them."""
+    if not signature.latent:
+        return dim_parts(signature.head_dim)
+    latent = signature.value_dim
+    positions = dim_parts(signature.head_dim - latent)
+    return (*dim_parts(latent), *(DimPart(latent + part.first, part.width) for part in positions))
+
+
+def padded(parts: Sequence[DimPart]) -> int:
+    """Elements that parts have together."""
+    return sum(part.width for part in parts)
+
+
+def _cached_elements(signature: AttentionSignature) -> int:
+    """Elements of a token that a tile holds, padding included."""
+    keys = padded(key_parts(signature))
+    return keys if signature.latent else keys + padded(dim_parts(signature.value_dim))
 
 
 def power_of_two(number: int) -> int:
@@ -60,26 +76,26 @@ def power_of_two(number: int) -> int:
 def _shared_memory_bytes(signature: AttentionSignature, rows: int, c: Mapping[str, Any], arch: GpuArch) -> int:
     """Of tokens in flight, of the queries, and of the weights on their way to the second product."""
     buffers = c["num_stages"] if arch.family == "cuda" else max(c["num_stages"] - 1, 1)
-    dims = padded(signature.head_dim) + padded(signature.value_dim)
+    dims = _cached_elements(signature)
     itemsize = ITEMSIZE[signature.q_dtype]
     tokens = buffers * c["block_kv"] * dims * ITEMSIZE[signature.kv_dtype]
     if signature.kv_dtype != signature.q_dtype:
         tokens += c["block_kv"] * dims * itemsize
     if arch.family == "hip":  # keeps queries and weights in registers
         return int(tokens)
-    return int(tokens + rows * (padded(signature.head_dim) + c["block_kv"]) * itemsize)
+    return int(tokens + rows * (padded(key_parts(signature)) + c["block_kv"]) * itemsize)
 
 
 def _constraints(signature: AttentionSignature, arch: GpuArch, rows: str) -> tuple[Constraint, ...]:
     """Rules of both templates; ``rows`` is the knob that holds the rows of a tile."""
 
     def fits_registers(c: Mapping[str, Any]) -> bool:
-        held = c[rows] * (padded(signature.value_dim) + c["block_kv"])
+        held = c[rows] * (padded(dim_parts(signature.value_dim)) + c["block_kv"])
         return bool(held <= _MOST_SUMS_PER_THREAD * c["num_warps"] * arch.warp_size)
 
     def loads_wide(c: Mapping[str, Any]) -> bool:
         threads = c["num_warps"] * arch.warp_size
-        widest = max(part.width for part in dim_parts(signature.head_dim))
+        widest = max(part.width for part in key_parts(signature))
         tile_bytes = c["block_kv"] * widest * ITEMSIZE[signature.kv_dtype]
         # One warp always may: nothing else can load a tile of small heads.
         return bool(c["num_warps"] == 1 or tile_bytes >= _WIDE_LOAD_BYTES * threads)
