@@ -13,7 +13,7 @@ sequence from a paged cache, ``prefill`` all positions of sequences that are pac
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -53,7 +53,8 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
     def signatures(self, model: ModelShape) -> tuple[AttentionSignature, ...]:
         """Decode and prefill of every kind of layer of ``model``, with the heads of one tensor-parallel rank.
 
-        Latent attention (DeepSeek) is served as Transformers computes it: one key and one value per query head.
+        Latent attention (DeepSeek) is as Transformers computes it, one key and one value per query head; see
+        :meth:`signatures_on` for GPUs.
         """
         heads, kv_heads = model.heads_per_rank()
         common: dict[str, Any] = {
@@ -67,6 +68,16 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
         stages: tuple[Stage, ...] = ("decode", "prefill")
         return tuple(
             AttentionSignature(stage=stage, window=window, **common) for stage in stages for window in model.windows
+        )
+
+    def signatures_on(self, model: ModelShape, arch: Arch) -> tuple[AttentionSignature, ...]:
+        """On GPUs, latent attention decodes in its absorbed form: the cache holds one row per token for all heads."""
+        served = super().signatures_on(model, arch)
+        if not model.latent_dim or not isinstance(arch, GpuArch):
+            return served
+        row = {"kv_heads": 1, "head_dim": model.latent_dim + model.rope_dim, "value_dim": model.latent_dim}
+        return tuple(
+            replace(each, **row, kv_layout="", latent=True) if each.stage == "decode" else each for each in served
         )
 
     def ladder(self, signature: AttentionSignature) -> tuple[int, ...]:
@@ -201,6 +212,14 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
         else:
             short, long = replace(one, tokens=75, context=19), replace(one, tokens=301, context=280)
         return one, replace(short, routing=uneven, steep=True), replace(long, routing=uneven)
+
+    def _no_template(self, signature: AttentionSignature, arch: Arch, precisions: Collection[str]) -> str:
+        if signature.latent and not isinstance(arch, GpuArch):
+            return (
+                "latent attention (MLA) has templates for GPUs alone; here, tune what it expands to: "
+                f"kv_heads={signature.heads} with their head_dim and value_dim, without latent"
+            )
+        return super()._no_template(signature, arch, precisions)
 
     def default_config(self, signature: AttentionSignature, arch: Arch) -> Config:
         """CPUs: blocks that fit the first cache, tiles that fill the registers. GPUs: vLLM's."""

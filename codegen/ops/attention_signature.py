@@ -138,6 +138,8 @@ class AttentionSignature(Signature):
                 f"value_dim={self.value_dim} is not supported; give the latent's part of head_dim={self.head_dim}, "
                 f"a multiple of {_LATENT_STEP}"
             )
+        elif self.scale == 0:
+            wrong = "scale is missing; give 1 / sqrt of the length of the heads that rows stand for (192: 0.0722)"
         if wrong:
             raise TilewrightError(f"attention: latent: {wrong}")
 

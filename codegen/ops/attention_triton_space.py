@@ -95,8 +95,10 @@ def _constraints(signature: AttentionSignature, arch: GpuArch, rows: str) -> tup
 
     def loads_wide(c: Mapping[str, Any]) -> bool:
         threads = c["num_warps"] * arch.warp_size
-        widest = max(part.width for part in key_parts(signature))
-        tile_bytes = c["block_kv"] * widest * ITEMSIZE[signature.kv_dtype]
+        widths = [part.width for part in key_parts(signature)]
+        # What a head dim leaves over is little; positions are a part of a latent row that has to be read well, too.
+        width = min(widths) if signature.latent else max(widths)
+        tile_bytes = c["block_kv"] * width * ITEMSIZE[signature.kv_dtype]
         # One warp always may: nothing else can load a tile of small heads.
         return bool(c["num_warps"] == 1 or tile_bytes >= _WIDE_LOAD_BYTES * threads)
 
@@ -172,22 +174,30 @@ def prefill_space(signature: AttentionSignature, arch: GpuArch) -> Space:
 def default_config(signature: AttentionSignature, arch: GpuArch) -> tuple[str, dict[str, Value]]:
     """What vLLM's unified attention takes: 16 rows (or the group), 16 tokens to decode in 16 parts, 32 to prefill.
 
-    Where it would not fit, or not load 16 bytes a thread: fewer tiles in flight, then fewer warps, then larger tiles.
-    Source: ``vllm/v1/attention/ops/triton_unified_attention.py`` (``_get_tile_size``, ``BLOCK_M``), 2025.
+    To decode latent rows, what its Triton MLA takes: 16 rows, 32 tokens (AMD: 16) in 4 parts, 4 warps, 2 tiles in
+    flight (AMD: 1). Where it would not fit, or not load 16 bytes a thread: fewer tiles in flight, then fewer warps, then
+    larger tiles. Sources: ``vllm/v1/attention/ops/triton_unified_attention.py`` (``_get_tile_size``, ``BLOCK_M``),
+    2025; ``triton_decode_attention.py`` beside it (``_decode_grouped_att_m_fwd``) and
+    ``vllm/v1/attention/backends/mla/triton_mla.py`` (``num_kv_splits``), 2026.
 
     Raises:
         TilewrightError: when no such config is valid.
 
     """
     rows = max(_LEAST_SIDE, power_of_two(signature.group))
-    if signature.stage == "decode":
+    stages = (3, 2, 1) if arch.family == "cuda" else (2, 1)
+    if signature.latent:
+        space, name, least_kv = decode_space(signature, arch), MLA_DECODE, 32 if arch.family == "cuda" else 16
+        stages = (2, 1) if arch.family == "cuda" else (1,)
+        knobs: dict[str, Value] = {"block_rows": _LEAST_SIDE, "splits": 4, "operands": "queries_first"}
+    elif signature.stage == "decode":
         space, name, least_kv = decode_space(signature, arch), DECODE, 16
-        knobs: dict[str, Value] = {"block_rows": min(rows, _MOST_ROWS), "splits": 16, "operands": "queries_first"}
+        knobs = {"block_rows": min(rows, _MOST_ROWS), "splits": 16, "operands": "queries_first"}
     else:
         space, name, least_kv = prefill_space(signature, arch), PREFILL, 32
         packed = min(power_of_two(signature.group), _MOST_PACKED)
         knobs = {"block_m": min(rows, _MOST_ROWS), "packed": packed, "masks": "all", "schedule": "by_head"}
-    for own in _tiles(least_kv, arch):
+    for own in _tiles(least_kv, stages):
         if space.find({**knobs, **own}) is not None:
             return name, {**knobs, **own}
     raise TilewrightError(
@@ -195,8 +205,7 @@ def default_config(signature: AttentionSignature, arch: GpuArch) -> tuple[str, d
     )
 
 
-def _tiles(least_kv: int, arch: GpuArch) -> Sequence[dict[str, Value]]:
-    stages = (3, 2, 1) if arch.family == "cuda" else (2, 1)
+def _tiles(least_kv: int, stages: Sequence[int]) -> Sequence[dict[str, Value]]:
     return [
         {"block_kv": block_kv, "num_warps": num_warps, "num_stages": num_stages}
         for block_kv in (least_kv, 2 * least_kv, 4 * least_kv, 16)
