@@ -24,6 +24,9 @@ _MOST_PACKED = 16
 _MOST_SUMS_PER_THREAD = 192
 """fp32 sums and scores that a thread may hold, so that operands and addresses fit beside them."""
 _WIDE_LOAD_BYTES = 16
+_LEAST_GROUP_ROWS = 64
+"""Of a tile that the matrix instructions of a group of warps take."""
+_GROUP_WARPS = 4
 _MOST_STEPS_PER_QUERY = 32
 """Tokens of a tile to a query of it: below, most of a masked tile is thrown away."""
 
@@ -86,8 +89,35 @@ def _shared_memory_bytes(signature: AttentionSignature, rows: int, c: Mapping[st
     return int(tokens + rows * (padded(key_parts(signature)) + c["block_kv"]) * itemsize)
 
 
+def _latent_shared_memory_bytes(signature: AttentionSignature, rows: int, c: Mapping[str, Any], arch: GpuArch) -> int:
+    """The same of latent rows, which both products read, as Triton 3.7 buffers them.
+
+    Pages are loaded before the rows that they name, so that a row is ahead by half of the stages. Matrix units that read
+    shared memory by themselves (wgmma, tcgen05; tiles of 64 rows) keep a tile longer; Triton lets tcgen05's products of
+    three iterations overlap, the second of which still needs the latent part. Without stages, threads that multiply
+    (mma) hold a tile twice, in the order of either product.
+    """
+    dims, latent, itemsize = _cached_elements(signature), signature.value_dim, ITEMSIZE[signature.q_dtype]
+    token_bytes, latent_bytes = dims * ITEMSIZE[signature.kv_dtype], latent * ITEMSIZE[signature.kv_dtype]
+    widened = dims * itemsize if signature.kv_dtype != signature.q_dtype else 0
+    if arch.family == "hip":  # queries pass through before there are tokens
+        return int(max(c["block_kv"] * (token_bytes + widened), rows * latent * itemsize))
+    first = rows if c["operands"] == "queries_first" else c["block_kv"]
+    reads_shared = first >= _LEAST_GROUP_ROWS and c["num_warps"] >= _GROUP_WARPS
+    ahead = max(1, (c["num_stages"] - 1) // 2)
+    if c["num_stages"] == 1:
+        kept = token_bytes if reads_shared or c["operands"] == "keys_first" else 2 * latent_bytes
+    elif reads_shared and "tcgen05" in arch.capabilities:
+        kept = (ahead + 1) * token_bytes + 2 * latent_bytes
+    elif reads_shared and "wgmma" in arch.capabilities:
+        kept = (ahead + 1) * token_bytes
+    else:
+        kept = ahead * token_bytes
+    return int(c["block_kv"] * (kept + widened) + rows * (dims + c["block_kv"]) * itemsize)
+
+
 def _constraints(signature: AttentionSignature, arch: GpuArch, rows: str) -> tuple[Constraint, ...]:
-    """Rules of both templates; ``rows`` is the knob that holds the rows of a tile."""
+    """Rules of all templates; ``rows`` is the knob that holds the rows of a tile."""
 
     def fits_registers(c: Mapping[str, Any]) -> bool:
         held = c[rows] * (padded(dim_parts(signature.value_dim)) + c["block_kv"])
@@ -96,12 +126,14 @@ def _constraints(signature: AttentionSignature, arch: GpuArch, rows: str) -> tup
     def loads_wide(c: Mapping[str, Any]) -> bool:
         threads = c["num_warps"] * arch.warp_size
         widths = [part.width for part in key_parts(signature)]
-        # What a head dim leaves over is little; positions are a part of a latent row that has to be read well, too.
-        width = min(widths) if signature.latent else max(widths)
+        # What a head dim leaves over is little; positions are a part of a latent row that is to be read well, too (not on
+        # AMD, whose wavefronts are so wide that little else would be left).
+        width = min(widths) if signature.latent and arch.family == "cuda" else max(widths)
         tile_bytes = c["block_kv"] * width * ITEMSIZE[signature.kv_dtype]
         # One warp always may: nothing else can load a tile of small heads.
         return bool(c["num_warps"] == 1 or tile_bytes >= _WIDE_LOAD_BYTES * threads)
 
+    shared_memory_bytes = _latent_shared_memory_bytes if signature.latent else _shared_memory_bytes
     return (
         Constraint(
             "registers", fits_registers, "sums and scores of a tile fit the registers", (rows, "block_kv", "num_warps")
@@ -111,15 +143,15 @@ def _constraints(signature: AttentionSignature, arch: GpuArch, rows: str) -> tup
         ),
         Constraint(
             "shared_memory",
-            lambda c: _shared_memory_bytes(signature, c[rows], c, arch) <= arch.smem_bytes_per_block,
+            lambda c: shared_memory_bytes(signature, c[rows], c, arch) <= arch.smem_bytes_per_block,
             "tokens in flight fit the shared memory of a block",
-            (rows, "block_kv", "num_stages"),
+            (rows, "block_kv", "num_stages", *(("operands", "num_warps") if signature.latent else ())),
         ),
     )
 
 
-def _stages(arch: GpuArch) -> Parameter:
-    return Parameter("num_stages", (1, 2, 3, 4) if arch.family == "cuda" else (1, 2), "tiles of tokens in flight")
+def _stages(arch: GpuArch, cuda: tuple[int, ...] = (1, 2, 3, 4)) -> Parameter:
+    return Parameter("num_stages", cuda if arch.family == "cuda" else (1, 2), "tiles of tokens in flight")
 
 
 @lru_cache(maxsize=64)
@@ -140,7 +172,8 @@ def decode_space(signature: AttentionSignature, arch: GpuArch) -> Space:
             "whose rows are the rows of the matrix unit's tile: few queries leave most of it idle unless keys are",
         ),
         Parameter("num_warps", (1, 2, 4, 8), "warps of a program"),
-        _stages(arch),
+        # Of long rows few tiles fit, and the first of even numbers of stages adds nothing to the odd one before it.
+        _stages(arch, (1, 2, 3, 5)) if signature.latent else _stages(arch),
     )
     return Space.enumerate(parameters, _constraints(signature, arch, "block_rows"))
 
@@ -185,7 +218,7 @@ def default_config(signature: AttentionSignature, arch: GpuArch) -> tuple[str, d
 
     """
     rows = max(_LEAST_SIDE, power_of_two(signature.group))
-    stages = (3, 2, 1) if arch.family == "cuda" else (2, 1)
+    stages: tuple[int, ...] = (3, 2, 1) if arch.family == "cuda" else (2, 1)
     if signature.latent:
         space, name, least_kv = decode_space(signature, arch), MLA_DECODE, 32 if arch.family == "cuda" else 16
         stages = (2, 1) if arch.family == "cuda" else (1,)
