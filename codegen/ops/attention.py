@@ -75,10 +75,14 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
         served = super().signatures_on(model, arch)
         if not model.latent_dim or not isinstance(arch, GpuArch):
             return served
-        row: dict[str, Any] = {"kv_heads": 1, "head_dim": model.latent_dim + model.rope_dim, "value_dim": model.latent_dim}
-        return tuple(
-            replace(each, **row, kv_layout="", latent=True) if each.stage == "decode" else each for each in served
-        )
+        absorbed: dict[str, Any] = {
+            "latent": True,
+            "kv_heads": 1,
+            "kv_layout": "",
+            "head_dim": model.latent_dim + model.rope_dim,
+            "value_dim": model.latent_dim,
+        }
+        return tuple(replace(each, **absorbed) if each.stage == "decode" else each for each in served)
 
     def ladder(self, signature: AttentionSignature) -> tuple[int, ...]:
         """Sequences that decode together, and tokens of a prompt."""

@@ -55,7 +55,7 @@ class AttentionSignature(Signature):
     latent: bool = False
     """``decode``: whether values are the first ``value_dim`` elements of keys (multi-head latent attention in its
     absorbed form, arXiv 2405.04434): the cache has one row per token for all heads, of which the latent vector comes
-    first, then the part with positions. ``kv_heads`` is 1 and ``kv_layout`` "", for there are no heads to put in order."""
+    first, then the part with positions. ``kv_heads`` is 1, ``kv_layout`` "" (no heads are there to be put in order)."""
     scale: float = 0.0
     """Factor of q . k before the softmax; 0, and afterwards 1 / sqrt(head_dim), for the usual one."""
     window: int = 0

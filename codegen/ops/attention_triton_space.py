@@ -92,10 +92,10 @@ def _shared_memory_bytes(signature: AttentionSignature, rows: int, c: Mapping[st
 def _latent_shared_memory_bytes(signature: AttentionSignature, rows: int, c: Mapping[str, Any], arch: GpuArch) -> int:
     """The same of latent rows, which both products read, as Triton 3.7 buffers them.
 
-    Pages are loaded before the rows that they name, so that a row is ahead by half of the stages. Matrix units that read
-    shared memory by themselves (wgmma, tcgen05; tiles of 64 rows) keep a tile longer; Triton lets tcgen05's products of
-    three iterations overlap, the second of which still needs the latent part. Without stages, threads that multiply
-    (mma) hold a tile twice, in the order of either product.
+    Pages are loaded before the rows that they name, so that a row is ahead by half of the stages. Matrix units that
+    read shared memory by themselves (wgmma, tcgen05; tiles of 64 rows) keep a tile longer; Triton lets tcgen05's
+    products of three iterations overlap, the last of which still needs the latent part. Without stages, threads that
+    multiply (mma) hold a tile twice, in the order of either product.
     """
     dims, latent, itemsize = _cached_elements(signature), signature.value_dim, ITEMSIZE[signature.q_dtype]
     token_bytes, latent_bytes = dims * ITEMSIZE[signature.kv_dtype], latent * ITEMSIZE[signature.kv_dtype]
@@ -126,8 +126,8 @@ def _constraints(signature: AttentionSignature, arch: GpuArch, rows: str) -> tup
     def loads_wide(c: Mapping[str, Any]) -> bool:
         threads = c["num_warps"] * arch.warp_size
         widths = [part.width for part in key_parts(signature)]
-        # What a head dim leaves over is little; positions are a part of a latent row that is to be read well, too (not on
-        # AMD, whose wavefronts are so wide that little else would be left).
+        # What a head dim leaves over is little; positions are a part of a latent row that is to be read well, too (not
+        # on AMD, whose wavefronts are so wide that little else would be left).
         width = min(widths) if signature.latent and arch.family == "cuda" else max(widths)
         tile_bytes = c["block_kv"] * width * ITEMSIZE[signature.kv_dtype]
         # One warp always may: nothing else can load a tile of small heads.
@@ -207,10 +207,10 @@ def prefill_space(signature: AttentionSignature, arch: GpuArch) -> Space:
 def default_config(signature: AttentionSignature, arch: GpuArch) -> tuple[str, dict[str, Value]]:
     """What vLLM's unified attention takes: 16 rows (or the group), 16 tokens to decode in 16 parts, 32 to prefill.
 
-    To decode latent rows, what its Triton MLA takes: 16 rows, 32 tokens (AMD: 16) in 4 parts, 4 warps, 2 tiles in
-    flight (AMD: 1). Where it would not fit, or not load 16 bytes a thread: fewer tiles in flight, then fewer warps, then
-    larger tiles. Sources: ``vllm/v1/attention/ops/triton_unified_attention.py`` (``_get_tile_size``, ``BLOCK_M``),
-    2025; ``triton_decode_attention.py`` beside it (``_decode_grouped_att_m_fwd``) and
+    To decode latent rows, what its Triton MLA takes: 16 rows, 32 tokens (AMD: 16) in 4 parts, 4 warps, 2 stages (AMD:
+    1). Where it would not fit, or not load 16 bytes a thread: fewer tiles in flight, then fewer warps, then larger
+    tiles. Sources: ``vllm/v1/attention/ops/triton_unified_attention.py`` (``_get_tile_size``, ``BLOCK_M``), 2025;
+    ``triton_decode_attention.py`` beside it (``_decode_grouped_att_m_fwd``) and
     ``vllm/v1/attention/backends/mla/triton_mla.py`` (``num_kv_splits``), 2026.
 
     Raises:
