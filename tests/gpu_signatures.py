@@ -58,7 +58,7 @@ GPU_SIGNATURES: Mapping[str, Sequence[Signature]] = {
         ),
         Attention(
             stage="decode",
-            heads=128,
+            heads=48,
             kv_heads=1,
             head_dim=144,
             value_dim=128,

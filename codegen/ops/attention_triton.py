@@ -192,7 +192,8 @@ def emulated_problems(
     group = min(signature.group, rows + ragged if ragged else 2 * rows)
     one = replace(signature, kv_heads=1, heads=group, window=min(signature.window, block + block // 2 + 1))
     kv_heads = min(2, signature.kv_heads)
-    two = replace(one, kv_heads=kv_heads, heads=kv_heads * group)
+    # Where heads are of one group, two tiles of it once are enough.
+    two = replace(one, kv_heads=kv_heads, heads=kv_heads * group if kv_heads > 1 else min(group, rows))
     uneven = RoutingSpec.parse("power-law")
     if signature.stage == "decode":
         # The longer of two sequences has two thirds of the tokens.
