@@ -1,4 +1,4 @@
-"""What kernels make of activations in precisions that round them to eight bits before the product."""
+"""What kernels make of activations in precisions that round them to eight bits or four before the product."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.dtypes import E4M3_LARGEST, round_to
+from tilewright.codegen.nvfp4 import nvfp4_parts
 from tilewright.codegen.precisions import Precision
 
 _Floats = NDArray[np.float32]
@@ -31,6 +32,9 @@ def round_activations(x: _Floats, precision: Precision) -> _Floats:
             grouped = x.reshape(rows, k // precision.x_scales.group, precision.x_scales.group)
     if not x.size:
         return x
+    if precision.x_scales.dtype == "e4m3":
+        elements, scales, outer = nvfp4_parts(grouped)
+        return (elements * (scales * outer[:, None])[:, :, None]).reshape(rows, k)
     peak = np.abs(grouped).max(axis=2, keepdims=True)
     if precision.x_dtype == "int8":
         return _round_int8(grouped, peak).reshape(rows, k)

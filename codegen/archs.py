@@ -140,7 +140,11 @@ def _cdna(name: str, *, capabilities: str, mma: Mapping[str, str], lds_kib: int)
 
 _HMMA = {"fp16": "HMMA", "bf16": "HMMA", "tf32": "HMMA", "int8": "IMMA"}
 _HOPPER = {"fp16": "HGMMA", "bf16": "HGMMA", "tf32": "HGMMA", "int8": "IGMMA", "fp8_e4m3": "QGMMA"}
-_TCGEN05 = {"fp16": "UTCHMMA", "bf16": "UTCHMMA", "tf32": "UTCHMMA", "fp8_e4m3": "UTCQMMA", "mxfp4": "UTCQMMA"}
+_TCGEN05 = {
+    **dict.fromkeys(("fp16", "bf16", "tf32"), "UTCHMMA"),
+    **dict.fromkeys(("fp8_e4m3", "mxfp4"), "UTCQMMA"),
+    "nvfp4": "UTCOMMA",
+}
 _MFMA = {"fp16": "v_mfma", "bf16": "v_mfma", "tf32": "v_mfma", "int8": "v_mfma", "fp8_e4m3": "v_mfma"}
 _DATACENTER_BLACKWELL = "async_copy fp8_mma tma tma_gather warp_specialize tcgen05 dot_scaled"
 
@@ -220,7 +224,7 @@ GPU_ARCHS: dict[str, GpuArch] = {
         _cuda(
             120,
             capabilities="async_copy fp8_mma tma tma_gather warp_specialize dot_scaled",
-            mma={**_HMMA, "fp8_e4m3": "QMMA", "mxfp4": "QMMA"},
+            mma={**_HMMA, "fp8_e4m3": "QMMA", "mxfp4": "QMMA", "nvfp4": "OMMA"},
             smem_kib=100,
             threads=1536,
             blocks=24,

@@ -14,10 +14,11 @@ ROUNDING = {"fp32": 0.0, "bf16": 2.0**-8, "fp16": 2.0**-11}
 _Floats = NDArray[np.float32]
 
 E4M3_LARGEST = np.float32(448)
+E2M1_LARGEST = np.float32(6)
 
 
 def round_to(values: _Floats, dtype: str) -> _Floats:
-    """``values`` rounded to nearest even of ``fp32``, ``bf16``, ``fp16`` or ``fp8_e4m3`` (which saturates at 448)."""
+    """``values`` rounded to nearest even of a type; ``fp8_e4m3`` saturates at 448, ``fp4_e2m1`` at 6."""
     match dtype:
         case "fp32":
             return values
@@ -28,16 +29,18 @@ def round_to(values: _Floats, dtype: str) -> _Floats:
         case "fp16":
             return values.astype(np.float16).astype(np.float32)
         case "fp8_e4m3":
-            return _round_e4m3(values)
+            return _round_short(values, E4M3_LARGEST, mantissa_bits=3, least_step=-9)
+        case "fp4_e2m1":
+            return _round_short(values, E2M1_LARGEST, mantissa_bits=1, least_step=-1)
         case _:
             raise ValueError(f"no rounding to {dtype!r}")
 
 
-def _round_e4m3(values: _Floats) -> _Floats:
-    """Steps of 2^(e - 3) for numbers with exponent e, of 2^-9 below 2^-6."""
-    clipped = np.clip(values, -E4M3_LARGEST, E4M3_LARGEST)
+def _round_short(values: _Floats, largest: np.float32, *, mantissa_bits: int, least_step: int) -> _Floats:
+    """Steps of 2^(e - mantissa_bits) for numbers with exponent e, of 2^least_step below the normal ones."""
+    clipped = np.clip(values, -largest, largest)
     _, exponent = np.frexp(clipped)
-    step = np.ldexp(np.float32(1), np.maximum(exponent - 4, -9)).astype(np.float32)
+    step = np.ldexp(np.float32(1), np.maximum(exponent - 1 - mantissa_bits, least_step)).astype(np.float32)
     rounded: _Floats = np.rint(clipped / step) * step
     return rounded
 
@@ -50,4 +53,12 @@ def e4m3_bits(values: _Floats) -> NDArray[np.uint8]:
     magnitudes = np.where(exponent == 0, mantissa * 2.0**-9, normal)
     found = np.searchsorted(magnitudes, np.abs(values)).astype(np.uint8)  # NaN sorts last: 0x7F
     bits: NDArray[np.uint8] = found | np.where(values < 0, 0x80, 0).astype(np.uint8)
+    return bits
+
+
+def e2m1_bits(values: _Floats) -> NDArray[np.uint8]:
+    """Codes of ``values``, which :func:`round_to` made: the sign in the highest of four bits."""
+    magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    found = np.searchsorted(magnitudes, np.abs(values)).astype(np.uint8)
+    bits: NDArray[np.uint8] = found | np.where(values < 0, 8, 0).astype(np.uint8)
     return bits

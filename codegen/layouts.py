@@ -76,8 +76,9 @@ class RowLayout:
 
     Scales begin at the next multiple of 256 bytes: fp32 [experts] (``tensor``), fp32 [experts, n] (``channel``),
     [experts, groups of k, n] for groups that a kernel multiplies with itself (int8: fp32, int4: a word of two bf16, the
-    scale in the lower half, mxfp4: e8m0), e8m0 [experts, n, groups of k] for those that the matrix unit multiplies, or
-    fp32 [experts, ceil(k / 128), ceil(n / 128)] (``block``).
+    scale in the lower half, mxfp4: e8m0, nvfp4_a16: e4m3), e8m0 or e4m3 [experts, n, groups of k] for those that the
+    matrix unit multiplies, or fp32 [experts, ceil(k / 128), ceil(n / 128)] (``block``). Scales of scales (nvfp4: fp32
+    [experts]) begin at the next multiple of 256 bytes.
 
     Raises:
         TilewrightError: for a precision that this release does not know.
@@ -124,15 +125,28 @@ class RowLayout:
 
     def scale_offset(self, experts: int, n: int, k: int) -> int:
         """Where the scales begin, in bytes."""
-        return -(-self.element_bytes(experts, n, k) // _SCALE_ALIGNMENT) * _SCALE_ALIGNMENT
+        return _aligned(self.element_bytes(experts, n, k))
+
+    def outer_offset(self, experts: int, n: int, k: int) -> int:
+        """Where the scales of scales begin, in bytes; where the scales end, rounded up, without any."""
+        return _aligned(self._scales_end(experts, n, k))
 
     def packed_bytes(self, experts: int, n: int, k: int) -> int:
         """Bytes of elements and scales together."""
         scales = self.stored.scales
         if scales is None:
             return self.element_bytes(experts, n, k)
-        itemsize = 1 if scales.dtype == "e8m0" else 4
+        if scales.outer:
+            return self.outer_offset(experts, n, k) + 4 * experts
+        return self._scales_end(experts, n, k)
+
+    def _scales_end(self, experts: int, n: int, k: int) -> int:
+        itemsize = self.stored.scales.itemsize if self.stored.scales else 0
         return self.scale_offset(experts, n, k) + itemsize * math.prod(self.scale_shape(experts, n, k))
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _SCALE_ALIGNMENT) * _SCALE_ALIGNMENT
 
 
 def layout_from_dict(fields: Mapping[str, Any]) -> WeightLayout | RowLayout:

@@ -17,7 +17,8 @@ so that both sides of the product go to the matrix unit as they are.
 * ``fp8_e4m3``: four bits of exponent, three of mantissa, no infinity (OCP 8-bit floating point, 2023), times a scale.
 * ``fp4_e2m1``: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, times a power of two (``e8m0``) for 32 of them: mxfp4 of
   the OCP microscaling formats (2023). ``mxfp8`` of the same: ``fp8_e4m3`` elements with such scales, weights and
-  activations alike.
+  activations alike. ``nvfp4`` has ``fp4_e2m1`` elements on both sides, an e4m3 scale for 16 of them, and an fp32 scale
+  for all of an expert or a row of activations (codegen/nvfp4.py); ``nvfp4_a16`` leaves activations as they are.
 """
 
 from __future__ import annotations
@@ -32,10 +33,16 @@ WORD_BITS = 32
 LOSSLESS = "fp32"
 """The precision of the weights as the op declares them."""
 
+_FP8, _FP4 = "fp8_e4m3", "fp4_e2m1"
+_FP4_STEPS = 64
+"""Of k, that an instruction takes where both operands are fp4."""
 _ELEMENT_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "fp8_e4m3": 8, "int4": 4, "fp4_e2m1": 4}
 _LONGEST_INT32_SUM = (2**31 - 1) // 127**2
-_GROUPS_PER_WORD = {"fp32": 1, "bf16_pair": 1, "e8m0": 4}
-"""Groups whose scales share a word: an fp32 scale, a bf16 scale (low half) and offset, four exponents."""
+_GROUPS_PER_WORD = {"fp32": 1, "bf16_pair": 1, "e8m0": 4, "e4m3": 4}
+"""Groups whose scales share a word: an fp32 scale, a bf16 scale (low half) and offset, four exponents or
+numbers of 8 bits."""
+_NIBBLE_RUN = 32
+"""Steps of k whose elements of 4 bits lie in the same 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,19 @@ class ScaleSpec:
     """Scales of quantised weights or activations, along k."""
 
     dtype: str
-    """``fp32``, ``bf16_pair`` (scale and offset) or ``e8m0``."""
+    """``fp32``, ``bf16_pair`` (scale and offset), ``e8m0`` or ``e4m3``."""
     granularity: Literal["tensor", "channel", "group", "block"]
     """What shares a scale: the weights of an expert (all activations), a row, ``group`` steps of k of a row, or a
     square of ``group`` rows and steps."""
     group: int = 0
     """Steps of k that share a scale; 0: all of them."""
+    outer: Literal["", "tensor", "channel"] = ""
+    """What shares one of the fp32 scales by which these scales are multiplied in turn; empty: there are none."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a scale in memory, where scales do not share words."""
+        return 4 // _GROUPS_PER_WORD[self.dtype]
 
     @property
     def per_word(self) -> int:
@@ -90,7 +104,16 @@ class Precision:
     @property
     def scaled_by_matrix_unit(self) -> bool:
         """Whether elements of both sides go to the matrix unit together with their scales (``tl.dot_scaled``)."""
-        return bool(self.x_dtype and self.scales and self.scales.dtype == "e8m0")
+        return bool(self.x_dtype and self.scales and self.scales.dtype in ("e8m0", "e4m3"))
+
+    @property
+    def x_bits(self) -> int:
+        """Bits of a rounded activation; 0 where they are taken as they come."""
+        return _ELEMENT_BITS[self.x_dtype] if self.x_dtype else 0
+
+    def mma_dtype(self, x_dtype: str) -> str:
+        """Type of what the matrix unit gets (a key of ``GpuArch.mma``) for activations of ``x_dtype``."""
+        return "nvfp4" if self.x_dtype == "fp4_e2m1" else self.x_dtype or x_dtype
 
     def group(self, k: int) -> int:
         """Steps of k that share a scale, of ``k`` in all."""
@@ -116,6 +139,10 @@ class Precision:
         """Why weights with ``k`` steps cannot be stored so, in one sentence; None when they can."""
         if k % self.group(k):
             return f"k={k} is no multiple of the {self.group(k)} steps that share a scale in precision {self.name}"
+        if self.x_dtype == _FP4 and k % _FP4_STEPS:
+            return f"k={k} is no multiple of the {_FP4_STEPS} steps that a matrix instruction takes in {self.name}"
+        if self.scales and self.scales.dtype == "e4m3" and k % _NIBBLE_RUN:
+            return f"k={k} is no multiple of the {_NIBBLE_RUN} steps that share 16 bytes in precision {self.name}"
         if self.x_dtype == "int8" and self.group(k) > _LONGEST_INT32_SUM:
             return f"k={k} products of int8 do not fit the 32 bits of a sum in precision {self.name}"
         return None
@@ -125,7 +152,8 @@ def _groups(dtype: str, scale_dtype: str) -> list[Precision]:
     return [Precision(f"{dtype}g{g}", dtype, ScaleSpec(scale_dtype, "group", g)) for g in (128, 64, 32)]
 
 
-_FP8 = "fp8_e4m3"
+_NVFP4_WEIGHTS = ScaleSpec("e4m3", "group", 16, outer="tensor")
+_NVFP4_ACTIVATIONS = ScaleSpec("e4m3", "group", 16, outer="channel")
 
 _CPU = (
     Precision(LOSSLESS, "fp32"),
@@ -157,6 +185,8 @@ _GPU_ONLY = (
         "mxfp4_a8", "fp4_e2m1", ScaleSpec("e8m0", "group", 32), x_dtype=_FP8, x_scales=ScaleSpec("e8m0", "group", 32)
     ),
     Precision("mxfp8", _FP8, ScaleSpec("e8m0", "group", 32), x_dtype=_FP8, x_scales=ScaleSpec("e8m0", "group", 32)),
+    Precision("nvfp4_a16", _FP4, _NVFP4_WEIGHTS),
+    Precision("nvfp4", _FP4, _NVFP4_WEIGHTS, x_dtype=_FP4, x_scales=_NVFP4_ACTIVATIONS),
 )
 
 PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in (*_CPU, *_INTEGER, *_GPU_ONLY)}

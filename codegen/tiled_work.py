@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tilewright.codegen.work import LaunchWork
 
-ELEMENT_BYTES = {"fp32": 4.0, "tf32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "fp8_e4m3": 1.0}
+ELEMENT_BYTES = {"fp32": 4.0, "tf32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "fp8_e4m3": 1.0, "nvfp4": 0.5}
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tilewright.codegen.building.entry import EntrySpec
 from tilewright.codegen.building.facts import EntryFacts
 from tilewright.codegen.expressions import IntExpr
 from tilewright.codegen.layouts import RowLayout
-from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.recipe import Argument, Guard, Launch, Recipe
 from tilewright.errors import TilewrightError
+
+if TYPE_CHECKING:  # declarations of ops import this module
+    from tilewright.codegen.ops.signature import Signature
 
 HIDDEN_ARGUMENTS = 2
 """Null pointers that Triton appends to every entry's parameters: global and profile scratch."""

@@ -7,6 +7,7 @@
 
 #include "native/bound_call.h"
 #include "native/host.h"
+#include "native/norm.h"
 #include "native/pack.h"
 #include "native/routing.h"
 #include "native/tensors.h"
@@ -124,6 +125,26 @@ static PyObject *softmax_topk(PyObject *Py_UNUSED(module), PyObject *const *args
     return PyBool_FromLong(refused < 0);
 }
 
+/* (x, weight, epsilon, out) -> whether it was done. */
+static PyObject *rms_norm(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count) {
+    DLTensor x, weight, out;
+    if (count != 4) {
+        return PyErr_Format(PyExc_TypeError, "rms_norm takes 4 arguments");
+    }
+    double epsilon = PyFloat_AsDouble(args[2]);
+    if (epsilon == -1.0 && PyErr_Occurred()) {
+        return NULL;
+    }
+    if (tw_needs_grad(args, 2) || !is_dense_kind(args[0], &x, kDLFloat, 32) ||
+        !is_dense_kind(args[1], &weight, kDLFloat, 32) || !is_dense_kind(args[3], &out, kDLFloat, 32) || x.ndim < 1 ||
+        weight.ndim != 1 || weight.shape[0] < 1 || x.shape[x.ndim - 1] != weight.shape[0] ||
+        tw_elements(&out) != tw_elements(&x)) {
+        Py_RETURN_FALSE;
+    }
+    tw_rms_norm(x.data, weight.data, (float)epsilon, tw_elements(&x) / weight.shape[0], weight.shape[0], out.data);
+    Py_RETURN_TRUE;
+}
+
 static PyMethodDef functions[] = {
     {"set_fork", set_fork, METH_O, "set_fork(address): install GOMP_parallel as the thread pool of this process."},
     {"setup_torch", setup_torch, METH_VARARGS,
@@ -135,11 +156,13 @@ static PyMethodDef functions[] = {
      "sort_tokens(topk_ids, experts, row_token, expert_offsets, slot_row) -> rows, or -1 for input it refuses."},
     {"softmax_topk", (PyCFunction)(void (*)(void))softmax_topk, METH_FASTCALL,
      "softmax_topk(logits, renormalize, topk_ids, topk_weights) -> False for input it refuses."},
+    {"rms_norm", (PyCFunction)(void (*)(void))rms_norm, METH_FASTCALL,
+     "rms_norm(x, weight, epsilon, out) -> False for input it refuses, and where gradients are recorded."},
     {NULL},
 };
 
 static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_native", "Calls, packing and routing in C.", -1, functions, NULL, NULL, NULL, NULL,
+    PyModuleDef_HEAD_INIT, "_native", "Calls, packing, routing and norms in C.", -1, functions, NULL, NULL, NULL, NULL,
 };
 
 PyMODINIT_FUNC PyInit__native(void) {

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.activation_rounding import E4M3_TOP_EXPONENT
-from tilewright.codegen.dtypes import e4m3_bits, round_to
+from tilewright.codegen.dtypes import e2m1_bits, e4m3_bits, round_to
 from tilewright.codegen.layouts import RowLayout
+from tilewright.codegen.nvfp4 import nvfp4_parts
 from tilewright.codegen.precisions import Precision
 from tilewright.errors import TilewrightError
 from tilewright.runtime.quantising import encode, quantisable
@@ -38,13 +39,16 @@ def pack_rows(weight: _Floats, layout: RowLayout) -> _Bytes:
     if layout.stored.scales is None:
         packed[:] = _plain_bytes(weight, layout.precision)
         return packed
-    codes, scales = _codes_and_scales(weight, layout.stored)
+    codes, scales, outer = _codes_and_scales(weight, layout.stored)
     packed[:element_bytes] = _element_bytes(codes, layout)
     if layout.stored.scales.granularity == "group" and not layout.stored.scaled_by_matrix_unit:
         scales = scales.transpose(0, 2, 1)
     flat = np.ascontiguousarray(scales)
-    as_bytes = flat.astype(np.uint8) if layout.stored.scales.dtype == "e8m0" else flat.view(np.uint8)
-    packed[layout.scale_offset(experts, n, k) :] = as_bytes.reshape(-1)
+    as_bytes = flat.astype(np.uint8) if layout.stored.scales.itemsize == 1 else flat.view(np.uint8)
+    begin = layout.scale_offset(experts, n, k)
+    packed[begin : begin + as_bytes.size] = as_bytes.reshape(-1)
+    if outer.size:
+        packed[layout.outer_offset(experts, n, k) :] = outer.view(np.uint8)
     return packed
 
 
@@ -52,7 +56,8 @@ def round_rows(weight: _Floats, precision: Precision, dtype: str) -> _Floats:
     """``weight`` [experts, n, k] with the values that GPU kernels compute with; the signature's weights are ``dtype``.
 
     Where a kernel multiplies elements and scales before the product, the result is rounded to ``dtype`` once more;
-    where scales wait until after it (a row, a tensor, a block), or the matrix unit multiplies them, it is not.
+    where scales wait until after it (a row, a tensor, a block), or the matrix unit multiplies them, it is not. Elements
+    of nvfp4 times their scales are numbers of bf16 and fp16 anyway.
 
     Raises:
         TilewrightError: as :func:`pack_rows` does.
@@ -60,7 +65,7 @@ def round_rows(weight: _Floats, precision: Precision, dtype: str) -> _Floats:
     """
     if precision.scales is None:
         return round_to(weight, precision.dtype)
-    codes, scales = _codes_and_scales(weight, precision)
+    codes, scales, outer = _codes_and_scales(weight, precision)
     elements = _VALUES[precision.dtype](codes)
     experts, n, k = weight.shape
     if precision.scales.granularity == "block":
@@ -77,6 +82,8 @@ def round_rows(weight: _Floats, precision: Precision, dtype: str) -> _Floats:
         case "e8m0":
             exact = elements * (spread << 23).view(np.float32)
             return exact if precision.scaled_by_matrix_unit else round_to(exact, dtype)
+        case "e4m3":
+            return elements * _e4m3(spread) * outer[:, None, None]
         case _:
             return round_to(elements * spread.view(np.float32), dtype)
 
@@ -88,8 +95,8 @@ def _plain_bytes(weight: _Floats, dtype: str) -> _Bytes:
     return upper.reshape(-1).view(np.uint8)
 
 
-def _codes_and_scales(weight: _Floats, precision: Precision) -> tuple[_Words, _Words]:
-    """Codes [experts, n, k], and the bits of the scales: [experts, n, groups], or as the granularity has it."""
+def _codes_and_scales(weight: _Floats, precision: Precision) -> tuple[_Words, _Words, _Floats]:
+    """Codes [experts, n, k], bits of the scales (as ``RowLayout`` has them), scales of scales ([experts] or empty)."""
     experts, n, k = weight.shape
     scales = precision.scales
     assert scales is not None
@@ -100,10 +107,15 @@ def _codes_and_scales(weight: _Floats, precision: Precision) -> tuple[_Words, _W
             f"weights with NaN, infinities or values beyond 2^126 cannot be stored in {precision.name}; "
             "leave that precision out"
         )
+    if scales.outer:
+        elements, factors, outer = nvfp4_parts(weight.reshape(experts, n * k // scales.group, scales.group))
+        codes, bits = e2m1_bits(elements).astype(np.uint32), e4m3_bits(factors).astype(np.uint32)
+        return codes.reshape(weight.shape), bits.reshape(experts, n, k // scales.group), outer
+    none = np.zeros(0, np.float32)
     match scales.granularity:
         case "tensor":
             codes, bits = encode(weight.reshape(experts, 1, n * k), precision.dtype)
-            return codes.reshape(weight.shape), bits.reshape(experts)
+            return codes.reshape(weight.shape), bits.reshape(experts), none
         case "block":
             size = scales.group
             rows = -(-n // size) * size
@@ -112,13 +124,13 @@ def _codes_and_scales(weight: _Floats, precision: Precision) -> tuple[_Words, _W
             blocks = padded.reshape(experts, rows // size, size, k // size, size).transpose(0, 3, 1, 2, 4)
             codes, bits = encode(blocks.reshape(experts * (k // size), rows // size, size * size), precision.dtype)
             back = codes.reshape(blocks.shape).transpose(0, 2, 3, 1, 4).reshape(padded.shape)
-            return back[:, :n], bits.reshape(experts, k // size, rows // size)
+            return back[:, :n], bits.reshape(experts, k // size, rows // size), none
         case _:
             group = precision.group(k)
             grouped = weight.reshape(experts * n, k // group, group)
             is_mxfp8 = precision.dtype == "fp8_e4m3" and scales.dtype == "e8m0"
             codes, bits = _mxfp8(grouped) if is_mxfp8 else encode(grouped, precision.dtype)
-            return codes.reshape(weight.shape), bits.reshape(experts, n, k // group)
+            return codes.reshape(weight.shape), bits.reshape(experts, n, k // group), none
 
 
 def _mxfp8(groups: _Floats) -> tuple[_Words, _Words]:

@@ -15,7 +15,7 @@ from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.rendering import render
 from tilewright.codegen.space import Config, Space
 
-_SASS_TELLING = re.compile(r"\b([HIQ]MMA|[HIQ]GMMA|UTC[HIQO]MMA|UTMALDG)\b")
+_SASS_TELLING = re.compile(r"\b([HIQO]MMA|[HIQ]GMMA|UTC[HIQO]MMA|UTMALDG)\b")
 
 
 def nearest(space: Space, wanted: Mapping[str, Any]) -> Config:

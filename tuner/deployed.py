@@ -158,7 +158,7 @@ class DeployedRaces:
         """One line for another."""
         if self._child is None:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "tilewright.tuner.deployed"],
+                [sys.executable, "-P", "-m", "tilewright.tuner.deployed"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._said,

@@ -91,7 +91,7 @@ def bond_by_precision(results: Sequence[ProblemResult]) -> dict[str, Bond]:
 def left_out(admitted: Iterable[str], points: Sequence[FrontPoint], chosen: Sequence[FrontPoint]) -> list[str]:
     """Why those of ``admitted`` precisions that no point of the front ``chosen`` from ``points`` uses have no plan."""
     planned, raced = ({name for p in some for name in p.precision.split("+")} for some in (chosen, points))
-    unraced = "none of its kernels was right at every size; more --trials may find one"
+    unraced = "no kernel was tried and right at every size; more --trials may find one"
     beaten = "another one is as exact and as fast"
     return [
         f"precision {name} gets no plan: {beaten if name in raced else unraced}"

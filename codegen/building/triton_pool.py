@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import weakref
@@ -20,6 +19,7 @@ from typing import IO, Any
 
 from tilewright.codegen.archs import GpuArch
 from tilewright.codegen.building.base import Source
+from tilewright.codegen.child_process import ONE_THREAD, start_python
 from tilewright.errors import TilewrightError
 
 _START_LIMIT_S = 120.0
@@ -115,26 +115,12 @@ class _Connection:
         self._log = tempfile.TemporaryFile(prefix="tilewright-compiler-")  # noqa: SIM115  (open as long as the server)
         kept = {n: v for n, v in os.environ.items() if not n.startswith("TRITON_") or n in _OWN_SETTINGS}
         with theirs:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "tilewright.codegen.building.triton_server",
-                    str(theirs.fileno()),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=self._log,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-                env={
-                    **kept,
-                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                    # One thread: a process with several cannot be forked safely.
-                    "OMP_NUM_THREADS": "1",
-                    "OPENBLAS_NUM_THREADS": "1",
-                },
+            self._process = start_python(
+                "tilewright.codegen.building.triton_server",
+                [theirs.fileno()],
+                log=self._log,
+                handles=[theirs.fileno()],
+                environment={**kept, **ONE_THREAD},
             )
         self._end = weakref.finalize(self, _end, self._process, self._channel, self._log)
         self._channel.settimeout(_START_LIMIT_S)

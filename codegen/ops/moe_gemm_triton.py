@@ -30,7 +30,7 @@ from tilewright.codegen.ops.moe_gemm_triton_space import (
     stored,
 )
 from tilewright.codegen.ops.moe_gemm_triton_work import grouped_work
-from tilewright.codegen.precisions import GPU_PRECISIONS, Precision, find_precision
+from tilewright.codegen.precisions import GPU_PRECISIONS, Precision, ScaleSpec, find_precision
 from tilewright.codegen.recipe import Argument, Recipe, TensorMap
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.codegen.space import Config, Space
@@ -51,7 +51,7 @@ _POINTERS = {
 }
 _ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "i8": 1, "u8": 1, "fp8e4nv": 1}
 _TYPES = {"bf16": "tl.bfloat16", "fp16": "tl.float16"}
-_SCALE_POINTERS = {"fp32": "*fp32", "bf16_pair": "*u32", "e8m0": "*u8"}
+_SCALE_POINTERS = {"fp32": "*fp32", "bf16_pair": "*u32", "e8m0": "*u8", "e4m3": "*u8"}
 
 
 def layout(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> RowLayout:  # noqa: ARG001
@@ -134,31 +134,33 @@ def _out(signature: MoeGemmSignature) -> EntryParameter:
 def _quantise_launches(
     signature: MoeGemmSignature, precision: Precision, workspace: Workspace
 ) -> tuple[EntryLaunch, ...]:
-    """Activations to 8 bits, where the precision says so; elements and scales go to the workspace."""
+    """Activations to few bits, where the precision says so; elements and scales go to the workspace."""
     if precision.x_scales is None:
         return ()
     rows = _x_rows(signature)
     x = _tensor("x", _POINTERS[signature.x_dtype], aligned=True)
-    workspace.add("x_codes", f"{rows} * {signature.k}")
+    workspace.add("x_codes", f"{rows} * {signature.k * precision.x_bits // 8}")
     match precision.x_scales.granularity:
         case "tensor":
             size = "4"
         case "channel":
             size = f"4 * {rows}"
         case _:
-            itemsize = 4 if precision.x_scales.dtype == "fp32" else 1
+            itemsize = precision.x_scales.itemsize
             size = f"{itemsize * (signature.k // precision.x_scales.group)} * {rows}"
     workspace.add("x_scales", size)
-    codes, scales = _x_operands(precision, workspace)
+    if precision.x_scales.outer:
+        workspace.add("x_outer_scales", f"4 * {rows}")
+    codes, *scales = _x_operands(precision, workspace)
     warps = min(8, max(1, power_of_two(signature.k) // 512))
     if precision.x_scales.granularity != "tensor":
-        return (EntryLaunch("quantise", (x, codes, scales), grid=(rows,), num_warps=warps),)
+        return (EntryLaunch("quantise", (x, codes, *scales), grid=(rows,), num_warps=warps),)
     workspace.add("peaks", f"4 * {rows}")
     peaks = EntryParameter("peaks", "*fp32", workspace.argument("peaks"), aligned=True)
     count = EntryParameter("x_rows", "i32", Argument("size", rows))
     return (
         EntryLaunch("row_peaks", (x, peaks), grid=(rows,), num_warps=warps),
-        EntryLaunch("quantise", (x, peaks, codes, scales, count), grid=(rows,), num_warps=warps),
+        EntryLaunch("quantise", (x, peaks, codes, *scales, count), grid=(rows,), num_warps=warps),
     )
 
 
@@ -166,11 +168,20 @@ def _x_rows(signature: MoeGemmSignature) -> str:
     return "tokens" if signature.stage == "up" else "rows"
 
 
-def _x_operands(precision: Precision, workspace: Workspace) -> tuple[EntryParameter, EntryParameter]:
+def _x_operands(precision: Precision, workspace: Workspace) -> list[EntryParameter]:
+    """Elements, their scales, and the scales of these where there are any."""
     assert precision.x_scales is not None
-    codes = EntryParameter("x_codes", _POINTERS[precision.x_dtype], workspace.argument("x_codes"), aligned=True)
-    pointer = _SCALE_POINTERS[precision.x_scales.dtype]
-    return codes, EntryParameter("x_scales", pointer, workspace.argument("x_scales"), aligned=True)
+    pointers = {"x_codes": _POINTERS[precision.x_dtype], "x_scales": _scale_pointer(precision, precision.x_scales)}
+    if precision.x_scales.outer:
+        pointers["x_outer_scales"] = "*fp32"
+    return [EntryParameter(name, kind, workspace.argument(name), aligned=True) for name, kind in pointers.items()]
+
+
+def _scale_pointer(precision: Precision, scales: ScaleSpec) -> str:
+    """The matrix unit is told by the type which scales it gets; where a kernel decodes them, they are bytes."""
+    if precision.scaled_by_matrix_unit and scales.dtype == "e4m3":
+        return "*fp8e4nv"
+    return _SCALE_POINTERS[scales.dtype]
 
 
 def _gemm_parameters(signature: MoeGemmSignature, config: Config, workspace: Workspace) -> tuple[EntryParameter, ...]:
@@ -187,13 +198,18 @@ def _gemm_parameters(signature: MoeGemmSignature, config: Config, workspace: Wor
         rows, row_bytes = signature.experts * signature.halves * signature.n, signature.k // per_byte
         weight = _mapped(weight, (str(rows), str(row_bytes)), (config["block_n"], config["block_k"] // per_byte))
         if kind := x_map(signature, config):
-            box = (1 if kind == "gather" else config["block_m"], config["block_k"])
-            x = _mapped(x, (_x_rows(signature), str(signature.k)), box)
+            x_per_byte = 2 if precision.x_bits == 4 else 1
+            box = (1 if kind == "gather" else config["block_m"], config["block_k"] // x_per_byte)
+            x = _mapped(x, (_x_rows(signature), str(signature.k // x_per_byte)), box)
     parameters = [x, *scales, weight]
     if precision.scales is not None:
-        offset = RowLayout(precision.name).scale_offset(signature.experts, signature.halves * signature.n, signature.k)
-        pointer = _SCALE_POINTERS[precision.scales.dtype]
-        parameters.append(EntryParameter("scales", pointer, Argument("scales", str(offset)), aligned=True))
+        shape = (signature.experts, signature.halves * signature.n, signature.k)
+        rows_layout, pointer = RowLayout(precision.name), _scale_pointer(precision, precision.scales)
+        at = Argument("scales", str(rows_layout.scale_offset(*shape)))
+        parameters.append(EntryParameter("scales", pointer, at, aligned=True))
+        if precision.scales.outer:
+            at = Argument("scales", str(rows_layout.outer_offset(*shape)))
+            parameters.append(EntryParameter("outer_scales", "*fp32", at, aligned=True))
     if signature.bias:
         parameters.append(_tensor("bias", "*fp32", aligned=True))
     if signature.stage == "up":

@@ -29,6 +29,9 @@ _MAP_UNIT_BYTES = 16
 """Of which the rows that a tensor map steps over have to be multiples."""
 
 _BYTE = 8
+_TCGEN05_ROWS = 128
+_FP4_STEPS = 64
+"""Of k, that an instruction takes where both operands are fp4."""
 _FEW_TOKENS = 64
 """Up to which vLLM's untuned tiles are narrow and long."""
 
@@ -46,9 +49,9 @@ def tile_columns(signature: MoeGemmSignature, config: Mapping[str, Any]) -> int:
     return int(signature.halves * config["block_n"])
 
 
-def x_bytes(signature: MoeGemmSignature, precision: Precision) -> int:
-    """Bytes of an activation as the product takes it."""
-    return 1 if precision.x_dtype else ITEMSIZE[signature.x_dtype]
+def x_bits(signature: MoeGemmSignature, precision: Precision) -> int:
+    """Bits of an activation as the product takes it."""
+    return precision.x_bits or _BYTE * ITEMSIZE[signature.x_dtype]
 
 
 def decodes(precision: Precision) -> bool:
@@ -62,7 +65,7 @@ def shared_memory_bytes(signature: MoeGemmSignature, config: Mapping[str, Any], 
     """Of the tiles in flight; what is decoded goes there once more as the matrix unit takes it."""
     precision = stored(config)
     buffers = config["num_stages"] if arch.family == "cuda" else max(config["num_stages"] - 1, 1)
-    x_tile = config["block_m"] * config["block_k"] * x_bytes(signature, precision)
+    x_tile = config["block_m"] * config["block_k"] * x_bits(signature, precision) // _BYTE
     elements = tile_columns(signature, config) * config["block_k"]
     total = buffers * (x_tile + elements * precision.bits // 8)
     if decodes(precision) or precision.dtype == "int8":
@@ -122,6 +125,14 @@ def common_constraints(signature: MoeGemmSignature, arch: GpuArch) -> tuple[Cons
             return bool(whole and c["block_k"] <= group and k % c["block_k"] == 0)
         return bool(whole and not (stored(c).x_dtype and k % c["block_k"]))
 
+    def scales_multiplied(c: Mapping[str, Any]) -> bool:
+        if not stored(c).scaled_by_matrix_unit:
+            return True
+        columns = c["block_n"] * (2 if c["gate_up"] == "interleaved" else 1)
+        rows = columns if c["operands"] == "weights_first" else c["block_m"]
+        enough_rows = rows >= _TCGEN05_ROWS or "tcgen05" not in arch.capabilities
+        return bool(enough_rows and (stored(c).x_bits == _BYTE or c["block_k"] >= _FP4_STEPS))
+
     def wide_loads(c: Mapping[str, Any]) -> bool:
         rows = c["block_n"] * (2 if c["gate_up"] == "interleaved" else 1)
         row_bytes = c["block_k"] * stored(c).bits // 8
@@ -134,6 +145,13 @@ def common_constraints(signature: MoeGemmSignature, arch: GpuArch) -> tuple[Cons
         ),
         Constraint(
             "scales", scales_fit, "an iteration holds whole groups of k, or a part of one", ("precision", "block_k")
+        ),
+        Constraint(
+            "matrix_scales",
+            scales_multiplied,
+            "the matrix unit multiplies scales: sm_100 for 128 rows (Triton 3.7 takes fewer apart in software, and "
+            "fails with fp4 activations), and fp4 for 64 steps of k",
+            ("precision", "block_m", "block_n", "block_k", "operands", "gate_up"),
         ),
         Constraint(
             "wide_loads",
@@ -170,6 +188,8 @@ def exclusion(precision: str, arch: Arch) -> str | None:
         return f'the compiler says of {arch.name} "type fp8e4nv not supported in this architecture"'
     if taken.scaled_by_matrix_unit and "dot_scaled" not in arch.capabilities:
         return f"{arch.name} has no matrix instruction that takes block scales"
+    if taken.mma_dtype("") == "nvfp4" and "nvfp4" not in arch.mma:
+        return f"{arch.name} has no matrix instruction that takes e4m3 scales of 16 steps"
     return None
 
 
@@ -204,14 +224,15 @@ def persistent_exclusion(precision: str, arch: Arch) -> str | None:
     assert isinstance(arch, GpuArch)
     if "tma" not in arch.capabilities:
         return f"{arch.name} has no instruction that copies tiles by a tensor map"
-    if find_precision(precision).x_dtype and find_precision(precision).bits < _BYTE:
+    taken = find_precision(precision)
+    if taken.bits < _BYTE <= taken.x_bits:
         return "tensor descriptors of padded fp4 elements are not launched"
     return exclusion(precision, arch)
 
 
 def maps_fit(signature: MoeGemmSignature, precision: Precision) -> bool:
     """Whether rows of weights and activations are multiples of what tensor maps step over."""
-    bits = (precision.bits, _BYTE * x_bytes(signature, precision))
+    bits = (precision.bits, x_bits(signature, precision))
     return all(signature.k * each % (_BYTE * _MAP_UNIT_BYTES) == 0 for each in bits)
 
 
@@ -241,7 +262,7 @@ def persistent_space(signature: MoeGemmSignature, arch: GpuArch, precisions: tup
     )
 
     def fits_maps(c: Mapping[str, Any]) -> bool:
-        runs = stored(c).bits < _BYTE  # x is read in two halves, which no map holds
+        runs = stored(c).bits < _BYTE and not stored(c).x_dtype  # x is read in two halves, which no map holds
         return maps_fit(signature, stored(c)) and not (runs and c["x_loads"] == "tensor_map")
 
     common = [each for each in common_constraints(signature, arch) if each.name != "wide_loads"]

@@ -35,8 +35,7 @@ def weight_format(signature: MoeGemmSignature, precision: Precision) -> WeightFo
     scales = precision.scales
     scale_bytes = 0.0
     if scales is not None and scales.granularity in ("group", "block"):
-        itemsize = 1 if scales.dtype == "e8m0" else 4
-        scale_bytes = itemsize / (scales.group * (scales.group if scales.granularity == "block" else 1))
+        scale_bytes = scales.itemsize / (scales.group * (scales.group if scales.granularity == "block" else 1))
     native = bool(precision.x_dtype) or precision.dtype == signature.x_dtype
     return WeightFormat(precision.bits / 8 + scale_bytes, 0.0 if native else _UNPACK_OPS[precision.dtype])
 
@@ -58,7 +57,7 @@ def gemm_work(
         signature.n,
         signature.k,
         tile=tile,
-        dtype=precision.x_dtype or signature.x_dtype,
+        dtype=precision.mma_dtype(signature.x_dtype),
         weights=weight_format(signature, precision),
         halves=signature.halves,
         split_k=split_k,
@@ -120,11 +119,11 @@ def grouped_work(
     """Every launch of a grouped GEMM, in order: quantising activations, the product, the sum over a token's experts."""
     before: tuple[LaunchWork, ...] = ()
     if precision.x_scales is not None:
-        size = float(ITEMSIZE[signature.x_dtype])
+        size, rounded = float(ITEMSIZE[signature.x_dtype]), precision.x_bits / 8
         if precision.x_scales.granularity == "tensor":
-            before = (quantise_work(problem, "row_peaks", size), quantise_work(problem, "quantise", size + 1))
+            before = (quantise_work(problem, "row_peaks", size), quantise_work(problem, "quantise", size + rounded))
         else:
-            before = (quantise_work(problem, "quantise", size + 1),)
+            before = (quantise_work(problem, "quantise", size + rounded),)
     partial = signature.stage == "down" or split_k > 1
     out_bytes = float(ITEMSIZE[partial_dtype if partial else signature.out_dtype])
     product = gemm_work(

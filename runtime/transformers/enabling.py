@@ -18,7 +18,7 @@ from tilewright.runtime.notices import warn_once
 from tilewright.runtime.plans import Database, is_planned
 from tilewright.runtime.prepared import PreparedCall
 from tilewright.runtime.process_memory import Memory
-from tilewright.runtime.transformers import linears, prompts
+from tilewright.runtime.transformers import linears, prompts, routers
 from tilewright.runtime.transformers.interface import (
     IMPLEMENTATION,
     REPLACED_ATTENTION,
@@ -31,6 +31,7 @@ from tilewright.runtime.transformers.interface import (
     register_attention,
 )
 from tilewright.runtime.transformers.linears import Place, TunedLinear
+from tilewright.runtime.transformers.norms import serve_norms
 from tilewright.runtime.transformers.recognition import ExpertWeights, Form, Refusal, read_form, read_weights
 from tilewright.runtime.transformers.reports import (
     Disabled,
@@ -42,6 +43,7 @@ from tilewright.runtime.transformers.reports import (
     describe_left_alone,
 )
 from tilewright.runtime.transformers.serving import Layer, attach, detach, experts_forward, remember
+from tilewright.runtime.transformers.specialised import restore
 
 _BEFORE = "_tilewright_experts_before"
 """Attribute of an enabled model: the experts implementations that it had, as Transformers gives them."""
@@ -67,16 +69,17 @@ def enable(
     keep: bool = False,
     threads: int | None = None,
 ) -> Enabled:
-    """Serve the expert layers of ``model``, its linear layers and its attention over prompts by tuned kernels.
+    """Serve the expert layers of ``model``, its routers, linear layers and attention over prompts by tuned kernels.
 
     Registers the experts implementation ``tilewright`` with Transformers and selects it. A layer is served where its
     experts follow Transformers' experts interface, lie on the CPU and have a plan; every other layer runs as before,
     and one warning says why. A linear layer outside of the experts is served where it is in fp32, its weight is tied to
     no other, and there is a plan for it (`tune --op all` makes them). Attention over a whole prompt is served in fp32,
-    causal and without a mask, where it is planned and Transformers would use ``sdpa``. Weights and inputs of experts in
-    bf16 or fp16 are widened to fp32, which takes twice the memory unless a plan stores fewer bits. Values are those
-    that the weights have now. Inference only: in training mode, or where gradients are recorded, a layer with ``keep``
-    runs as before; without, training mode is refused, and so is a backward pass.
+    causal and without a mask, where it is planned and Transformers would use ``sdpa``. A router is served in fp32 where
+    a planned gate computes what it does; an RMSNorm in fp32 is computed in one call for a few rows. Weights and inputs
+    of experts in bf16 or fp16 are widened to fp32, which takes twice the memory unless a plan stores fewer bits. Values
+    are those that the weights have now. Inference only: in training mode, or where gradients are recorded, a layer with
+    ``keep`` runs as before; without, training mode is refused, and so is a backward pass.
 
     Args:
         model: a ``PreTrainedModel`` in evaluation mode, of Transformers 5 or newer.
@@ -111,6 +114,7 @@ def enable(
         options = _Options(database, max_error, keep, threads)
         stand_ins = _tuned_linears(model, options)
         prompts_of = _serve_prompts(model, options)
+        routers_of = routers.serve_routers(model, database=database, threads=threads)
         outcomes = _serve_all(modules, options)
     except BaseException:
         _undo(model, implementations)
@@ -121,14 +125,25 @@ def enable(
     served_linears = tuple(_describe_linear(place.name, stand_in) for place, stand_in in stand_ins)
     served = tuple(outcome for outcome in outcomes if isinstance(outcome, ServedLayer))
     left_alone = tuple(outcome for outcome in outcomes if isinstance(outcome, LeftAlone))
+    all_served: tuple[ServedLayer | ServedLinear, ...] = (*served, *served_linears)
+    norms = serve_norms(model) if all_served else ()
     if not served:
         model.set_experts_implementation(implementations)
     setattr(model, _BEFORE, implementations)
-    all_served: tuple[ServedLayer | ServedLinear, ...] = (*served, *served_linears)
     setattr(model, _SERVED, {layer.name: layer for layer in all_served})
     _say_left_alone(type(model).__name__, modules, left_alone)
     del stand_ins  # and with it the last reference to weights that were replaced
-    return Enabled(type(model).__name__, served, served_linears, prompts_of, left_alone, before, Memory.now())
+    return Enabled(
+        model=type(model).__name__,
+        layers=served,
+        linears=served_linears,
+        prompts=prompts_of,
+        routers=routers_of,
+        norms=norms,
+        left_alone=left_alone,
+        before=before,
+        after=Memory.now(),
+    )
 
 
 def disable(model: Any) -> Disabled:
@@ -161,6 +176,9 @@ def _undo(model: Any, implementations: Mapping[str, str | None]) -> None:
         detach(module)
     for place in linears.served(model):
         place.put(place.module.restored())
+    for module in model.modules():
+        routers.release(module)
+        restore(module)
     attention = [module for _, module in attention_modules(model, IMPLEMENTATION)]
     for module in attention:
         prompts.detach(module)

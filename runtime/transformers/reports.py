@@ -66,6 +66,10 @@ class Enabled:
     linears: tuple[ServedLinear, ...]
     prompts: tuple[str, ...]
     """Attention modules that are served over whole prompts."""
+    routers: tuple[str, ...]
+    """Routers that are served."""
+    norms: tuple[str, ...]
+    """RMSNorms that are computed in one call for a few rows."""
     left_alone: tuple[LeftAlone, ...]
     before: Memory
     after: Memory
@@ -82,6 +86,8 @@ class Enabled:
             lines.append(f"  weights: {megabytes(packed)} packed, {megabytes(replaced)} {released}")
         if self.prompts:
             lines.append(f"  attention over prompts: {len(self.prompts)} layers")
+        if self.routers or self.norms:
+            lines.append(f"  {len(self.routers)} routers; {len(self.norms)} norms of a few rows")
         lines += [f"  left alone: {text}" for text in describe_left_alone(self.left_alone)]
         return "\n".join([*lines, f"  memory before: {self.before}", f"  memory after: {self.after}"])
 

@@ -22,6 +22,7 @@ from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.gating_signature import GatingSignature
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.precisions import find_precision
 from tilewright.codegen.space import Config
 
 TABLE: dict[str, dict[str, dict[str, str]]] = json.loads(
@@ -84,7 +85,7 @@ def made(name: str, row: str, arch: GpuArch) -> tuple[Template[Any], Signature, 
     template, signature = template_of(name), signature_of(name, row)
     space = template.space(signature, arch, (row,)) if template.precisions else template.space(signature, arch)
     wanted = WANTED[name]
-    if row in ("mxfp4_a8", "mxfp8"):
+    if template.precisions and find_precision(row).scaled_by_matrix_unit:
         wanted = {**SCALED, **{knob: value for knob, value in wanted.items() if knob not in SCALED}}
     own = nearest(space, wanted)
     return template, signature, find_op(signature.op).space(signature, arch).lift(name, own)

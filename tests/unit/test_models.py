@@ -232,6 +232,8 @@ DEEPSEEK_V2 = {"model_type": "deepseek_v2", "moe_intermediate_size": 32, "scorin
         ({"model_type": "qwen3_moe", "moe_intermediate_size": 32, "norm_topk_prob": True}, "softmax_topk", True),
         ({"model_type": "glm4_moe", "moe_intermediate_size": 32, "norm_topk_prob": False}, "sigmoid_group", False),
         ({"model_type": "new_moe", "scoring_func": "sigmoid"}, "sigmoid_group", True),
+        ({"model_type": "new_moe", "topk_method": "noaux_tc"}, "sigmoid_group", True),
+        ({"model_type": "dots1", "moe_intermediate_size": 32}, "sigmoid_group", False),
     ],
 )
 def test_scoring(tmp_path: Path, changes: dict[str, Any], scoring: str, renormalize: bool) -> None:

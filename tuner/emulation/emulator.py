@@ -7,7 +7,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.building.entry import EntrySpec
+from tilewright.codegen.child_process import ONE_THREAD, start_python
 from tilewright.codegen.dtypes import ITEMSIZE, e4m3_bits, round_to
 from tilewright.codegen.expressions import IntExpr
 from tilewright.codegen.ops.base import Arrays
@@ -170,27 +170,12 @@ class Emulator:
         self._log = os.memfd_create("tilewright-emulation", os.MFD_CLOEXEC)
         self._channel, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "tilewright.tuner.emulation.worker",
-                    str(os.getpid()),
-                    str(theirs.fileno()),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=self._log,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                    "TRITON_INTERPRET": "1",
-                    "OMP_NUM_THREADS": "1",
-                    "OPENBLAS_NUM_THREADS": "1",
-                },
+            self._process = start_python(
+                "tilewright.tuner.emulation.worker",
+                [os.getpid(), theirs.fileno()],
+                log=self._log,
+                handles=[theirs.fileno()],
+                environment={**os.environ, "TRITON_INTERPRET": "1", **ONE_THREAD},
             )
 
     def _how_it_ended(self) -> str:

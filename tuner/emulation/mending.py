@@ -3,7 +3,8 @@
 It keeps bf16 and 8-bit floats as unsigned integers and, as of 3.7, multiplies, adds and compares those integers
 (``tl.dot`` included), rounds conversions by cutting or half up, and reads whatever address a kernel makes. Here such
 operands are decoded to fp32 first, results rounded to nearest even, and every access must lie within one of the
-kernel's own tensors. ``dot_scaled``, which it lacks, is computed for scales of powers of two (OCP microscaling).
+kernel's own tensors. ``dot_scaled``, which it lacks or gets wrong, is computed for scales of powers of two (OCP
+microscaling) and of e4m3 (nvfp4).
 
 What stays outside: races between programs, which run one after the other; barriers and the warps of a specialised loop,
 which are one thread here; sums in lower precision inside matrix units; the layout and width of accesses.
@@ -257,7 +258,7 @@ def _transposed(handle: Handle) -> Handle:
 
 
 def _scaled(operand: Handle, scale: Handle | None, form: Any) -> Bits:
-    """Numbers [rows, k] of one side of ``dot_scaled``, in fp64, with one power of two for 32 of them."""
+    """Numbers [rows, k] of one side of ``dot_scaled``, in fp64: a power of two for 32 of them, or an e4m3 for 16."""
     if form.name == "E2M1":
         data = operand.data
         values = _E2M1[np.stack([data & 15, data >> 4], axis=-1).reshape(data.shape[0], -1)]
@@ -266,12 +267,15 @@ def _scaled(operand: Handle, scale: Handle | None, form: Any) -> Bits:
     wide: Bits = values.astype(np.float64)
     if scale is None:
         return wide
-    if scale.data.dtype.itemsize != 1 or scale.dtype.scalar.is_floating():
-        raise UnsupportedError("dot_scaled with scales that are no powers of two (nvfp4)")
-    if values.shape[1] != 32 * scale.data.shape[1]:
+    if scale.dtype.scalar == tl.float8e4nv:
+        group, factors = 16, decode(scale.data, scale.dtype).astype(np.float64)
+    elif scale.data.dtype.itemsize == 1 and not scale.dtype.scalar.is_floating():
+        group, factors = 32, np.ldexp(1.0, scale.data.view(np.uint8).astype(np.int32) - 127)
+    else:
+        raise UnsupportedError(f"dot_scaled with scales of type {scale.dtype.scalar.name}")
+    if values.shape[1] != group * scale.data.shape[1]:
         raise UnsupportedError(f"dot_scaled with {values.shape[1] // scale.data.shape[1]} elements to a scale")
-    powers = np.ldexp(1.0, scale.data.view(np.uint8).astype(np.int32) - 127)
-    wide *= powers.repeat(32, axis=1)
+    wide *= factors.repeat(group, axis=1)
     return wide
 
 

@@ -8,11 +8,10 @@ import os
 import select
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 
+from tilewright.codegen.child_process import start_python
 from tilewright.errors import TilewrightError
 from tilewright.tuner.evaluation.protocol import Message, receive, send
 from tilewright.tuner.evaluation.worker import PROGRESS_BYTES
@@ -58,15 +57,12 @@ class WorkerProcess:
         self._channel, theirs = socket.socketpair()
         arguments = [os.getpid(), theirs.fileno(), progress_fd, openmp, memory_limit_bytes]
         with theirs:
-            self._process = subprocess.Popen(
-                # -P: the current directory may hold anything.
-                [sys.executable, "-P", "-m", "tilewright.tuner.evaluation.worker", *map(str, arguments)],
-                stdin=subprocess.DEVNULL,
-                stdout=self._log_fd,
-                stderr=self._log_fd,
-                pass_fds=(theirs.fileno(), progress_fd),
-                start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            self._process = start_python(
+                "tilewright.tuner.evaluation.worker",
+                arguments,
+                log=self._log_fd,
+                handles=[theirs.fileno(), progress_fd],
+                environment=os.environ,
             )
         os.close(progress_fd)
         try:
