@@ -23,7 +23,7 @@ from tilewright.codegen.ops.gating_signature import GatingSignature
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.precisions import find_precision
-from tilewright.codegen.space import Config
+from tilewright.codegen.space import Config, Space
 
 TABLE: dict[str, dict[str, dict[str, str]]] = json.loads(
     (Path(__file__).parent.parent / "data" / "gpu_matrix.json").read_text()
@@ -88,7 +88,8 @@ def made(name: str, row: str, arch: GpuArch) -> tuple[Template[Any], Signature, 
     if template.precisions and find_precision(row).scaled_by_matrix_unit:
         wanted = {**SCALED, **{knob: value for knob, value in wanted.items() if knob not in SCALED}}
     own = nearest(space, wanted)
-    return template, signature, find_op(signature.op).space(signature, arch).lift(name, own)
+    # Not the op's own space, which an excluded template is no part of.
+    return template, signature, Space.union({name: space}).lift(name, own)
 
 
 def found(name: str, row: str, arch: GpuArch, folder: Path) -> set[str]:
