@@ -115,6 +115,8 @@ def shape_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "kv_heads": fields.size("num_key_value_heads", default=heads),
         "head_dim": _head_dim(fields, hidden, heads),
         "value_dim": fields.size("v_head_dim", default=0) if fields.first("kv_lora_rank")[0] else 0,
+        "latent_dim": fields.size("kv_lora_rank", default=0),
+        "rope_dim": fields.size("qk_rope_head_dim") if fields.first("kv_lora_rank")[0] else 0,
         "windows": _windows(fields, family),
         "attention_sinks": family.attention_sinks,
         "attention_bias": fields.flag("attention_bias", default=family.attention_bias),

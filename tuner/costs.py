@@ -135,10 +135,11 @@ def _calls(model: ModelShape, arch: Arch) -> dict[str, tuple[Signature, float]]:
     """Calls of a step that decodes, by title: their signatures, and how often a step makes them."""
     calls: dict[str, tuple[Signature, float]] = {}
     for op in OPS.values():
-        counted = [(s, count) for s in op.signatures(model) if (count := op.calls_per_pass(s, model, "decode"))]
+        served = op.signatures_on(model, arch)
+        counted = [(s, count) for s in served if (count := op.calls_per_pass(s, model, "decode"))]
         for number, (signature, count) in enumerate(counted):
             title = signature.title
-            calls[f"{title} {number}" if title in calls else title] = (op.on(signature, arch), count)
+            calls[f"{title} {number}" if title in calls else title] = (signature, count)
     return calls
 
 

@@ -249,6 +249,7 @@ def test_attention_fields_fall_back_as_transformers_does(tmp_path: Path) -> None
 def test_latent_attention_ignores_a_rotary_head_dim(tmp_path: Path) -> None:
     m = load(tmp_path, kv_lora_rank=32, qk_nope_head_dim=24, qk_rope_head_dim=8, head_dim=8)
     assert m.head_dim == 32
+    assert (m.latent_dim, m.rope_dim) == (32, 8)
 
 
 # --- sharding

@@ -161,9 +161,15 @@ def _request(
     if not 0 <= arguments.seed <= _MAX_SEED:
         raise TilewrightError(f"--seed {arguments.seed} is impossible; give a number from 0 to {_MAX_SEED}")
     trials, time_s = _budget(arguments, gpu=device is not None)
+    problems = tuple(dict.fromkeys(_problems(arguments, op, model, routing, arch)))
+    try:
+        for problem in problems:
+            op.require_template(problem.signature, arch)
+    except TilewrightError as error:
+        raise _LeftOutError(str(error)) from error
     return Request(
         op=op,
-        problems=tuple(dict.fromkeys(_problems(arguments, op, model, routing, arch))),
+        problems=problems,
         arch=arch,
         device=device,
         threads=0 if device is not None else _threads(arguments.threads),
@@ -193,13 +199,14 @@ def _problems(
     if model is not None:
         asked = None if arguments.tokens is None else _tokens(arguments.tokens)
         try:
-            signatures = (*op.signatures(model), *(op.further_signatures(model) if arguments.op == ALL_OPS else ()))
+            further = op.further_signatures(model) if arguments.op == ALL_OPS else ()
+            signatures = (*op.signatures_on(model, arch), *(op.on(each, arch) for each in further))
         except TilewrightError as error:
             raise _LeftOutError(str(error)) from error
         ladder: Callable[[Any], Sequence[int]] = op.gpu_ladder if isinstance(arch, GpuArch) else op.ladder
         return [
             op.problem(signature, tokens, routing, model)
-            for signature in (op.on(each, arch) for each in signatures)
+            for signature in signatures
             for tokens in asked or ladder(signature)
         ]
     if arguments.model is not None:
