@@ -21,8 +21,8 @@ from tilewright.codegen.routing import RoutingSpec
 from tilewright.runtime import PagedDecode, VarlenPrefill
 from tilewright.tuner.roofline import measure_roofline
 
-HEADS = {"32/8 x128": (32, 8, 128), "32/8 x64": (32, 8, 64)}
-"""Query heads, key/value heads, head dim."""
+SHAPES = {"32/8 x128": (32, 8, 128, 16), "32/8 x64": (32, 8, 64, 16), "32/8 x64 p128": (32, 8, 64, 128)}
+"""Query heads, key/value heads, head dim, tokens of a page."""
 CALLS: dict[Stage, tuple[tuple[int, int], ...]] = {
     "decode": tuple((batch, context) for batch in (1, 8) for context in (512, 2048, 8192)),
     "prefill": ((512, 512), (1024, 1024), (2048, 2048)),
@@ -42,7 +42,9 @@ def our_calls(cases: list[Case], threads: int, database: str) -> list:
     """One call per case through the runtime, as an engine makes it, into an output that it keeps."""
     signature = cases[0].problem.signature
     kind = PagedDecode if signature.stage == "decode" else VarlenPrefill
-    made = kind.of(signature.heads, signature.kv_heads, signature.head_dim, threads=threads, database=database)
+    pages = {"page_size": signature.page_size} if signature.stage == "decode" else {}
+    shape = signature.heads, signature.kv_heads, signature.head_dim
+    made = kind.of(*shape, **pages, threads=threads, database=database)
 
     def call_for(case: Case):
         call, tensors, out = made.call, case.ours, torch.empty(len(case.ours[0]), signature.heads, signature.value_dim)
@@ -53,16 +55,18 @@ def our_calls(cases: list[Case], threads: int, database: str) -> list:
 
 @cache
 def plan_for(stage: Stage, shape: str, threads: int) -> str:
-    heads, kv_heads, head_dim = HEADS[shape]
+    heads, kv_heads, head_dim, page_size = SHAPES[shape]
     problem = f"stage={stage},heads={heads},kv_heads={kv_heads},head_dim={head_dim},context=2048"
+    problem += f",page_size={page_size}" if stage == "decode" else ""
     return str(ensure_tuned(problem, TUNED[stage], threads, op="attention"))
 
 
 @cache
 def run_race(stage: Stage, shape: str, call: tuple[int, int], threads: int) -> Race:
-    heads, kv_heads, head_dim = HEADS[shape]
+    heads, kv_heads, head_dim, page_size = SHAPES[shape]
     database = plan_for(stage, shape, threads)
-    signature = AttentionSignature(stage=stage, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    pages = {"page_size": page_size} if stage == "decode" else {}
+    signature = AttentionSignature(stage=stage, heads=heads, kv_heads=kv_heads, head_dim=head_dim, **pages)
     problem = AttentionProblem(signature, *call, RoutingSpec.parse("balanced"))
     op = find_op("attention")
     work = op.workload(problem, op.inputs(problem, 0))
@@ -98,9 +102,11 @@ def run_race(stage: Stage, shape: str, call: tuple[int, int], threads: int) -> R
         for name in (OURS, *(peer.name for peer in PEERS[stage]))
     ],
 )
-@pytest.mark.parametrize("shape", HEADS)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.benchmark(timer=recorded_time)
 def bench_attention(benchmark, stage: Stage, shape: str, threads: int, call: tuple[int, int], contender: str) -> None:
+    if stage == "prefill" and shape.endswith("p128"):
+        pytest.skip("a prompt has no pages")
     benchmark.group = f"attention {stage} {shape} {call} threads={threads}"
     record(benchmark, run_race(stage, shape, call, threads), contender)
