@@ -352,7 +352,7 @@ class OpDeclaration(ABC, Generic[S, P]):
                     template.space(signature, arch, known) if template.precisions else template.space(signature, arch)
                 )
         if not spaces:
-            why = reasons[0] if reasons else self._no_template(signature, arch, asked)
+            why = reasons[0] if reasons else self.missing_template(signature, arch, asked)
             raise TilewrightError(f"{self.name} cannot be generated for {arch.name} so: {why}")
         union = Space.union(spaces)
         if not templates:
@@ -372,7 +372,8 @@ class OpDeclaration(ABC, Generic[S, P]):
             return f"{named} cannot be generated for {arch.name}: {why}"
         return f"{named} has no config for {signature.describe()} on {arch.name}"
 
-    def _no_template(self, signature: S, arch: Arch, precisions: Collection[str]) -> str:
+    def missing_template(self, signature: S, arch: Arch, precisions: Collection[str] = (LOSSLESS,)) -> str:
+        """Why no template computes ``signature`` there, in words."""
         dtype = self.compute_dtype(signature)
         known = {each for t in self.templates if arch.family in t.families for each in t.dtypes}
         if dtype not in known:

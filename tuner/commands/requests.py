@@ -214,8 +214,12 @@ def _problems(
         for tokens in _tokens(arguments.tokens) if arguments.tokens is not None else [None]:
             sized = fields if tokens is None else {**fields, "tokens": str(tokens)}
             problem = op.parse_problem(sized, routing)
-            typed = any(name.endswith("_dtype") for name in fields)  # what was asked for is not exchanged
-            problems.append(problem if typed else op.served_on(problem, arch))
+            if not any(name.endswith("_dtype") for name in fields):
+                problem = op.served_on(problem, arch)
+            elif not op.templates_for(problem.signature, arch):  # what was asked for is not exchanged
+                why = op.missing_template(problem.signature, arch)
+                raise TilewrightError(f"{op.name} cannot be generated for {arch.name} so: {why}")
+            problems.append(problem)
     return problems
 
 
