@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tilewright.codegen.activations import CLAMPED_LIMIT
@@ -59,9 +59,8 @@ _FAMILIES = {
     "qwen2_moe": _Family(_OWN_WIDTH, renormalize=False, attention_bias=True),
     "qwen3_moe": _Family(_OWN_WIDTH, renormalize=False),
     "deepseek_v2": _Family(_OWN_WIDTH, renormalize=False),
-    "deepseek_v3": _DEEPSEEK_V3,
-    "kimi_k2": _DEEPSEEK_V3,
-    "glm4_moe": _DEEPSEEK_V3,
+    **dict.fromkeys(("deepseek_v3", "deepseek_v32", "kimi_k2", "glm4_moe", "glm4_moe_lite"), _DEEPSEEK_V3),
+    "dots1": replace(_DEEPSEEK_V3, renormalize=False),
     "gpt_oss": _Family(
         _ONLY_WIDTH,
         "topk_softmax",
@@ -77,7 +76,7 @@ _FAMILIES = {
 _UNKNOWN_FAMILY = _Family()
 
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-TOP_K_KEYS = ("num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_topk", "moe_top_k")
+TOP_K_KEYS = ("num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k")
 """Where configs say how many experts a token picks."""
 
 
@@ -116,6 +115,8 @@ def shape_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "kv_heads": fields.size("num_key_value_heads", default=heads),
         "head_dim": _head_dim(fields, hidden, heads),
         "value_dim": fields.size("v_head_dim", default=0) if fields.first("kv_lora_rank")[0] else 0,
+        "latent_dim": fields.size("kv_lora_rank", default=0),
+        "rope_dim": fields.size("qk_rope_head_dim") if fields.first("kv_lora_rank")[0] else 0,
         "windows": _windows(fields, family),
         "attention_sinks": family.attention_sinks,
         "attention_bias": fields.flag("attention_bias", default=family.attention_bias),
@@ -234,14 +235,19 @@ def _activation(fields: _Fields, family: _Family) -> Activation:
     return activation
 
 
+_BY_METHOD: dict[str | None, Scoring] = {"group_limited_greedy": "softmax_group", "noaux_tc": "sigmoid_group"}
+"""DeepSeek's names, where no ``scoring_func`` stands beside them."""
+
+
 def _scoring(fields: _Fields, family: _Family) -> Scoring:
     function = fields.text("scoring_func")
     if function == "sigmoid":
         return "sigmoid_group"
     if function not in (None, "softmax"):
         raise fields.error(f"the router's scoring_func {function!r} is not supported; supported are softmax, sigmoid")
-    if fields.text("topk_method") == "group_limited_greedy":
-        return "softmax_group"
+    method = fields.text("topk_method")
+    if method in _BY_METHOD:
+        return _BY_METHOD[method]
     return family.scoring if function is None else "softmax_topk"
 
 

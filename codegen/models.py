@@ -71,6 +71,10 @@ class ModelShape:
     """Factor of all routing weights."""
     value_dim: int = 0
     """Elements of one value head; 0, and afterwards ``head_dim``, where it is as long as a key head."""
+    latent_dim: int = 0
+    """Elements of the vector that a token's keys and values are expanded from (``kv_lora_rank``); 0: there is none."""
+    rope_dim: int = 0
+    """Elements of a key that hold its position and are the same for all heads, beside the latent vector."""
     windows: tuple[int, ...] = (0,)
     """Tokens that a query sees, of every kind of layer that there is; 0: all."""
     attention_sinks: bool = False

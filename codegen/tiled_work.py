@@ -107,11 +107,13 @@ def decode_attention_work(
     splits: int,
     dtype: str,
     kv_bytes: float,
+    kv_elements: int = 0,
     window: int = 0,
     block_rows: int = 16,
 ) -> LaunchWork:
     """One query per sequence against its paged cache; ``splits`` programs share a sequence's keys.
 
+    A token has ``kv_elements`` elements of ``kv_bytes`` in the cache for each key/value head; 0: a key and a value.
     The group of query heads of one key/value head is cut into tiles of ``block_rows`` rows. ``steps`` are those of the
     longest sequence's programs, since that is when the launch ends, where there is at most one block for each; the
     traffic is that of all.
@@ -123,15 +125,16 @@ def decode_attention_work(
     steps_of = np.ceil(np.ceil(seen / block_kv) / splits)
     mean_steps = float(steps_of.mean()) if len(seen) else 0.0
     both = head_dim + value_dim
+    token_bytes = (kv_elements or both) * kv_bytes
     return LaunchWork(
         entry,
         programs=len(seen) * kv_heads * row_tiles * splits,
         steps=mean_steps,
         step_flops=2.0 * block_rows * block_kv * both,
         mma_dtype=dtype,
-        step_bytes=block_kv * both * kv_bytes,
+        step_bytes=block_kv * token_bytes,
         scalar_ops=4.0 * block_rows * block_kv,
-        dram_bytes=float(seen.sum()) * kv_heads * both * kv_bytes + len(seen) * heads * both * ELEMENT_BYTES[dtype],
+        dram_bytes=float(seen.sum()) * kv_heads * token_bytes + len(seen) * heads * both * ELEMENT_BYTES[dtype],
         epilogue_bytes=block_rows * value_dim * (4.0 if splits > 1 else ELEMENT_BYTES[dtype]),
         tile=(block_rows, value_dim),
     )

@@ -58,6 +58,31 @@ GPU_SIGNATURES: Mapping[str, Sequence[Signature]] = {
             kv_dtype="fp8_e4m3",
             out_dtype="fp32",
         ),
+        Attention(
+            stage="decode",
+            heads=48,
+            kv_heads=1,
+            head_dim=144,
+            value_dim=128,
+            latent=True,
+            scale=48**-0.5,
+            q_dtype="bf16",
+        ),
+        Attention(
+            stage="decode",
+            heads=20,
+            kv_heads=1,
+            head_dim=104,
+            value_dim=80,
+            latent=True,
+            scale=0.2,
+            window=70,
+            sinks=True,
+            page_size=64,
+            q_dtype="fp16",
+            kv_dtype="fp8_e4m3",
+            out_dtype="fp32",
+        ),
         Attention(stage="prefill", heads=32, kv_heads=8, head_dim=128, q_dtype="bf16"),
         Attention(stage="prefill", heads=64, kv_heads=8, head_dim=64, window=128, sinks=True, q_dtype="bf16"),
         Attention(stage="prefill", heads=10, kv_heads=2, head_dim=80, value_dim=72, window=33, q_dtype="fp16"),
@@ -67,7 +92,8 @@ GPU_SIGNATURES: Mapping[str, Sequence[Signature]] = {
 """For moe_gemm: sizes that every tile divides, and sizes that none does; k that all groups of scales divide, and k that
 few do. For gating: every way to score, to choose and to order, experts and groups that are powers of two and not.
 For attention: groups that fill a tile, that do not, and that need several; head dims that are one power of two
-or need several products; pages larger than tiles, smaller, and odd; windows, sinks, and keys in 8 bits."""
+or need several products; pages larger than tiles, smaller, and odd; windows, sinks, and keys in 8 bits; latent rows
+of two parts (a quarter of DeepSeek's, for the interpreter's sake), and of parts that are no powers of two."""
 
 
 WAYS_TO_STORE = (

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tilewright.codegen.archs import Arch
 from tilewright.codegen.models import ModelShape
-from tilewright.codegen.ops import OPS
+from tilewright.codegen.ops import OPS, find_op
 from tilewright.codegen.ops.signature import Signature
 from tilewright.errors import TilewrightError
-from tilewright.tuning_db.records import TIMINGS, Checked, PlanRecord, Timing
+from tilewright.tuning_db.records import TIMINGS, Checked, PlanRecord, Timing, TrialRecord
 from tilewright.tuning_db.store import Store
 
 _SECONDS_PER_HOUR = 3600.0
@@ -92,7 +92,10 @@ class DeviceCost:
 def device_costs(
     store: Store, model: ModelShape, arch: Arch, price: float, *, max_error: float = 0.0
 ) -> list[DeviceCost]:
-    """Cost of ``model`` on every device of ``arch`` that has plans for it, at every size that they were tuned at.
+    """Cost of ``model`` on every device of ``arch`` that has plans for it, at the sizes that all of them know.
+
+    A plan knows the sizes that it was tuned at, and of those between the powers of two at which its
+    kernel and the default were tried.
 
     Args:
         store: that holds the plans.
@@ -111,15 +114,15 @@ def device_costs(
     found = []
     for device in devices:
         mine = {title: _best(plans, signature, device.key) for title, (signature, _) in calls.items()}
-        sizes = sorted({e.tuned_tokens for plan in mine.values() if plan for e in plan.entries if e.tuned_tokens})
-        for tokens in sizes:
-            parts = {}
-            for title, (_, layers) in calls.items():
-                part = _part(title, mine[title], tokens, layers)
-                if part is not None:
-                    parts[title] = part
-            missing = tuple(title for title in calls if title not in parts)
-            found.append(DeviceCost(device.key, tokens, price * model.tp * model.ep, tuple(parts.values()), missing))
+        parts = {
+            title: _parts(store, title, plan, arch, layers=calls[title][1])
+            for title, plan in mine.items()
+            if plan is not None
+        }
+        for tokens in _sizes(parts):
+            known = {title: at[tokens] for title, at in parts.items() if tokens in at}
+            missing = tuple(title for title in calls if title not in known)
+            found.append(DeviceCost(device.key, tokens, price * model.tp * model.ep, tuple(known.values()), missing))
     if not found:
         raise TilewrightError(
             f"no plan for {model.name} on {arch.name} is stored; run: tune --arch {arch.name} --op all "
@@ -132,10 +135,11 @@ def _calls(model: ModelShape, arch: Arch) -> dict[str, tuple[Signature, float]]:
     """Calls of a step that decodes, by title: their signatures, and how often a step makes them."""
     calls: dict[str, tuple[Signature, float]] = {}
     for op in OPS.values():
-        counted = [(s, count) for s in op.signatures(model) if (count := op.calls_per_pass(s, model, "decode"))]
+        served = op.signatures_on(model, arch)
+        counted = [(s, count) for s in served if (count := op.calls_per_pass(s, model, "decode"))]
         for number, (signature, count) in enumerate(counted):
             title = signature.title
-            calls[f"{title} {number}" if title in calls else title] = (op.on(signature, arch), count)
+            calls[f"{title} {number}" if title in calls else title] = (signature, count)
     return calls
 
 
@@ -149,15 +153,35 @@ def _total_us(plan: PlanRecord) -> float:
     return sum(entry.median_us or 0.0 for entry in plan.entries)
 
 
-def _part(title: str, plan: PlanRecord | None, tokens: int, layers: float) -> Part | None:
-    """What the plan says of a size that it was tuned at; None where it was not."""
-    if plan is None:
-        return None
+def _parts(store: Store, title: str, plan: PlanRecord, arch: Arch, *, layers: float) -> dict[int, Part]:
+    """What is known of the plan's kernels and the default, by tokens: sizes tuned, and powers of two tried between."""
+    evidence = plan.timing, plan.checked
+    found = {}
+    trials: dict[int, list[TrialRecord]] = {}
+    for trial in store.trials(signature_key=plan.signature_key, device_key=plan.device_key, threads=plan.threads):
+        tokens = trial.problem["tokens"]
+        if trial.timing == plan.timing and tokens.bit_count() == 1:
+            trials.setdefault(tokens, []).append(trial)
+    op = find_op(plan.op)
+    for tokens, here in trials.items():
+        entry = plan.entry_for(tokens)
+        kernel = entry.kernel_key if entry else None
+        tuned = [t.median_us for t in here if kernel and t.kernel_key == kernel and t.median_us]
+        default_config = dict(op.default_for(op.problem_from_dict(here[0].problem), arch))
+        default = [t.median_us for t in here if t.config == default_config and t.median_us]
+        if tuned and default:
+            found[tokens] = Part(title, layers, tuned[-1], default[-1], *evidence)
     for entry in plan.entries:
-        if entry.tuned_tokens == tokens and entry.median_us is not None:
+        if entry.tuned_tokens and entry.median_us is not None:
             default_us = entry.median_us if entry.default_us is None else entry.default_us
-            return Part(title, layers, entry.median_us, default_us, plan.timing, plan.checked)
-    return None
+            found[entry.tuned_tokens] = Part(title, layers, entry.median_us, default_us, *evidence)
+    return found
+
+
+def _sizes(parts: Mapping[str, Mapping[int, Part]]) -> list[int]:
+    """Sizes at which all parts are known, so that sums compare; where there is none, those that any is known at."""
+    each = [set(known) for known in parts.values()]
+    return sorted((set.intersection(*each) or set.union(*each)) if each else ())
 
 
 def _dollars(price_per_hour: float, us_per_token: float) -> float:

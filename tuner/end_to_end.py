@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tilewright.codegen.models import ModelShape
@@ -20,6 +20,7 @@ PHASES: tuple[Phase, ...] = ("decode", "prefill")
 class Part:
     """One signature's share of a pass."""
 
+    op: str
     title: str
     calls: float
     torch_us: float
@@ -58,6 +59,10 @@ class Pass:
         torch, tuned = self.torch_us, self.tuned_us
         return torch / tuned, torch / (tuned + above), torch / max(tuned - below, 1e-9)
 
+    def without(self, op: str) -> Pass:
+        """The pass less its calls of ``op``."""
+        return replace(self, parts=tuple(part for part in self.parts if part.op != op))
+
     def document(self) -> dict[str, Any]:
         """As JSON."""
         median, low, high = self.gain
@@ -86,7 +91,7 @@ def passes(model: ModelShape, measured: Sequence[tuple[Signature, Sequence[Deplo
         ]
         common = set.intersection(*(set(rows) for _, _, rows in called)) if called else set()
         found += [
-            Pass(phase, tokens, tuple(_part(names[s.key], calls, rows[tokens]) for s, calls, rows in called))
+            Pass(phase, tokens, tuple(_part(s.op, names[s.key], calls, rows[tokens]) for s, calls, rows in called))
             for tokens in sorted(common)
         ]
     return found
@@ -104,10 +109,10 @@ def telling_names(signatures: Sequence[Signature]) -> dict[str, str]:
     return names
 
 
-def _part(title: str, calls: float, row: Deployed) -> Part:
+def _part(op: str, title: str, calls: float, row: Deployed) -> Part:
     """Times are tied to torch's by the paired speed-up, in which drift cancels."""
     torch, ratio = calls * row.torch.median, row.over_torch
-    return Part(title, calls, torch, torch / ratio.median, torch / ratio.high, torch / ratio.low)
+    return Part(op, title, calls, torch, torch / ratio.median, torch / ratio.high, torch / ratio.low)
 
 
 def not_counted(model: ModelShape, tuned: Sequence[Signature]) -> list[str]:

@@ -13,7 +13,7 @@ sequence from a paged cache, ``prefill`` all positions of sequences that are pac
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from tilewright.codegen.archs import Arch, CpuArch, GpuArch
 from tilewright.codegen.dtypes import ITEMSIZE, ROUNDING, round_to
 from tilewright.codegen.models import ModelShape
 from tilewright.codegen.ops import attention_cpu, attention_triton, attention_triton_space
-from tilewright.codegen.ops.attention_inputs import draw, draw_cache, draw_queries, gather_cache, split_tokens
+from tilewright.codegen.ops.attention_inputs import draw, draw_cache, draw_queries, gather_sequence, split_tokens
 from tilewright.codegen.ops.attention_problem import AttentionProblem
 from tilewright.codegen.ops.attention_signature import AttentionSignature, Stage
 from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Template, Workload
@@ -53,7 +53,8 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
     def signatures(self, model: ModelShape) -> tuple[AttentionSignature, ...]:
         """Decode and prefill of every kind of layer of ``model``, with the heads of one tensor-parallel rank.
 
-        Latent attention (DeepSeek) is served as Transformers computes it: one key and one value per query head.
+        Latent attention (DeepSeek) is as Transformers computes it, one key and one value per query head; see
+        :meth:`signatures_on` for GPUs.
         """
         heads, kv_heads = model.heads_per_rank()
         common: dict[str, Any] = {
@@ -68,6 +69,20 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
         return tuple(
             AttentionSignature(stage=stage, window=window, **common) for stage in stages for window in model.windows
         )
+
+    def signatures_on(self, model: ModelShape, arch: Arch) -> tuple[AttentionSignature, ...]:
+        """On GPUs, latent attention decodes in its absorbed form: the cache holds one row per token for all heads."""
+        served = super().signatures_on(model, arch)
+        if not model.latent_dim or not isinstance(arch, GpuArch):
+            return served
+        absorbed: dict[str, Any] = {
+            "latent": True,
+            "kv_heads": 1,
+            "kv_layout": "",
+            "head_dim": model.latent_dim + model.rope_dim,
+            "value_dim": model.latent_dim,
+        }
+        return tuple(replace(each, **absorbed) if each.stage == "decode" else each for each in served)
 
     def ladder(self, signature: AttentionSignature) -> tuple[int, ...]:
         """Sequences that decode together, and tokens of a prompt."""
@@ -142,7 +157,7 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
     def input_bytes(self, problem: AttentionProblem) -> int:
         """Keys and values of all sequences."""
         signature = problem.signature
-        return 4 * problem.lengths_total[0] * signature.kv_heads * (signature.head_dim + signature.value_dim)
+        return 4 * problem.lengths_total[0] * signature.kv_heads * signature.kv_elements
 
     def compute_dtype(self, signature: AttentionSignature) -> str:
         """That of the queries."""
@@ -154,8 +169,7 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
         sinks = weights.get("sinks")
         if signature.stage == "decode":
             for row, length in enumerate(inputs["lengths"].tolist()):
-                table_row = inputs["block_table"][row]
-                k, v = (gather_cache(signature, inputs[name], table_row, length) for name in ("k_cache", "v_cache"))
+                k, v = gather_sequence(signature, inputs, row)
                 out[row : row + 1] = _attend(signature, inputs["q"][row : row + 1], k, v, sinks, length - 1)
             return {"out": out}
         boundaries: list[int] = inputs["cu_seqlens"].tolist()
@@ -187,7 +201,7 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
             pairs, kv_rows = int((inside * (inside + 1) // 2 + (lengths - inside) * inside).sum()), problem.tokens
         dims = signature.head_dim + signature.value_dim
         flops = pairs * signature.heads * (2 * dims + _EXPONENTIAL_FLOPS)
-        kv_bytes = ITEMSIZE[signature.kv_dtype] * kv_rows * signature.kv_heads * dims
+        kv_bytes = ITEMSIZE[signature.kv_dtype] * kv_rows * signature.kv_heads * signature.kv_elements
         row_bytes = (
             ITEMSIZE[signature.q_dtype] * signature.head_dim + ITEMSIZE[signature.out_dtype] * signature.value_dim
         )
@@ -202,6 +216,14 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
         else:
             short, long = replace(one, tokens=75, context=19), replace(one, tokens=301, context=280)
         return one, replace(short, routing=uneven, steep=True), replace(long, routing=uneven)
+
+    def _no_template(self, signature: AttentionSignature, arch: Arch, precisions: Collection[str]) -> str:
+        if signature.latent and not isinstance(arch, GpuArch):
+            return (
+                "latent attention (MLA) has templates for GPUs alone; here, tune what it expands to: "
+                f"kv_heads={signature.heads} with their head_dim and value_dim, without latent"
+            )
+        return super()._no_template(signature, arch, precisions)
 
     def default_config(self, signature: AttentionSignature, arch: Arch) -> Config:
         """CPUs: blocks that fit the first cache, tiles that fill the registers. GPUs: vLLM's."""

@@ -302,7 +302,7 @@ TEMPLATES = (
         _layout,
         _recipe,
         _context,
-        applies=lambda signature, _arch: signature.stage == "decode",
+        applies=lambda signature, _arch: signature.stage == "decode" and not signature.latent,
         label=("tile_rows", "tile_keys", "tile_values", "block", "chunk", "streams"),
         order=_order,
     ),

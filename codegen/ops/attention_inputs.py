@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -55,7 +58,7 @@ def draw_queries(
 def draw_cache(
     signature: AttentionSignature, lengths: NDArray[np.int32], random: np.random.Generator
 ) -> dict[str, NDArray[np.float32] | NDArray[np.int32]]:
-    """``k_cache``, ``v_cache``, ``block_table``: pages in random order, as a server leaves them that has run a while.
+    """The cache's tensors, ``block_table``, ``lengths``: pages in random order, as a server leaves them after a while.
 
     What no sequence uses is NaN, and -1 in the table: a result tells whether it was read.
     """
@@ -66,16 +69,18 @@ def draw_cache(
     in_use = np.arange(table.shape[1]) < pages_of[:, None]
     table[in_use] = order[:used]
     by_head = signature.kv_layout == "hnd"
-    page = (signature.kv_heads, signature.page_size) if by_head else (signature.page_size, signature.kv_heads)
     caches = {}
-    for name, dim in (("k_cache", signature.head_dim), ("v_cache", signature.value_dim)):
-        cache = draw((len(order), *page, dim), random)
+    for spec in signature.tensors():
+        if not spec.name.endswith("_cache"):
+            continue
+        page = tuple(int(size) for size in spec.dims[1:])
+        cache = draw((len(order), *page), random)
         cache[order[used:]] = np.nan
         for row, length in enumerate(lengths.tolist()):
             if rest := length % signature.page_size:
                 last = cache[table[row, pages_of[row] - 1]]
                 (last[:, rest:] if by_head else last[rest:])[...] = np.nan
-        caches[name] = cache
+        caches[spec.name] = cache
     return {**caches, "block_table": table, "lengths": lengths}
 
 
@@ -86,4 +91,16 @@ def gather_cache(
     pages = cache[table_row[: -(-length // signature.page_size)]]
     if signature.kv_layout == "hnd":
         pages = pages.swapaxes(1, 2)
-    return pages.reshape(-1, *pages.shape[2:])[:length]
+    return pages.reshape(-1, signature.kv_heads, cache.shape[-1])[:length]
+
+
+def gather_sequence(
+    signature: AttentionSignature, inputs: Mapping[str, NDArray[Any]], row: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Keys and values [length, kv_heads, dim] of one sequence in the cache."""
+    table_row, length = inputs["block_table"][row], int(inputs["lengths"][row])
+    if signature.latent:
+        rows = gather_cache(signature, inputs["kv_cache"], table_row, length)
+        return rows, rows[..., : signature.value_dim]
+    k, v = (gather_cache(signature, inputs[name], table_row, length) for name in ("k_cache", "v_cache"))
+    return k, v

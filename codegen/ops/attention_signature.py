@@ -19,6 +19,8 @@ DEFAULT_PAGE_SIZE = 16
 _DTYPES = ("fp32", "bf16", "fp16")
 _HEAD_STEP = 8
 """Head dims are multiples of it: of every arch's vectors, or of half of one."""
+_LATENT_STEP = 16
+"""Latent vectors are a multiple of it: operands of a matrix product, without what follows them in a row."""
 _MIN_DIM = 16
 _MAX_DIM = 1024
 _MAX_HEADS = 1 << 12
@@ -50,6 +52,10 @@ class AttentionSignature(Signature):
     """Elements of a query and of a key: a multiple of 8, at least 16."""
     value_dim: int = 0
     """Elements of a value and of an output; 0, and afterwards :attr:`head_dim`, where they are as long as keys."""
+    latent: bool = False
+    """``decode``: whether values are the first ``value_dim`` elements of keys (multi-head latent attention in its
+    absorbed form, arXiv 2405.04434): the cache has one row per token for all heads, of which the latent vector comes
+    first, then the part with positions. ``kv_heads`` is 1, ``kv_layout`` "" (no heads are there to be put in order)."""
     scale: float = 0.0
     """Factor of q . k before the softmax; 0, and afterwards 1 / sqrt(head_dim), for the usual one."""
     window: int = 0
@@ -97,13 +103,16 @@ class AttentionSignature(Signature):
             raise TilewrightError(
                 f"attention: heads={self.heads} is not a multiple of kv_heads={self.kv_heads}, which they share evenly"
             )
-        if self.kv_layout not in (get_args(KvLayout) if paged else ("",)):
+        for name in ("sinks", "latent"):
+            if not isinstance(getattr(self, name), bool):
+                raise TilewrightError(f"attention: {name}={getattr(self, name)!r} is neither true nor false")
+        if self.latent:
+            self._check_latent()
+        elif self.kv_layout not in (get_args(KvLayout) if paged else ("",)):
             expected = (
                 f"choose one of {', '.join(get_args(KvLayout))}" if paged else "leave it out, for it has no pages"
             )
             raise TilewrightError(f"attention: {self.stage} has no kv_layout {self.kv_layout!r}; {expected}")
-        if not isinstance(self.sinks, bool):
-            raise TilewrightError(f"attention: sinks={self.sinks!r} is neither true nor false")
         if not isinstance(self.scale, float) or not math.isfinite(self.scale) or self.scale <= 0:
             raise TilewrightError(f"attention: scale={self.scale!r} is impossible; give a number above 0")
         for name, supported in (
@@ -115,6 +124,25 @@ class AttentionSignature(Signature):
                 choices = " or ".join(filter(None, (", ".join(supported[:-1]), supported[-1])))
                 raise TilewrightError(f"attention: {name}={getattr(self, name)!r} is not supported; use {choices}")
 
+    def _check_latent(self) -> None:
+        """One row per token of the cache, whose first elements are the value."""
+        wrong = None
+        if self.stage != "decode":
+            wrong = f"stage={self.stage} expands keys and values, and decode alone reads latent rows"
+        elif self.kv_heads != 1:
+            wrong = f"kv_heads={self.kv_heads} is impossible, for all heads read the same rows; give 1"
+        elif self.kv_layout:
+            wrong = f"kv_layout={self.kv_layout!r} is impossible, for rows have no heads to put in order; leave it out"
+        elif self.value_dim >= self.head_dim or self.value_dim % _LATENT_STEP:
+            wrong = (
+                f"value_dim={self.value_dim} is not supported; give the latent's part of head_dim={self.head_dim}, "
+                f"a multiple of {_LATENT_STEP}"
+            )
+        elif self.scale == 0:
+            wrong = "scale is missing; give 1 / sqrt of the length of the heads that rows stand for (192: 0.0722)"
+        if wrong:
+            raise TilewrightError(f"attention: latent: {wrong}")
+
     def _fill_in(self) -> None:
         """Replace what stands for the usual by what that is, so that equal signatures have equal fields."""
         usual: dict[str, Any] = {name: self.q_dtype for name in ("kv_dtype", "out_dtype") if getattr(self, name) == ""}
@@ -122,12 +150,21 @@ class AttentionSignature(Signature):
             usual["value_dim"] = self.head_dim
         if _is_whole(self.scale):
             usual["scale"] = float(self.scale)
-        if self.scale == 0 and _is_whole(self.head_dim) and self.head_dim > 0:
+        # That of latent rows is told by the heads that they stand for, whose length a row does not show.
+        if self.scale == 0 and not self.latent and _is_whole(self.head_dim) and self.head_dim > 0:
             usual["scale"] = self.head_dim**-0.5
         if self.stage == "decode":
-            usual |= {"page_size": self.page_size or DEFAULT_PAGE_SIZE, "kv_layout": self.kv_layout or "hnd"}
+            usual["page_size"] = self.page_size or DEFAULT_PAGE_SIZE
+            usual["kv_layout"] = self.kv_layout or ("" if self.latent is True else "hnd")
         for name, value in usual.items():
             object.__setattr__(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as JSON. Without :attr:`latent` where it is off: it came later, and keys of old plans stay."""
+        values = super().to_dict()
+        if not self.latent:
+            del values["latent"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AttentionSignature:
@@ -170,10 +207,11 @@ class AttentionSignature(Signature):
                 typed[name] = int(text) if name in _WHOLE else float(text) if name == "scale" else text
             except ValueError as error:
                 raise TilewrightError(f"{name}={text!r} in --problem is not a number") from error
-        if "sinks" in values:
-            if values["sinks"].lower() not in _TRUTH:
-                raise TilewrightError(f"sinks={values['sinks']!r} in --problem is neither true nor false")
-            typed["sinks"] = _TRUTH[values["sinks"].lower()]
+        for name in ("sinks", "latent"):
+            if name in values:
+                if values[name].lower() not in _TRUTH:
+                    raise TilewrightError(f"{name}={values[name]!r} in --problem is neither true nor false")
+                typed[name] = _TRUTH[values[name].lower()]
         return cls(**typed)
 
     @property
@@ -186,13 +224,19 @@ class AttentionSignature(Signature):
         """Query heads that share one key/value head."""
         return self.heads // self.kv_heads
 
+    @property
+    def kv_elements(self) -> int:
+        """Elements that a token has in the cache for one key/value head."""
+        return self.head_dim if self.latent else self.head_dim + self.value_dim
+
     def tensors(self) -> tuple[TensorSpec, ...]:
         """Tensors of a call, in order.
 
         ``decode``, in which ``tokens`` is the number of sequences:
 
         * ``q`` [tokens, heads, head_dim]
-        * ``k_cache``, ``v_cache`` [pages, kv_heads, page_size, dim] (``hnd``) or [pages, page_size, kv_heads, dim]
+        * ``k_cache``, ``v_cache`` [pages, kv_heads, page_size, dim] (``hnd``) or [pages, page_size, kv_heads, dim];
+          ``latent``: ``kv_cache`` [pages, page_size, head_dim] instead
         * ``block_table`` [tokens, table_pages]: the page of each ``page_size`` tokens of a sequence; what lies beyond
           the sequence's length is not looked at
         * ``lengths`` [tokens]: tokens of each sequence that are in the cache, that of the query included
@@ -204,8 +248,8 @@ class AttentionSignature(Signature):
 
         Both: ``sinks`` [heads] where the signature has them; ``out`` [tokens, heads, value_dim].
         """
-        keys, values = (self._paged if self.stage == "decode" else self._packed)()
-        specs = [TensorSpec("q", self.q_dtype, ("tokens", self.heads, self.head_dim)), keys, values]
+        kept = (self._paged if self.stage == "decode" else self._packed)()
+        specs = [TensorSpec("q", self.q_dtype, ("tokens", self.heads, self.head_dim)), *kept]
         if self.stage == "decode":
             room = f"table_pages * {self.page_size}"
             specs += [
@@ -226,14 +270,16 @@ class AttentionSignature(Signature):
             specs.append(TensorSpec("sinks", "fp32", (self.heads,), role="weight"))
         return (*specs, TensorSpec("out", self.out_dtype, ("tokens", self.heads, self.value_dim), role="output"))
 
-    def _paged(self) -> tuple[TensorSpec, TensorSpec]:
+    def _paged(self) -> tuple[TensorSpec, ...]:
+        if self.latent:
+            return (TensorSpec("kv_cache", self.kv_dtype, ("pages", self.page_size, self.head_dim)),)
         page = (self.kv_heads, self.page_size) if self.kv_layout == "hnd" else (self.page_size, self.kv_heads)
         return (
             TensorSpec("k_cache", self.kv_dtype, ("pages", *page, self.head_dim)),
             TensorSpec("v_cache", self.kv_dtype, ("pages", *page, self.value_dim)),
         )
 
-    def _packed(self) -> tuple[TensorSpec, TensorSpec]:
+    def _packed(self) -> tuple[TensorSpec, ...]:
         return (
             TensorSpec("k", self.kv_dtype, ("tokens", self.kv_heads, self.head_dim)),
             TensorSpec("v", self.kv_dtype, ("tokens", self.kv_heads, self.value_dim)),

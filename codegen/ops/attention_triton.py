@@ -15,9 +15,11 @@ from tilewright.codegen.ops.attention_problem import AttentionProblem
 from tilewright.codegen.ops.attention_signature import AttentionSignature
 from tilewright.codegen.ops.attention_triton_space import (
     DECODE,
+    MLA_DECODE,
     PREFILL,
     decode_space,
     dim_parts,
+    key_parts,
     power_of_two,
     prefill_space,
 )
@@ -76,10 +78,10 @@ def _combine_columns(signature: AttentionSignature, config: Config) -> int:
 
 def _decode_launches(signature: AttentionSignature, config: Config) -> tuple[tuple[EntryLaunch, ...], Workspace]:
     keys = _POINTERS[signature.kv_dtype]
+    caches = ("kv_cache",) if signature.latent else ("k_cache", "v_cache")
     inputs = (
         _tensor("q", _POINTERS[signature.q_dtype], aligned=True),
-        _tensor("k_cache", keys, aligned=True),
-        _tensor("v_cache", keys, aligned=True),
+        *(_tensor(name, keys, aligned=True) for name in caches),
         _tensor("block_table", "*i32"),
         _tensor("lengths", "*i32"),
     )
@@ -154,7 +156,7 @@ def context(signature: AttentionSignature, config: Config, arch: GpuArch) -> dic
         "entry_arguments": {step.entry: ", ".join(each.name for each in step.parameters) for step in steps},
         "scale": repr(signature.scale * _LOG2_E),
         "log2_e": repr(_LOG2_E),
-        "key_parts": dim_parts(signature.head_dim),
+        "key_parts": key_parts(signature),
         "value_parts": dim_parts(signature.value_dim),
         "widened": widened,
     }
@@ -190,7 +192,8 @@ def emulated_problems(
     group = min(signature.group, rows + ragged if ragged else 2 * rows)
     one = replace(signature, kv_heads=1, heads=group, window=min(signature.window, block + block // 2 + 1))
     kv_heads = min(2, signature.kv_heads)
-    two = replace(one, kv_heads=kv_heads, heads=kv_heads * group)
+    # Where heads are of one group, two tiles of it once are enough.
+    two = replace(one, kv_heads=kv_heads, heads=kv_heads * group if kv_heads > 1 else min(group, rows))
     uneven = RoutingSpec.parse("power-law")
     if signature.stage == "decode":
         # The longer of two sequences has two thirds of the tokens.
@@ -241,6 +244,7 @@ def work(
         splits=config["splits"],
         dtype=signature.q_dtype,
         kv_bytes=kv_bytes,
+        kv_elements=signature.kv_elements,
         block_rows=config["block_rows"],
     )
     return (decode,) if config["splits"] == 1 else (decode, _combine_work(signature, config, problem.tokens))
@@ -268,13 +272,25 @@ def _layout(signature: AttentionSignature, config: Config, arch: GpuArch) -> Non
     del signature, config, arch
 
 
-def _applies(stage: str, signature: AttentionSignature, arch: GpuArch) -> bool:
+def _converts(signature: AttentionSignature, arch: GpuArch) -> bool:
     """fp8 keys and values need the instructions that convert them."""
-    converts = signature.kv_dtype != "fp8_e4m3" or "fp8_mma" in arch.capabilities
-    return signature.stage == stage and converts
+    return signature.kv_dtype != "fp8_e4m3" or "fp8_mma" in arch.capabilities
+
+
+def _decodes(signature: AttentionSignature, arch: GpuArch) -> bool:
+    return signature.stage == "decode" and not signature.latent and _converts(signature, arch)
+
+
+def _decodes_latent(signature: AttentionSignature, arch: GpuArch) -> bool:
+    return signature.latent and _converts(signature, arch)
+
+
+def _prefills(signature: AttentionSignature, arch: GpuArch) -> bool:
+    return signature.stage == "prefill" and _converts(signature, arch)
 
 
 _DTYPES = ("bf16", "fp16")
+_DECODE_LABEL = ("block_rows", "block_kv", "splits", "operands", "num_warps", "num_stages")
 
 TEMPLATES = (
     Template(
@@ -285,8 +301,23 @@ TEMPLATES = (
         _layout,
         recipe,
         context,
-        applies=lambda signature, arch: _applies("decode", signature, arch),
-        label=("block_rows", "block_kv", "splits", "operands", "num_warps", "num_stages"),
+        applies=_decodes,
+        label=_DECODE_LABEL,
+        dtypes=_DTYPES,
+        entries=entries,
+        emulated_problems=emulated_problems,
+        work=work,
+    ),
+    Template(
+        MLA_DECODE,
+        "triton",
+        ("cuda", "hip"),
+        decode_space,
+        _layout,
+        recipe,
+        context,
+        applies=_decodes_latent,
+        label=_DECODE_LABEL,
         dtypes=_DTYPES,
         entries=entries,
         emulated_problems=emulated_problems,
@@ -300,7 +331,7 @@ TEMPLATES = (
         _layout,
         recipe,
         context,
-        applies=lambda signature, arch: _applies("prefill", signature, arch),
+        applies=_prefills,
         label=("block_m", "packed", "block_kv", "masks", "num_warps", "num_stages"),
         dtypes=_DTYPES,
         entries=entries,

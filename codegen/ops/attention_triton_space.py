@@ -14,6 +14,7 @@ from tilewright.codegen.space import Constraint, Parameter, Space, Value
 from tilewright.errors import TilewrightError
 
 DECODE = "attention/triton_decode"
+MLA_DECODE = "attention/triton_mla_decode"
 PREFILL = "attention/triton_prefill"
 
 _LEAST_SIDE = 16
@@ -23,6 +24,9 @@ _MOST_PACKED = 16
 _MOST_SUMS_PER_THREAD = 192
 """fp32 sums and scores that a thread may hold, so that operands and addresses fit beside them."""
 _WIDE_LOAD_BYTES = 16
+_LEAST_GROUP_ROWS = 64
+"""Of a tile that the matrix instructions of a group of warps take."""
+_GROUP_WARPS = 4
 _MOST_STEPS_PER_QUERY = 32
 """Tokens of a tile to a query of it: below, most of a masked tile is thrown away."""
 
@@ -47,9 +51,24 @@ def dim_parts(dim: int) -> tuple[DimPart, ...]:
     return tuple(parts)
 
 
-def padded(dim: int) -> int:
-    """Elements that the parts of ``dim`` have together."""
-    return sum(part.width for part in dim_parts(dim))
+def key_parts(signature: AttentionSignature) -> tuple[DimPart, ...]:
+    """Parts of a key. Those of a latent row begin with the parts of its value, so that both products share them."""
+    if not signature.latent:
+        return dim_parts(signature.head_dim)
+    latent = signature.value_dim
+    positions = dim_parts(signature.head_dim - latent)
+    return (*dim_parts(latent), *(DimPart(latent + part.first, part.width) for part in positions))
+
+
+def padded(parts: Sequence[DimPart]) -> int:
+    """Elements that parts have together."""
+    return sum(part.width for part in parts)
+
+
+def _cached_elements(signature: AttentionSignature) -> int:
+    """Elements of a token that a tile holds, padding included."""
+    keys = padded(key_parts(signature))
+    return keys if signature.latent else keys + padded(dim_parts(signature.value_dim))
 
 
 def power_of_two(number: int) -> int:
@@ -60,30 +79,61 @@ def power_of_two(number: int) -> int:
 def _shared_memory_bytes(signature: AttentionSignature, rows: int, c: Mapping[str, Any], arch: GpuArch) -> int:
     """Of tokens in flight, of the queries, and of the weights on their way to the second product."""
     buffers = c["num_stages"] if arch.family == "cuda" else max(c["num_stages"] - 1, 1)
-    dims = padded(signature.head_dim) + padded(signature.value_dim)
+    dims = _cached_elements(signature)
     itemsize = ITEMSIZE[signature.q_dtype]
     tokens = buffers * c["block_kv"] * dims * ITEMSIZE[signature.kv_dtype]
     if signature.kv_dtype != signature.q_dtype:
         tokens += c["block_kv"] * dims * itemsize
     if arch.family == "hip":  # keeps queries and weights in registers
         return int(tokens)
-    return int(tokens + rows * (padded(signature.head_dim) + c["block_kv"]) * itemsize)
+    return int(tokens + rows * (padded(key_parts(signature)) + c["block_kv"]) * itemsize)
+
+
+def _latent_shared_memory_bytes(signature: AttentionSignature, rows: int, c: Mapping[str, Any], arch: GpuArch) -> int:
+    """The same of latent rows, which both products read, as Triton 3.7 buffers them.
+
+    Pages are loaded before the rows that they name, so that a row is ahead by half of the stages. Matrix units that
+    read shared memory by themselves (wgmma, tcgen05; tiles of 64 rows) keep a tile longer; Triton lets tcgen05's
+    products of three iterations overlap, the last of which still needs the latent part. Without stages, threads that
+    multiply (mma) hold a tile twice, in the order of either product.
+    """
+    dims, latent, itemsize = _cached_elements(signature), signature.value_dim, ITEMSIZE[signature.q_dtype]
+    token_bytes, latent_bytes = dims * ITEMSIZE[signature.kv_dtype], latent * ITEMSIZE[signature.kv_dtype]
+    widened = dims * itemsize if signature.kv_dtype != signature.q_dtype else 0
+    if arch.family == "hip":  # queries pass through before there are tokens
+        return int(max(c["block_kv"] * (token_bytes + widened), rows * latent * itemsize))
+    first = rows if c["operands"] == "queries_first" else c["block_kv"]
+    reads_shared = first >= _LEAST_GROUP_ROWS and c["num_warps"] >= _GROUP_WARPS
+    ahead = max(1, (c["num_stages"] - 1) // 2)
+    if c["num_stages"] == 1:
+        kept = token_bytes if reads_shared or c["operands"] == "keys_first" else 2 * latent_bytes
+    elif reads_shared and "tcgen05" in arch.capabilities:
+        kept = (ahead + 1) * token_bytes + 2 * latent_bytes
+    elif reads_shared and "wgmma" in arch.capabilities:
+        kept = (ahead + 1) * token_bytes
+    else:
+        kept = ahead * token_bytes
+    return int(c["block_kv"] * (kept + widened) + rows * (dims + c["block_kv"]) * itemsize)
 
 
 def _constraints(signature: AttentionSignature, arch: GpuArch, rows: str) -> tuple[Constraint, ...]:
-    """Rules of both templates; ``rows`` is the knob that holds the rows of a tile."""
+    """Rules of all templates; ``rows`` is the knob that holds the rows of a tile."""
 
     def fits_registers(c: Mapping[str, Any]) -> bool:
-        held = c[rows] * (padded(signature.value_dim) + c["block_kv"])
+        held = c[rows] * (padded(dim_parts(signature.value_dim)) + c["block_kv"])
         return bool(held <= _MOST_SUMS_PER_THREAD * c["num_warps"] * arch.warp_size)
 
     def loads_wide(c: Mapping[str, Any]) -> bool:
         threads = c["num_warps"] * arch.warp_size
-        widest = max(part.width for part in dim_parts(signature.head_dim))
-        tile_bytes = c["block_kv"] * widest * ITEMSIZE[signature.kv_dtype]
+        widths = [part.width for part in key_parts(signature)]
+        # What a head dim leaves over is little; positions are a part of a latent row that is to be read well, too (not
+        # on AMD, whose wavefronts are so wide that little else would be left).
+        width = min(widths) if signature.latent and arch.family == "cuda" else max(widths)
+        tile_bytes = c["block_kv"] * width * ITEMSIZE[signature.kv_dtype]
         # One warp always may: nothing else can load a tile of small heads.
         return bool(c["num_warps"] == 1 or tile_bytes >= _WIDE_LOAD_BYTES * threads)
 
+    shared_memory_bytes = _latent_shared_memory_bytes if signature.latent else _shared_memory_bytes
     return (
         Constraint(
             "registers", fits_registers, "sums and scores of a tile fit the registers", (rows, "block_kv", "num_warps")
@@ -93,15 +143,15 @@ def _constraints(signature: AttentionSignature, arch: GpuArch, rows: str) -> tup
         ),
         Constraint(
             "shared_memory",
-            lambda c: _shared_memory_bytes(signature, c[rows], c, arch) <= arch.smem_bytes_per_block,
+            lambda c: shared_memory_bytes(signature, c[rows], c, arch) <= arch.smem_bytes_per_block,
             "tokens in flight fit the shared memory of a block",
-            (rows, "block_kv", "num_stages"),
+            (rows, "block_kv", "num_stages", *(("operands", "num_warps") if signature.latent else ())),
         ),
     )
 
 
-def _stages(arch: GpuArch) -> Parameter:
-    return Parameter("num_stages", (1, 2, 3, 4) if arch.family == "cuda" else (1, 2), "tiles of tokens in flight")
+def _stages(arch: GpuArch, cuda: tuple[int, ...] = (1, 2, 3, 4)) -> Parameter:
+    return Parameter("num_stages", cuda if arch.family == "cuda" else (1, 2), "tiles of tokens in flight")
 
 
 @lru_cache(maxsize=64)
@@ -122,7 +172,8 @@ def decode_space(signature: AttentionSignature, arch: GpuArch) -> Space:
             "whose rows are the rows of the matrix unit's tile: few queries leave most of it idle unless keys are",
         ),
         Parameter("num_warps", (1, 2, 4, 8), "warps of a program"),
-        _stages(arch),
+        # Of long rows few tiles fit, and the first of even numbers of stages adds nothing to the odd one before it.
+        _stages(arch, (1, 2, 3, 5)) if signature.latent else _stages(arch),
     )
     return Space.enumerate(parameters, _constraints(signature, arch, "block_rows"))
 
@@ -156,22 +207,30 @@ def prefill_space(signature: AttentionSignature, arch: GpuArch) -> Space:
 def default_config(signature: AttentionSignature, arch: GpuArch) -> tuple[str, dict[str, Value]]:
     """What vLLM's unified attention takes: 16 rows (or the group), 16 tokens to decode in 16 parts, 32 to prefill.
 
-    Where it would not fit, or not load 16 bytes a thread: fewer tiles in flight, then fewer warps, then larger tiles.
-    Source: ``vllm/v1/attention/ops/triton_unified_attention.py`` (``_get_tile_size``, ``BLOCK_M``), 2025.
+    To decode latent rows, what its Triton MLA takes: 16 rows, 32 tokens (AMD: 16) in 4 parts, 4 warps, 2 stages (AMD:
+    1). Where it would not fit, or not load 16 bytes a thread: fewer tiles in flight, then fewer warps, then larger
+    tiles. Sources: ``vllm/v1/attention/ops/triton_unified_attention.py`` (``_get_tile_size``, ``BLOCK_M``), 2025;
+    ``triton_decode_attention.py`` beside it (``_decode_grouped_att_m_fwd``) and
+    ``vllm/v1/attention/backends/mla/triton_mla.py`` (``num_kv_splits``), 2026.
 
     Raises:
         TilewrightError: when no such config is valid.
 
     """
     rows = max(_LEAST_SIDE, power_of_two(signature.group))
-    if signature.stage == "decode":
+    stages: tuple[int, ...] = (3, 2, 1) if arch.family == "cuda" else (2, 1)
+    if signature.latent:
+        space, name, least_kv = decode_space(signature, arch), MLA_DECODE, 32 if arch.family == "cuda" else 16
+        stages = (2, 1) if arch.family == "cuda" else (1,)
+        knobs: dict[str, Value] = {"block_rows": _LEAST_SIDE, "splits": 4, "operands": "queries_first"}
+    elif signature.stage == "decode":
         space, name, least_kv = decode_space(signature, arch), DECODE, 16
-        knobs: dict[str, Value] = {"block_rows": min(rows, _MOST_ROWS), "splits": 16, "operands": "queries_first"}
+        knobs = {"block_rows": min(rows, _MOST_ROWS), "splits": 16, "operands": "queries_first"}
     else:
         space, name, least_kv = prefill_space(signature, arch), PREFILL, 32
         packed = min(power_of_two(signature.group), _MOST_PACKED)
         knobs = {"block_m": min(rows, _MOST_ROWS), "packed": packed, "masks": "all", "schedule": "by_head"}
-    for own in _tiles(least_kv, arch):
+    for own in _tiles(least_kv, stages):
         if space.find({**knobs, **own}) is not None:
             return name, {**knobs, **own}
     raise TilewrightError(
@@ -179,8 +238,7 @@ def default_config(signature: AttentionSignature, arch: GpuArch) -> tuple[str, d
     )
 
 
-def _tiles(least_kv: int, arch: GpuArch) -> Sequence[dict[str, Value]]:
-    stages = (3, 2, 1) if arch.family == "cuda" else (2, 1)
+def _tiles(least_kv: int, stages: Sequence[int]) -> Sequence[dict[str, Value]]:
     return [
         {"block_kv": block_kv, "num_warps": num_warps, "num_stages": num_stages}
         for block_kv in (least_kv, 2 * least_kv, 4 * least_kv, 16)

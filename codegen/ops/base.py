@@ -156,6 +156,10 @@ class OpDeclaration(ABC, Generic[S, P]):
     def signatures(self, model: ModelShape) -> tuple[S, ...]:
         """Signatures that ``model`` calls this op with, in the order in which a layer calls them."""
 
+    def signatures_on(self, model: ModelShape, arch: Arch) -> tuple[S, ...]:
+        """:meth:`signatures` as they are served on ``arch``, each with its dtypes of :meth:`on`."""
+        return tuple(self.on(signature, arch) for signature in self.signatures(model))
+
     def further_signatures(self, model: ModelShape) -> tuple[S, ...]:
         """Signatures that ``model`` can be served with beside those that name the op; tuned where all ops are."""
         del model
@@ -352,8 +356,9 @@ class OpDeclaration(ABC, Generic[S, P]):
                     template.space(signature, arch, known) if template.precisions else template.space(signature, arch)
                 )
         if not spaces:
-            why = reasons[0] if reasons else self.missing_template(signature, arch, asked)
-            raise TilewrightError(f"{self.name} cannot be generated for {arch.name} so: {why}")
+            self.require_template(signature, arch)
+            why = reasons[0] if reasons else self._no_template(signature, arch, asked)
+            raise self._impossible(arch, why)
         union = Space.union(spaces)
         if not templates:
             return union
@@ -372,8 +377,20 @@ class OpDeclaration(ABC, Generic[S, P]):
             return f"{named} cannot be generated for {arch.name}: {why}"
         return f"{named} has no config for {signature.describe()} on {arch.name}"
 
-    def missing_template(self, signature: S, arch: Arch, precisions: Collection[str] = (LOSSLESS,)) -> str:
-        """Why no template computes ``signature`` there, in words."""
+    def require_template(self, signature: S, arch: Arch) -> None:
+        """Nothing, where some template for ``arch`` computes ``signature``, in whatever precision.
+
+        Raises:
+            TilewrightError: where none does.
+
+        """
+        if not self.templates_for(signature, arch):
+            raise self._impossible(arch, self._no_template(signature, arch, ()))
+
+    def _impossible(self, arch: Arch, why: str) -> TilewrightError:
+        return TilewrightError(f"{self.name} cannot be generated for {arch.name} so: {why}")
+
+    def _no_template(self, signature: S, arch: Arch, precisions: Collection[str]) -> str:
         dtype = self.compute_dtype(signature)
         known = {each for t in self.templates if arch.family in t.families for each in t.dtypes}
         if dtype not in known:

@@ -48,4 +48,4 @@ class Signature:
 
     def describe(self) -> str:
         """One line for people."""
-        return self.op + " " + " ".join(f"{name}={value}" for name, value in asdict(self).items())
+        return " ".join([self.op, *(f"{name}={value}" for name, value in self.to_dict().items() if name != "op")])

@@ -53,6 +53,10 @@ def fallback_for(signature: AttentionSignature, sinks: Tensor | None) -> Callabl
                 folded = q[row].view(signature.kv_heads, signature.group, signature.head_dim)
                 out[row] = _attend(signature, folded, k, v, sinks).reshape(signature.heads, signature.value_dim)
 
+    def decode_latent(q: Tensor, kv_cache: Tensor, block_table: Tensor, lengths: Tensor, out: Tensor) -> None:
+        rows = kv_cache.unsqueeze(2)  # of one head
+        decode(q, rows, rows[..., : signature.value_dim], block_table, lengths, out)
+
     def prefill(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Tensor) -> None:
         with plain_torch():
             boundaries: Sequence[int] = cu_seqlens.tolist()
@@ -62,6 +66,8 @@ def fallback_for(signature: AttentionSignature, sinks: Tensor | None) -> Callabl
                     keys, values = (tensor.repeat_interleave(signature.group, dim=0) for tensor in (keys, values))
                 out[begin:end] = _attend(signature, queries, keys, values, sinks, causal=True).transpose(0, 1)
 
+    if signature.latent:
+        return decode_latent
     return decode if signature.stage == "decode" else prefill
 
 

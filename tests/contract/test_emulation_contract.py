@@ -17,7 +17,7 @@ from tilewright.tuner.emulation.checking import EmulatedChecker
 from tilewright.tuner.emulation.emulator import Emulator
 
 FULL = os.environ.get("TILEWRIGHT_FULL_EMULATION") == "1"
-CASES = 24
+CASES = 28
 """Of all templates together, where not all are run: less than a minute."""
 LIMIT_S = 250.0
 """For one run, of what takes a second or two: on a busy machine it takes longer, and is as right."""

@@ -23,7 +23,7 @@ from tilewright.codegen.ops.gating_signature import GatingSignature
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.precisions import find_precision
-from tilewright.codegen.space import Config
+from tilewright.codegen.space import Config, Space
 
 TABLE: dict[str, dict[str, dict[str, str]]] = json.loads(
     (Path(__file__).parent.parent / "data" / "gpu_matrix.json").read_text()
@@ -42,6 +42,7 @@ WANTED: Mapping[str, Mapping[str, Any]] = {
     "moe_gemm/triton_split_k": {"splits": 2, **GEMM},
     "moe_gemm/triton_persistent": MAPPED,
     "attention/triton_decode": {"operands": "keys_first", "num_warps": 4, "block_kv": 128, "block_rows": 16},
+    "attention/triton_mla_decode": {"operands": "keys_first", "num_warps": 8, "block_kv": 64, "block_rows": 16},
     "attention/triton_prefill": {"block_m": 128, "block_kv": 64, "num_warps": 4, "num_stages": 2},
     "gating/triton_fused": {"num_warps": 4},
 }
@@ -71,6 +72,9 @@ def signature_of(name: str, row: str) -> Signature:
         case ["attention", file]:
             stage, dtype = file.removeprefix("triton_"), "bf16" if row == "fp8_e4m3" else row
             kinds = {"q_dtype": dtype, "kv_dtype": row, "out_dtype": dtype}
+            if stage == "mla_decode":
+                row_of_heads = {"heads": 128, "kv_heads": 1, "head_dim": 576, "value_dim": 512, "scale": 192**-0.5}
+                return AttentionSignature(stage="decode", latent=True, **row_of_heads, **kinds)
             return AttentionSignature(stage=stage, heads=32, kv_heads=8, head_dim=128, **kinds)
         case _:
             return GatingSignature(experts=128, top_k=8)
@@ -84,7 +88,8 @@ def made(name: str, row: str, arch: GpuArch) -> tuple[Template[Any], Signature, 
     if template.precisions and find_precision(row).scaled_by_matrix_unit:
         wanted = {**SCALED, **{knob: value for knob, value in wanted.items() if knob not in SCALED}}
     own = nearest(space, wanted)
-    return template, signature, find_op(signature.op).space(signature, arch).lift(name, own)
+    # Not the op's own space, which an excluded template is no part of.
+    return template, signature, Space.union({name: space}).lift(name, own)
 
 
 def found(name: str, row: str, arch: GpuArch, folder: Path) -> set[str]:

@@ -48,6 +48,7 @@ def test_all_ops_of_a_model_folder(folder, capsys):
     assert out.count("\nop ") == 1  # the head of the one table
     passes = [line.split() for line in out.splitlines() if line.startswith(("decode 2 ", "prefill 2 "))]
     assert [words[0] for words in passes] == ["decode", "prefill"]
+    assert out.count("\n  less attention ") == 1  # of the pass that decodes
     assert "not counted: norms, embeddings, Python" in out
     assert "moe_gemm plain n=64" in out  # the head, beside the projections, which are of one shape here
 

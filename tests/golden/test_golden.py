@@ -32,6 +32,9 @@ MIXTRAL_BLOCKS = Gating(experts=8, top_k=2, order="blocks", block_size=64)
 DEEPSEEK_V3 = Gating(experts=256, top_k=8, score="sigmoid", bias=True, groups=8, top_groups=4, scale=2.5, order="rows")
 SHARES = Gating(experts=60, top_k=4, renormalize=False)
 SLIDING = Attention(stage="decode", heads=64, kv_heads=8, head_dim=64, window=128, sinks=True)
+LATENT = Attention(
+    stage="decode", heads=128, kv_heads=1, head_dim=576, value_dim=512, latent=True, scale=192**-0.5, q_dtype="bf16"
+)
 PROMPT = Attention(stage="prefill", heads=32, kv_heads=8, head_dim=80)
 PLAIN = MoeGemm(stage="plain", experts=8, n=24, k=64)
 
@@ -103,6 +106,13 @@ GOLDEN = [
         "sm_90",
         "attention/triton_decode",
         knobs(block_rows=16, block_kv=64, splits=8, operands="keys_first", num_warps=4, num_stages=3),
+    ),
+    Golden(
+        "attention_mla_decode_split_sm_90",
+        LATENT,
+        "sm_90",
+        "attention/triton_mla_decode",
+        knobs(block_rows=64, block_kv=32, splits=8, operands="keys_first", num_warps=8, num_stages=3),
     ),
     Golden(
         "attention_prefill_window_sm_80",

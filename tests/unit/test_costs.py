@@ -2,15 +2,19 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tuning_db_samples as samples
 
 from tilewright.codegen.archs import GPU_ARCHS
 from tilewright.codegen.models import load_model
 from tilewright.codegen.ops import find_op
+from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.routing import RoutingSpec
 from tilewright.errors import TilewrightError
 from tilewright.tuner.costs import device_costs
-from tilewright.tuning_db.records import DeviceRecord, PlanEntry, PlanRecord
+from tilewright.tuning_db.records import DeviceRecord, PlanEntry, PlanRecord, TrialRecord
 from tilewright.tuning_db.store import Store
 
 ARCH = GPU_ARCHS["sm_90"]
@@ -72,3 +76,40 @@ def test_without_a_plan_there_is_no_cost(store: Store) -> None:
         store.put_plan(replace(plan(0, 100.0, 150.0), signature_key="another"))
         with pytest.raises(TilewrightError, match="no plan for mixtral-8x7b on sm_90"):
             device_costs(store, MODEL, ARCH, 1.0)
+
+
+def test_sizes_are_those_that_all_parts_know(store: Store) -> None:
+    """`up` was tuned at 8 tokens, `down` at 4; it was tried at 8, and at 16, where `up` was not."""
+    binary = samples.artifact()
+    kernel = samples.kernel(binary)
+    down = replace(plan(1, 60.0, 90.0), entries=(PlanEntry(None, kernel.key, 60.0, 90.0, 4),))
+    op = find_op("moe_gemm")
+
+    def problem_of(tokens: int) -> Problem:
+        return op.problem(op.on(op.signatures(MODEL)[1], ARCH), tokens, RoutingSpec.parse("balanced"))
+
+    def tried(tokens: int, kernel_key: str, config: dict[str, Any], median_us: float) -> TrialRecord:
+        return samples.trial(
+            run.id,
+            signature_key=down.signature_key,
+            problem=problem_of(tokens).to_dict(),
+            device_key=down.device_key,
+            threads=down.threads,
+            config=config,
+            kernel_key=kernel_key,
+            timing="predicted",
+            median_us=median_us,
+        )
+
+    with store:
+        run = store.start_run("tune", versions={}, host="here")
+        store.add_kernel(kernel, [binary])
+        for tokens in (8, 16):
+            default = dict(op.default_for(problem_of(tokens), ARCH))
+            store.add_trials([tried(tokens, kernel.key, {}, 64.0), tried(tokens, "default", default, 96.0)])
+        store.put_plan(plan(0, 100.0, 150.0))
+        store.put_plan(down)
+        (cost,) = device_costs(store, MODEL, ARCH, 1.0)
+    assert cost.tokens == 8
+    assert cost.step_us == pytest.approx(32 * 164)
+    assert cost.default_step_us == pytest.approx(32 * 246)

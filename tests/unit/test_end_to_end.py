@@ -26,6 +26,7 @@ def test_calls_are_counted_per_layer_and_phase():
     # up, down and gating in 24 layers; attention in 12 with a window and 12 without
     assert decode.torch_us == prefill.torch_us == pytest.approx(10.0 * (3 * 24 + 2 * 12))
     assert decode.gain == pytest.approx((2.0, 2.0, 2.0))
+    assert decode.without("attention").torch_us == pytest.approx(10.0 * 3 * 24)
 
 
 def test_a_pass_is_stated_only_where_every_op_was_measured():

@@ -232,6 +232,8 @@ DEEPSEEK_V2 = {"model_type": "deepseek_v2", "moe_intermediate_size": 32, "scorin
         ({"model_type": "qwen3_moe", "moe_intermediate_size": 32, "norm_topk_prob": True}, "softmax_topk", True),
         ({"model_type": "glm4_moe", "moe_intermediate_size": 32, "norm_topk_prob": False}, "sigmoid_group", False),
         ({"model_type": "new_moe", "scoring_func": "sigmoid"}, "sigmoid_group", True),
+        ({"model_type": "new_moe", "topk_method": "noaux_tc"}, "sigmoid_group", True),
+        ({"model_type": "dots1", "moe_intermediate_size": 32}, "sigmoid_group", False),
     ],
 )
 def test_scoring(tmp_path: Path, changes: dict[str, Any], scoring: str, renormalize: bool) -> None:
@@ -247,6 +249,7 @@ def test_attention_fields_fall_back_as_transformers_does(tmp_path: Path) -> None
 def test_latent_attention_ignores_a_rotary_head_dim(tmp_path: Path) -> None:
     m = load(tmp_path, kv_lora_rank=32, qk_nope_head_dim=24, qk_rope_head_dim=8, head_dim=8)
     assert m.head_dim == 32
+    assert (m.latent_dim, m.rope_dim) == (32, 8)
 
 
 # --- sharding

@@ -135,6 +135,15 @@ def test_decoding_reads_what_each_sequence_sees() -> None:
     assert windowed.dram_bytes == 152 * 8 * 256 * 2 + 2 * 32 * 256 * 2
 
 
+def test_latent_rows_are_read_once_for_both_products() -> None:
+    shape = {"heads": 128, "kv_heads": 1, "head_dim": 576, "value_dim": 512, "block_kv": 32, "dtype": "bf16"}
+    work = decode_attention_work("decode", [1000, 24], splits=4, kv_bytes=2.0, kv_elements=576, **shape)
+    assert work.programs == 2 * 8 * 4
+    assert work.step_bytes == 32 * 576 * 2
+    assert work.step_flops == 2 * 16 * 32 * (576 + 512)
+    assert work.dram_bytes == 1024 * 576 * 2 + 2 * 128 * (576 + 512) * 2
+
+
 def test_prefill_skips_what_causality_and_windows_hide() -> None:
     shape = {"heads": 4, "kv_heads": 2, "head_dim": 64, "value_dim": 64, "block_q": 64, "block_kv": 64}
     work = prefill_attention_work("prefill", [256], dtype="bf16", kv_bytes=2.0, **shape)

@@ -18,6 +18,11 @@ next:  tune show                 what is known, and how
        tune compare              variants side by side
        from tilewright.runtime.transformers import enable   serves a Transformers model so: enable(model)"""
 
+_LESS_ATTENTION = (
+    "less attention: what a Transformers model has of it, whose cache has no pages; attention of its decoding steps "
+    "stays as it is"
+)
+
 
 @dataclass(frozen=True)
 class ModelFindings:
@@ -91,16 +96,13 @@ class ModelFindings:
             return wrapped(
                 "no gain of a forward pass is stated: it takes sizes at which every op was raced against torch", width
             )
-        rows = [
-            (
-                f"{each.phase} {each.tokens}",
-                format_us(each.torch_us),
-                format_us(each.tuned_us),
-                format_ratio(*each.gain),
-                ", ".join(f"{part.title} {part.torch_us / each.torch_us:.0%}" for part in each.parts),
-            )
-            for each in found
-        ]
+        rows = []
+        for each in found:
+            shares = ", ".join(f"{part.title} {part.torch_us / each.torch_us:.0%}" for part in each.parts)
+            rows.append((f"{each.phase} {each.tokens}", *_times(each), shares))
+            rest = each.without("attention")
+            if each.phase == "decode" and rest.parts and rest != each:
+                rows.append(("  less attention", *_times(rest), ""))
         layers = f"{model.layers} layers, {model.moe_layers} with experts"
         return [
             f"a forward pass of {model.name} ({layers}), as far as it was tuned:",
@@ -110,6 +112,7 @@ class ModelFindings:
                 f"sequences; prefill N: N tokens{self._assumed()}{self._precisions()}",
                 width,
             ),
+            *([] if all(row[-1] for row in rows) else wrapped(_LESS_ATTENTION, width)),
             *wrapped(f"not counted: {', '.join(self._not_counted)}", width),
         ]
 
@@ -123,3 +126,7 @@ class ModelFindings:
         plans = [mine.plan for findings in self.found for mine in findings.report.signatures if mine.plan]
         fewer = sorted({plan.precision for plan in plans} - {LOSSLESS})
         return f"; weights stored as {', '.join(fewer)}, torch's in {LOSSLESS}" if fewer else ""
+
+
+def _times(each: Pass) -> tuple[str, str, str]:
+    return format_us(each.torch_us), format_us(each.tuned_us), format_ratio(*each.gain)

@@ -163,9 +163,15 @@ def _request(
         raise TilewrightError(f"--seed {arguments.seed} is impossible; give a number from 0 to {_MAX_SEED}")
     trials, time_s = _budget(arguments, gpu=device is not None)
     precisions = parse_precisions(arguments.precision)
+    problems = tuple(dict.fromkeys(_problems(arguments, op, model, routing, arch)))
+    try:
+        for problem in problems:
+            op.require_template(problem.signature, arch)
+    except TilewrightError as error:
+        raise _LeftOutError(str(error)) from error
     return Request(
         op=op,
-        problems=tuple(dict.fromkeys(_problems(arguments, op, model, routing, arch))),
+        problems=problems,
         arch=arch,
         device=device,
         threads=0 if device is not None else _threads(arguments.threads),
@@ -195,13 +201,14 @@ def _problems(
     if model is not None:
         asked = None if arguments.tokens is None else _tokens(arguments.tokens)
         try:
-            signatures = (*op.signatures(model), *(op.further_signatures(model) if arguments.op == ALL_OPS else ()))
+            further = op.further_signatures(model) if arguments.op == ALL_OPS else ()
+            signatures = (*op.signatures_on(model, arch), *(op.on(each, arch) for each in further))
         except TilewrightError as error:
             raise _LeftOutError(str(error)) from error
         ladder: Callable[[Any], Sequence[int]] = op.gpu_ladder if isinstance(arch, GpuArch) else op.ladder
         return [
             op.problem(signature, tokens, routing, model)
-            for signature in (op.on(each, arch) for each in signatures)
+            for signature in signatures
             for tokens in asked or ladder(signature)
         ]
     if arguments.model is not None:
@@ -214,11 +221,8 @@ def _problems(
         for tokens in _tokens(arguments.tokens) if arguments.tokens is not None else [None]:
             sized = fields if tokens is None else {**fields, "tokens": str(tokens)}
             problem = op.parse_problem(sized, routing)
-            if not any(name.endswith("_dtype") for name in fields):
+            if not any(name.endswith("_dtype") for name in fields):  # what was asked for is not exchanged
                 problem = op.served_on(problem, arch)
-            elif not op.templates_for(problem.signature, arch):  # what was asked for is not exchanged
-                why = op.missing_template(problem.signature, arch)
-                raise TilewrightError(f"{op.name} cannot be generated for {arch.name} so: {why}")
             problems.append(problem)
     return problems
 
