@@ -1,11 +1,13 @@
 """Signatures for GPU templates, and variants of them that together hold every pair of knobs' values."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from awkward import Case
 from covering import covering_rows
+from numpy.typing import NDArray
 
 from tilewright.codegen.archs import GPU_ARCHS, GpuArch
 from tilewright.codegen.ops import OPS, find_op
@@ -94,6 +96,13 @@ or need several products; pages larger than tiles, smaller, and odd; windows, si
 of two parts (a quarter of DeepSeek's, for the interpreter's sake), and of parts that are no powers of two."""
 
 
+WAYS_TO_STORE = (
+    *("bf16", "int8", "int8g64", "int4g32", "mxfp4", "nvfp4_a16", "mxfp8", "nvfp4"),
+    *("fp8_e4m3_block128", "fp8_e4m3_token", "fp8_e4m3_tensor"),
+)
+"""A precision for every way in which a template's text goes through weights and activations."""
+
+
 def space_of(op_name: str, template: Template[Any], signature: Signature, arch: GpuArch) -> Space | None:
     """Configs of one template in every precision that it can have there; None without any."""
     op = find_op(op_name)
@@ -106,10 +115,30 @@ def space_of(op_name: str, template: Template[Any], signature: Signature, arch: 
     return template.space(signature, arch, names) if names else None
 
 
-def covering_cases(op_name: str, template: Template[Any], arch: GpuArch) -> list[Case]:
-    """Every pair of two knobs' values, and of a knob's value and a signature, that the template has on ``arch``."""
-    op = find_op(op_name)
-    blocks = []
+@dataclass
+class _Configs:
+    """All configs of a template on an arch, for all its signatures, as codes of values."""
+
+    codes: dict[str, NDArray[np.int64]]
+    """By knob, and of the ``signature``; one array of codes for all configs."""
+    rows: NDArray[np.int64]
+    """Where a config stands in its signature's space."""
+    spaces: dict[int, Space]
+    values: dict[str, dict[Any, int]]
+
+    def cases(self, op_name: str, template: Template[Any], arch: GpuArch, chosen: Iterable[int]) -> list[Case]:
+        made = []
+        for row in chosen:
+            number = int(self.codes["signature"][row])
+            signature, config = GPU_SIGNATURES[op_name][number], self.spaces[number][int(self.rows[row])]
+            lifted = find_op(op_name).space(signature, arch).lift(template.name, config)
+            made.append(Case(op_name, signature, lifted, arch))
+        return made
+
+
+def _all_configs(op_name: str, template: Template[Any], arch: GpuArch) -> _Configs | None:
+    blocks: dict[str, list[NDArray[np.int64]]] = {}
+    rows: list[NDArray[np.int64]] = []
     values: dict[str, dict[Any, int]] = {}
     spaces = {}
     for number, signature in enumerate(GPU_SIGNATURES.get(op_name, ())):
@@ -117,22 +146,41 @@ def covering_cases(op_name: str, template: Template[Any], arch: GpuArch) -> list
         if space is None:
             continue
         spaces[number] = space
-        columns = [np.full(len(space), number)]
+        blocks.setdefault("signature", []).append(np.full(len(space), number))
+        rows.append(np.arange(len(space)))
         for index, parameter in enumerate(space.parameters):
             seen = values.setdefault(parameter.name, {})
             codes = np.array([seen.setdefault(value, len(seen)) for value in parameter.values])
-            columns.append(codes[space.indices[:, index]])
-        blocks.append(np.column_stack([*columns, np.arange(len(space))]))
-    if not blocks:
+            blocks.setdefault(parameter.name, []).append(codes[space.indices[:, index]])
+    if not spaces:
+        return None
+    joined = {name: np.concatenate(each) for name, each in blocks.items()}
+    return _Configs(joined, np.concatenate(rows), spaces, values)
+
+
+def covering_cases(op_name: str, template: Template[Any], arch: GpuArch) -> list[Case]:
+    """Every pair of two knobs' values, and of a knob's value and a signature, that the template has on ``arch``."""
+    configs = _all_configs(op_name, template, arch)
+    if configs is None:
         return []
-    table = np.concatenate(blocks)
-    made = []
-    for row in covering_rows(table[:, :-1], seed=0):
-        number = int(table[row, 0])
-        signature = GPU_SIGNATURES[op_name][number]
-        config = spaces[number][int(table[row, -1])]
-        made.append(Case(op_name, signature, op.space(signature, arch).lift(template.name, config), arch))
-    return made
+    chosen = covering_rows(np.column_stack(list(configs.codes.values())), seed=0)
+    return configs.cases(op_name, template, arch, chosen)
+
+
+def persistent_cases() -> list[Case]:
+    """Of the persistent template: every pair of a stage, a way to store weights, ``operands`` and ``x_loads``."""
+    op_name, arch = "moe_gemm", GPU_ARCHS["sm_100"]
+    template = next(t for t in OPS[op_name].templates if t.name == "moe_gemm/triton_persistent")
+    configs = _all_configs(op_name, template, arch)
+    assert configs is not None
+    wanted = [configs.values["precision"][name] for name in WAYS_TO_STORE]
+    narrow = [configs.values["block_n"][columns] for columns in (64, 128)]  # runs faster here
+    kept = np.flatnonzero(np.isin(configs.codes["precision"], wanted) & np.isin(configs.codes["block_n"], narrow))
+    stages = np.array([("up", "down", "plain").index(s.stage) for s in GPU_SIGNATURES[op_name]])
+    table = [stages[configs.codes["signature"]]]
+    table += [configs.codes[knob] for knob in ("precision", "operands", "x_loads")]
+    chosen = covering_rows(np.column_stack(table)[kept], seed=0)
+    return configs.cases(op_name, template, arch, kept[chosen])
 
 
 def emulated_cases(count: int | None) -> list[Case]:

@@ -49,7 +49,11 @@ def storable(precisions: Sequence[str], refusals: Mapping[str, str | None], say:
 
     """
     if unknown := [name for name in precisions if name not in refusals and name != LOSSLESS]:
-        known = ", ".join(refusals) or LOSSLESS
+        if not refusals:
+            raise TilewrightError(
+                f"--precision {unknown[0]} is of weights, and this op has none to store; leave it out"
+            )
+        known = ", ".join(refusals)
         raise TilewrightError(f"--precision {unknown[0]} is nothing that this op stores weights in; it knows {known}")
     possible = []
     for name in precisions:

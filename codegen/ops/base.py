@@ -363,12 +363,19 @@ class OpDeclaration(ABC, Generic[S, P]):
         if not templates:
             return union
         if not spaces.keys() & set(templates):
-            read = dict.fromkeys(name for t in self.templates if t.name in templates for name in t.precisions)
-            raise TilewrightError(
-                f"{', '.join(templates)} read no weights in {', '.join(asked)}; name one of these precisions: "
-                f"{', '.join(read)}"
-            )
+            raise TilewrightError(self._unusable(signature, arch, templates, tuple(asked)))
         return union.of_templates(templates)
+
+    def _unusable(self, signature: S, arch: Arch, templates: Collection[str], asked: Collection[str]) -> str:
+        """Why none of ``templates`` has a config, in one sentence."""
+        mine, named = [t for t in self.templates if t.name in templates], ", ".join(templates)
+        read = dict.fromkeys(name for t in mine for name in t.precisions)
+        if read and read.keys().isdisjoint(asked):
+            return f"{named} read no weights in {', '.join(asked)}; name one of these precisions: {', '.join(read)}"
+        reasons = [t.exclusion(name, arch) for t in mine for name in asked if name in t.precisions]
+        if why := next(filter(None, reasons), None):
+            return f"{named} cannot be generated for {arch.name}: {why}"
+        return f"{named} has no config for {signature.describe()} on {arch.name}"
 
     def require_template(self, signature: S, arch: Arch) -> None:
         """Nothing, where some template for ``arch`` computes ``signature``, in whatever precision.

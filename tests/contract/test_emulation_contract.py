@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from awkward import Case
-from gpu_signatures import emulated_cases
+from gpu_signatures import emulated_cases, persistent_cases
 
 from tilewright.codegen.archs import GPU_ARCHS
 from tilewright.codegen.ops import find_op
@@ -19,11 +19,13 @@ from tilewright.tuner.emulation.emulator import Emulator
 FULL = os.environ.get("TILEWRIGHT_FULL_EMULATION") == "1"
 CASES = 28
 """Of all templates together, where not all are run: less than a minute."""
+LIMIT_S = 250.0
+"""For one run, of what takes a second or two: on a busy machine it takes longer, and is as right."""
 
 
 @pytest.fixture(scope="module")
 def emulator() -> Iterator[Emulator]:
-    with Emulator() as one:
+    with Emulator(LIMIT_S) as one:
         yield one
 
 
@@ -31,5 +33,13 @@ def emulator() -> Iterator[Emulator]:
 def test_variant_matches_the_reference_in_the_interpreter(case: Case, emulator: Emulator) -> None:
     arch = GPU_ARCHS[case.arch.name]
     found = EmulatedChecker(find_op(case.op), arch, emulator).check(case.signature, case.config)
+    assert found.complaint is None
+    assert found.error is not None
+
+
+@pytest.mark.skipif(FULL, reason="the full set holds more of this template")
+@pytest.mark.parametrize("case", persistent_cases(), ids=str)
+def test_persistent_programs_match_the_reference_in_every_precision(case: Case, emulator: Emulator) -> None:
+    found = EmulatedChecker(find_op(case.op), GPU_ARCHS[case.arch.name], emulator).check(case.signature, case.config)
     assert found.complaint is None
     assert found.error is not None

@@ -146,6 +146,20 @@ def test_resuming_takes_over_what_was_predicted(
         (["--precision", "int3"], "unknown precision 'int3'"),
         (["--precision", "int4g128", "--problem", "experts=4,n=64,k=72"], "k=72 is no multiple of the 128 steps"),
         (["--arch", "sm_90,gfx942", "--device", "h200"], "--device names a product of one arch"),
+        (
+            ["--arch", "sm_80", "--template", "triton_persistent"],
+            "moe_gemm/triton_persistent cannot be generated for sm_80: sm_80 has no instruction that copies tiles",
+        ),
+        (["--precision", "nvfp4"], "sm_90 has no matrix instruction that takes block scales"),
+        (["--max-error", "0.1"], "--max-error bounds what rounded weights cost"),
+        (
+            ["--problem", "experts=4,n=64,k=64,x_dtype=fp32"],
+            "its templates for that compute in bf16 or fp16, not in fp32",
+        ),
+        (
+            ["--op", "gating", "--problem", "experts=8,top_k=2", "--precision", "int8"],
+            "--precision int8 is of weights, and this op has none to store",
+        ),
     ],
 )
 def test_a_mistake_gets_one_sentence(

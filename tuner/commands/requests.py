@@ -18,6 +18,7 @@ from tilewright.codegen.precisions import LOSSLESS, parse_precisions
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign import Request
+from tilewright.tuner.precision import DEFAULT_MAX_ERROR
 from tilewright.tuner.progress import ENDLESS_TRIALS
 from tilewright.tuner.search import SEARCHES
 
@@ -161,6 +162,7 @@ def _request(
     if not 0 <= arguments.seed <= _MAX_SEED:
         raise TilewrightError(f"--seed {arguments.seed} is impossible; give a number from 0 to {_MAX_SEED}")
     trials, time_s = _budget(arguments, gpu=device is not None)
+    precisions = parse_precisions(arguments.precision)
     problems = tuple(dict.fromkeys(_problems(arguments, op, model, routing, arch)))
     try:
         for problem in problems:
@@ -181,8 +183,8 @@ def _request(
         model="" if model is None else model.name,
         probes=_probes(arguments.probes),
         templates=templates,
-        precisions=parse_precisions(arguments.precision),
-        max_error=_max_error(arguments.max_error),
+        precisions=precisions,
+        max_error=_max_error(arguments.max_error, precisions),
         batch_invariant=arguments.batch_invariant,
         weight_copies=_weight_copies(arguments.weight_copies),
     )
@@ -218,13 +220,20 @@ def _problems(
         fields = _fields(text, op.problem_example)
         for tokens in _tokens(arguments.tokens) if arguments.tokens is not None else [None]:
             sized = fields if tokens is None else {**fields, "tokens": str(tokens)}
-            problems.append(op.served_on(op.parse_problem(sized, routing), arch))
+            problem = op.parse_problem(sized, routing)
+            if not any(name.endswith("_dtype") for name in fields):  # what was asked for is not exchanged
+                problem = op.served_on(problem, arch)
+            problems.append(problem)
     return problems
 
 
-def _max_error(asked: float) -> float:
+def _max_error(asked: float | None, precisions: Sequence[str]) -> float:
+    if asked is None:
+        return DEFAULT_MAX_ERROR
     if not 0 <= asked < math.inf:
         raise TilewrightError(f"--max-error {asked} is impossible; give a number of at least 0, such as 0.01")
+    if set(precisions) == {LOSSLESS}:
+        raise TilewrightError("--max-error bounds what rounded weights cost; name what to round them to by --precision")
     return asked
 
 

@@ -105,7 +105,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--max-error",
         type=float,
-        default=DEFAULT_MAX_ERROR,
         metavar="E",
         help=f"largest relative error of the output, ||out - exact|| / ||exact|| (default {DEFAULT_MAX_ERROR})",
     )
