@@ -94,7 +94,8 @@ def _fp8_e4m3(groups: _Floats) -> tuple[_Words, _Words]:
     kept = (magnitude + np.uint32(0x7FFFF) + ((magnitude >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)
     subnormal = np.rint(np.minimum(np.abs(values) * np.float32(512), np.float32(8))).astype(np.uint32)
     codes = np.where(magnitude < np.uint32(0x3C800000), subnormal, kept - np.uint32(120 << 3))
-    return codes | ((bits >> np.uint32(24)) & np.uint32(0x80)), scales
+    # Zeros have no sign: AMD's e4m3 has NaN where -0 would be.
+    return np.where(codes == 0, codes, codes | ((bits >> np.uint32(24)) & np.uint32(0x80))), scales
 
 
 def _int4(groups: _Floats) -> tuple[_Words, _Words]:

@@ -17,6 +17,12 @@ from tilewright.codegen.space import Config, Space
 
 _SASS_TELLING = re.compile(r"\b([HIQO]MMA|[HIQ]GMMA|UTC[HIQO]MMA|UTMALDG)\b")
 
+_AMD_TELLING = {
+    "v_mfma": r"\bv_mfma_",
+    "v_mfma_fp8": r"\bv_mfma_\w+(_fp8_fp8|_f8f6f4)\b",
+    "v_mfma_scale": r"\bv_mfma_scale_",
+}
+
 
 def nearest(space: Space, wanted: Mapping[str, Any]) -> Config:
     """The config that has most of the wanted values, the first of ``wanted`` counting most."""
@@ -51,7 +57,7 @@ def telling_instructions(
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
     compiled = compile_entry(source, target=GPUTarget(*arch.triton_target), options=options)
     if arch.family == "hip":
-        return set(re.findall(r"\b(v_mfma)_", compiled.asm["amdgcn"]))
+        return {kind for kind, name in _AMD_TELLING.items() if re.search(name, compiled.asm["amdgcn"])}
     binary = folder / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
     return set(_SASS_TELLING.findall(_disassemble(binary)))

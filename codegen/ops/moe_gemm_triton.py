@@ -49,6 +49,8 @@ _POINTERS = {
     "fp4_e2m1": "*u8",
     "fp8_e4m3": "*fp8e4nv",
 }
+_FNUZ_POINTER = "*fp8e4b8"
+"""To AMD's own e4m3 (CDNA3), which has the same bits for half the value; only its 0x80 is no zero but NaN."""
 _ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "i8": 1, "u8": 1, "fp8e4nv": 1}
 _TYPES = {"bf16": "tl.bfloat16", "fp16": "tl.float16"}
 _SCALE_POINTERS = {"fp32": "*fp32", "bf16_pair": "*u32", "e8m0": "*u8", "e4m3": "*u8"}
@@ -62,11 +64,11 @@ def layout(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> RowLay
     return RowLayout(precision.name, "pairs" if precision.x_dtype else "runs")
 
 
-def launches(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> tuple[tuple[EntryLaunch, ...], Workspace]:  # noqa: ARG001
+def launches(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> tuple[tuple[EntryLaunch, ...], Workspace]:
     """Launches in order, and the workspace between them."""
     precision, workspace = stored(config), Workspace()
-    before = _quantise_launches(signature, precision, workspace)
-    gemm = _gemm_parameters(signature, config, workspace)
+    before = _quantise_launches(signature, precision, arch, workspace)
+    gemm = _gemm_parameters(signature, config, arch, workspace)
     splits = parts_of_k(config)
     if signature.stage != "down" and splits == 1:
         return (*before, _gemm_launch(signature, config, (*gemm, _out(signature)))), workspace
@@ -132,7 +134,7 @@ def _out(signature: MoeGemmSignature) -> EntryParameter:
 
 
 def _quantise_launches(
-    signature: MoeGemmSignature, precision: Precision, workspace: Workspace
+    signature: MoeGemmSignature, precision: Precision, arch: GpuArch, workspace: Workspace
 ) -> tuple[EntryLaunch, ...]:
     """Activations to few bits, where the precision says so; elements and scales go to the workspace."""
     if precision.x_scales is None:
@@ -151,7 +153,7 @@ def _quantise_launches(
     workspace.add("x_scales", size)
     if precision.x_scales.outer:
         workspace.add("x_outer_scales", f"4 * {rows}")
-    codes, *scales = _x_operands(precision, workspace)
+    codes, *scales = _x_operands(precision, arch, workspace)
     warps = min(8, max(1, power_of_two(signature.k) // 512))
     if precision.x_scales.granularity != "tensor":
         return (EntryLaunch("quantise", (x, codes, *scales), grid=(rows,), num_warps=warps),)
@@ -168,13 +170,26 @@ def _x_rows(signature: MoeGemmSignature) -> str:
     return "tokens" if signature.stage == "up" else "rows"
 
 
-def _x_operands(precision: Precision, workspace: Workspace) -> list[EntryParameter]:
+def _x_operands(precision: Precision, arch: GpuArch, workspace: Workspace) -> list[EntryParameter]:
     """Elements, their scales, and the scales of these where there are any."""
     assert precision.x_scales is not None
-    pointers = {"x_codes": _POINTERS[precision.x_dtype], "x_scales": _scale_pointer(precision, precision.x_scales)}
+    pointers = {
+        "x_codes": _multiplied_pointer(precision.x_dtype, arch),
+        "x_scales": _scale_pointer(precision, precision.x_scales),
+    }
     if precision.x_scales.outer:
         pointers["x_outer_scales"] = "*fp32"
     return [EntryParameter(name, kind, workspace.argument(name), aligned=True) for name, kind in pointers.items()]
+
+
+def halves_fp8(arch: GpuArch) -> bool:
+    """Whether the matrix unit takes the bits of an e4m3 number for half of it."""
+    return "fp8_fnuz" in arch.capabilities
+
+
+def _multiplied_pointer(dtype: str, arch: GpuArch) -> str:
+    """To elements that the matrix unit multiplies."""
+    return _FNUZ_POINTER if dtype == "fp8_e4m3" and halves_fp8(arch) else _POINTERS[dtype]
 
 
 def _scale_pointer(precision: Precision, scales: ScaleSpec) -> str:
@@ -184,15 +199,17 @@ def _scale_pointer(precision: Precision, scales: ScaleSpec) -> str:
     return _SCALE_POINTERS[scales.dtype]
 
 
-def _gemm_parameters(signature: MoeGemmSignature, config: Config, workspace: Workspace) -> tuple[EntryParameter, ...]:
+def _gemm_parameters(
+    signature: MoeGemmSignature, config: Config, arch: GpuArch, workspace: Workspace
+) -> tuple[EntryParameter, ...]:
     """Everything but where results go."""
     precision = stored(config)
     scales: list[EntryParameter] = []
     x = _tensor("x", _POINTERS[signature.x_dtype], aligned=True)
     if precision.x_scales is not None:
-        codes, *scales = _x_operands(precision, workspace)
+        codes, *scales = _x_operands(precision, arch, workspace)
         x = EntryParameter("x", codes.type, codes.argument, aligned=True)
-    weight = _tensor("weight", _POINTERS[precision.dtype], aligned=True)
+    weight = _tensor("weight", _multiplied_pointer(precision.dtype, arch), aligned=True)
     if config["template"] == PERSISTENT:
         per_byte = 8 // precision.bits or 1
         rows, row_bytes = signature.experts * signature.halves * signature.n, signature.k // per_byte
@@ -242,7 +259,7 @@ def recipe(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> Recipe
     return recipe_of(signature, *launches(signature, config, arch), arch.warp_size, layout(signature, config, arch))
 
 
-def context(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> dict[str, Any]:  # noqa: ARG001
+def context(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> dict[str, Any]:
     """Names that the templates use beside the signature and the config."""
     precision = stored(config)
     group = precision.group(signature.k) if precision.scales and precision.scales.group else 0
@@ -253,6 +270,7 @@ def context(signature: MoeGemmSignature, config: Config, arch: GpuArch) -> dict[
         "stored": precision,
         "lossless": precision.scales is None,
         "decodes": decodes(precision),
+        "halves_fp8": halves_fp8(arch),
         "group": group,
         "groups": max(1, config["block_k"] // group) if group else 0,
         "scale_rows": -(-signature.halves * signature.n // 128),

@@ -79,7 +79,9 @@ static void encode_e4m3(const float *weights, int64_t count, float inverse, uint
         /* Of the fp32, four bits of exponent and three of mantissa are kept; below 2^-6 there are steps of 2^-9. */
         uint32_t normal = ((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120 << 3);
         uint32_t subnormal = (uint32_t)(int32_t)nearest(clamped(float_of(magnitude) * 512.0f, 0.0f, 8.0f));
-        codes[i] = (magnitude < 0x3c800000 ? subnormal : normal) | (bits >> 24 & 0x80);
+        uint32_t code = magnitude < 0x3c800000 ? subnormal : normal;
+        /* Zeros have no sign: AMD's e4m3 has NaN where -0 would be. */
+        codes[i] = code == 0 ? 0 : code | (bits >> 24 & 0x80);
     }
 }
 

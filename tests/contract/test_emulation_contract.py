@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from awkward import Case
-from gpu_signatures import emulated_cases, persistent_cases
+from gpu_signatures import emulated_cases, fnuz_cases, persistent_cases
 
 from tilewright.codegen.archs import GPU_ARCHS
 from tilewright.codegen.ops import find_op
@@ -29,17 +29,23 @@ def emulator() -> Iterator[Emulator]:
         yield one
 
 
-@pytest.mark.parametrize("case", emulated_cases(None if FULL else CASES), ids=str)
-def test_variant_matches_the_reference_in_the_interpreter(case: Case, emulator: Emulator) -> None:
-    arch = GPU_ARCHS[case.arch.name]
-    found = EmulatedChecker(find_op(case.op), arch, emulator).check(case.signature, case.config)
+def require_right(case: Case, emulator: Emulator) -> None:
+    found = EmulatedChecker(find_op(case.op), GPU_ARCHS[case.arch.name], emulator).check(case.signature, case.config)
     assert found.complaint is None
     assert found.error is not None
+
+
+@pytest.mark.parametrize("case", emulated_cases(None if FULL else CASES), ids=str)
+def test_variant_matches_the_reference_in_the_interpreter(case: Case, emulator: Emulator) -> None:
+    require_right(case, emulator)
 
 
 @pytest.mark.skipif(FULL, reason="the full set holds more of this template")
 @pytest.mark.parametrize("case", persistent_cases(), ids=str)
 def test_persistent_programs_match_the_reference_in_every_precision(case: Case, emulator: Emulator) -> None:
-    found = EmulatedChecker(find_op(case.op), GPU_ARCHS[case.arch.name], emulator).check(case.signature, case.config)
-    assert found.complaint is None
-    assert found.error is not None
+    require_right(case, emulator)
+
+
+@pytest.mark.parametrize("case", fnuz_cases(), ids=str)
+def test_fp8_matches_the_reference_where_its_bits_are_halved(case: Case, emulator: Emulator) -> None:
+    require_right(case, emulator)

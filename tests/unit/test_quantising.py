@@ -100,6 +100,11 @@ def test_e4m3_rounds_as_torch(weight: np.ndarray) -> None:
     np.testing.assert_array_equal(rounded(with_top, PRECISIONS["fp8_e4m3"]), expected)
 
 
+def test_zeros_of_e4m3_have_no_sign() -> None:
+    weight = np.array([[[448, -0.0, -1e-6, 0, -448, -(2.0**-11), 1, 2]]], np.float32)
+    assert not np.signbit(rounded(weight, PRECISIONS["fp8_e4m3"])[weight > -1]).any()
+
+
 @given(arrays(np.float32, (1, 1, 31), elements=st.floats(-6, 6, width=32)))
 def test_mxfp4_takes_the_nearest_element(weight: np.ndarray) -> None:
     with_top = np.concatenate([weight, np.full((1, 1, 1), 6, np.float32)], axis=2)  # the scale is 1

@@ -294,6 +294,7 @@ _plain_atomic_rmw = interpreter.InterpreterBuilder.create_atomic_rmw
 _plain_atomic_cas = interpreter.InterpreterBuilder.create_atomic_cas
 _plain_dot_scaled = TritonSemantic.dot_scaled
 _plain_numpy_type = interpreter._get_np_dtype  # noqa: SLF001
+_plain_patch_core = interpreter._patch_lang_core  # noqa: SLF001
 _patched: set[str] = set()
 _named: dict[str, np.dtype[Any]] = {}
 _plain_check_tensor = interpreter.ReduceScanOpInterface.check_tensor
@@ -304,6 +305,17 @@ def _dot_scaled(self: Any, *args: Any, **kwargs: Any) -> Any:
     constant = {at: tl.constexpr(value) for at, value in enumerate(args) if isinstance(value, str)}
     named = {name: tl.constexpr(value) if isinstance(value, str) else value for name, value in kwargs.items()}
     return _plain_dot_scaled(self, *(constant.get(at, value) for at, value in enumerate(args)), **named)
+
+
+def _patch_core(lang: Any, scope: Any) -> None:
+    """The interpreter converts to every 8-bit float but AMD's e4m3."""
+    _plain_patch_core(lang, scope)
+    plain = lang.dtype.to_ir
+
+    def to_ir(self: tl.dtype, builder: Any) -> Any:
+        return builder.get_fp8e4b8_ty() if self.name == "fp8e4b8" else plain(self, builder)
+
+    scope.set_attr(lang.dtype, "to_ir", to_ir)
 
 
 def _numpy_type(dtype: tl.dtype) -> np.dtype[Any]:
@@ -337,6 +349,7 @@ def install() -> None:
             setattr(interpreter.InterpreterBuilder, name, method)
     TritonSemantic.dot_scaled = _dot_scaled
     interpreter._convert_float = _convert_float  # noqa: SLF001
+    interpreter._patch_lang_core = _patch_core  # noqa: SLF001
     interpreter.ReduceScanOpInterface.check_tensor = _checked_tensor
     # For speed alone: both are done anew, and slowly, for every call of a function and every operation.
     interpreter._get_np_dtype = _numpy_type  # noqa: SLF001
