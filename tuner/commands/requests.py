@@ -18,7 +18,7 @@ from tilewright.codegen.precisions import LOSSLESS, parse_precisions
 from tilewright.codegen.routing import RoutingSpec
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign import Request
-from tilewright.tuner.precision import DEFAULT_MAX_ERROR
+from tilewright.tuner.precision import DEFAULT_MAX_ERROR, storable
 from tilewright.tuner.progress import ENDLESS_TRIALS
 from tilewright.tuner.search import SEARCHES
 
@@ -95,6 +95,9 @@ def _of_arch(
             continue
         if len(names) > 1 and not any(request.op.precisions(problem.signature) for problem in request.problems):
             request = replace(request, precisions=(LOSSLESS,))  # it has no weights to store
+        for signature in dict.fromkeys(problem.signature for problem in request.problems):
+            # Before anything is written: what remains of them is said when its turn comes.
+            storable(request.precisions, request.op.precisions(signature, arch), lambda _: None)
         requests.append(request)
     if not requests:
         raise TilewrightError(f"none of {', '.join(names)} can be tuned for this model on {arch.name}")
