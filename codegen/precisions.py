@@ -34,7 +34,7 @@ LOSSLESS = "fp32"
 """The precision of the weights as the op declares them."""
 
 _FP8, _FP4 = "fp8_e4m3", "fp4_e2m1"
-_FP4_STEPS = 64
+FP4_STEPS = 64
 """Of k, that an instruction takes where both operands are fp4."""
 _ELEMENT_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "fp8_e4m3": 8, "int4": 4, "fp4_e2m1": 4}
 _LONGEST_INT32_SUM = (2**31 - 1) // 127**2
@@ -139,8 +139,8 @@ class Precision:
         """Why weights with ``k`` steps cannot be stored so, in one sentence; None when they can."""
         if k % self.group(k):
             return f"k={k} is no multiple of the {self.group(k)} steps that share a scale in precision {self.name}"
-        if self.x_dtype == _FP4 and k % _FP4_STEPS:
-            return f"k={k} is no multiple of the {_FP4_STEPS} steps that a matrix instruction takes in {self.name}"
+        if self.x_dtype == _FP4 and k % FP4_STEPS:
+            return f"k={k} is no multiple of the {FP4_STEPS} steps that a matrix instruction takes in {self.name}"
         if self.scales and self.scales.dtype == "e4m3" and k % _NIBBLE_RUN:
             return f"k={k} is no multiple of the {_NIBBLE_RUN} steps that share 16 bytes in precision {self.name}"
         if self.x_dtype == "int8" and self.group(k) > _LONGEST_INT32_SUM:

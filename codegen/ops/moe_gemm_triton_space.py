@@ -9,7 +9,7 @@ from typing import Any
 from tilewright.codegen.archs import Arch, GpuArch
 from tilewright.codegen.dtypes import ITEMSIZE
 from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.precisions import Precision, find_precision
+from tilewright.codegen.precisions import FP4_STEPS, Precision, find_precision
 from tilewright.codegen.space import Constraint, Parameter, Space, Value
 from tilewright.errors import TilewrightError
 
@@ -30,8 +30,6 @@ _MAP_UNIT_BYTES = 16
 
 _BYTE = 8
 _TCGEN05_ROWS = 128
-_FP4_STEPS = 64
-"""Of k, that an instruction takes where both operands are fp4."""
 _FEW_TOKENS = 64
 """Up to which vLLM's untuned tiles are narrow and long."""
 
@@ -131,7 +129,7 @@ def common_constraints(signature: MoeGemmSignature, arch: GpuArch) -> tuple[Cons
         columns = c["block_n"] * (2 if c["gate_up"] == "interleaved" else 1)
         rows = columns if c["operands"] == "weights_first" else c["block_m"]
         enough_rows = rows >= _TCGEN05_ROWS or "tcgen05" not in arch.capabilities
-        return bool(enough_rows and (stored(c).x_bits == _BYTE or c["block_k"] >= _FP4_STEPS))
+        return bool(enough_rows and (stored(c).x_bits == _BYTE or c["block_k"] >= FP4_STEPS))
 
     def wide_loads(c: Mapping[str, Any]) -> bool:
         rows = c["block_n"] * (2 if c["gate_up"] == "interleaved" else 1)
