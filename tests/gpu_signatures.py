@@ -168,29 +168,32 @@ def covering_cases(op_name: str, template: Template[Any], arch: GpuArch) -> list
 
 
 def persistent_cases() -> list[Case]:
-    """Of the persistent template: every pair of a stage, a way to store weights, ``operands`` and ``x_loads``."""
-    return _precision_cases("moe_gemm/triton_persistent", "sm_100", WAYS_TO_STORE, ("operands", "x_loads"))
+    """Of the persistent template: every way to store weights; every pair of a stage, ``operands`` and ``x_loads``."""
+    return _storing_cases("moe_gemm/triton_persistent", "sm_100", WAYS_TO_STORE, ("operands", "x_loads"))
 
 
 def fnuz_cases() -> list[Case]:
-    """Of the grouped template where the matrix unit has AMD's own e4m3: every pair of a stage and a way to scale it."""
+    """Of the grouped template where the matrix unit has AMD's own e4m3: every way to scale it, and every stage."""
     names = [name for name in WAYS_TO_STORE if name.startswith("fp8_e4m3")]
-    return _precision_cases("moe_gemm/triton_grouped", "gfx942", names, ())
+    return _storing_cases("moe_gemm/triton_grouped", "gfx942", names, ())
 
 
-def _precision_cases(name: str, arch_name: str, precisions: Sequence[str], knobs: Sequence[str]) -> list[Case]:
+def _storing_cases(name: str, arch_name: str, precisions: Sequence[str], knobs: Sequence[str]) -> list[Case]:
     op_name, arch = "moe_gemm", GPU_ARCHS[arch_name]
     template = next(t for t in OPS[op_name].templates if t.name == name)
     configs = _all_configs(op_name, template, arch)
     assert configs is not None
-    wanted = [configs.values["precision"][name] for name in precisions]
+    wanted = [configs.values["precision"][precision] for precision in precisions]
     narrow = [configs.values["block_n"][columns] for columns in (64, 128)]  # runs faster here
     kept = np.flatnonzero(np.isin(configs.codes["precision"], wanted) & np.isin(configs.codes["block_n"], narrow))
     stages = np.array([("up", "down", "plain").index(s.stage) for s in GPU_SIGNATURES[op_name]])
-    table = [stages[configs.codes["signature"]]]
-    table += [configs.codes[knob] for knob in ("precision", *knobs)]
-    chosen = covering_rows(np.column_stack(table)[kept], seed=0)
-    return configs.cases(op_name, template, arch, kept[chosen])
+    always = np.zeros_like(configs.codes["precision"])  # a pair with it is the value alone
+    tables = [
+        [always, configs.codes["precision"]],
+        [always, stages[configs.codes["signature"]], *(configs.codes[knob] for knob in knobs)],
+    ]
+    chosen = [row for table in tables for row in covering_rows(np.column_stack(table)[kept], seed=0)]
+    return configs.cases(op_name, template, arch, kept[sorted(set(chosen))])
 
 
 def emulated_cases(count: int | None) -> list[Case]:
