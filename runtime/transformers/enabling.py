@@ -116,6 +116,8 @@ def enable(
         prompts_of = _serve_prompts(model, options)
         routers_of = routers.serve_routers(model, database=database, threads=threads)
         outcomes = _serve_all(modules, options)
+        anything = stand_ins or any(isinstance(outcome, ServedLayer) for outcome in outcomes)
+        norms = serve_norms(model) if anything else ()
     except BaseException:
         _undo(model, implementations)
         raise
@@ -126,7 +128,6 @@ def enable(
     served = tuple(outcome for outcome in outcomes if isinstance(outcome, ServedLayer))
     left_alone = tuple(outcome for outcome in outcomes if isinstance(outcome, LeftAlone))
     all_served: tuple[ServedLayer | ServedLinear, ...] = (*served, *served_linears)
-    norms = serve_norms(model) if all_served else ()
     if not served:
         model.set_experts_implementation(implementations)
     setattr(model, _BEFORE, implementations)
