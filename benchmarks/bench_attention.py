@@ -13,13 +13,13 @@ from peers.attention import DECODE_PEERS, PREFILL_PEERS, Case, make_cases
 from summary import POINTS, Point
 from tuned import ensure_tuned
 
-from tilewright.codegen.cpu_info import usable_cores
-from tilewright.codegen.ops import find_op
-from tilewright.codegen.ops.attention import AttentionProblem
-from tilewright.codegen.ops.attention_signature import AttentionSignature, Stage
-from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.hardware.cpu_info import usable_cores
+from tilewright.codegen.ops.attention.declaration import AttentionProblem
+from tilewright.codegen.ops.attention.signature import AttentionSignature, Stage
+from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.runtime import PagedDecode, VarlenPrefill
-from tilewright.tuner.roofline import measure_roofline
+from tilewright.tuner.report.roofline import measure_roofline
 
 SHAPES = {"32/8 x128": (32, 8, 128, 16), "32/8 x64": (32, 8, 64, 16), "32/8 x64 p128": (32, 8, 64, 128)}
 """Query heads, key/value heads, head dim, tokens of a page."""

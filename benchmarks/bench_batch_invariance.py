@@ -12,8 +12,8 @@ from planned import race_plans
 from summary import TABLES
 from tuned import database, ensure_tuned
 
-from tilewright.codegen.cpu_info import usable_cores
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.hardware.cpu_info import usable_cores
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 
 STAGES = {
     "up": MoeGemmSignature(stage="up", experts=64, n=1024, k=512, top_k=6, activation="swiglu"),

@@ -13,9 +13,9 @@ from peers.gating import GROUP_PEERS, SOFTMAX_PEERS, dense, make_cases, referenc
 from summary import POINTS, Point
 from tuned import ensure_tuned
 
-from tilewright.codegen.cpu_info import usable_cores
+from tilewright.codegen.hardware.cpu_info import usable_cores
 from tilewright.runtime import Gate
-from tilewright.tuner.roofline import measure_roofline
+from tilewright.tuner.report.roofline import measure_roofline
 
 SHAPES = {"E64 k6": (64, 6, False), "E256 k8": (256, 8, False), "E256 k8 groups": (256, 8, True)}
 """Experts, top_k, and whether groups are chosen first, as DeepSeek-V3 does."""

@@ -13,9 +13,9 @@ from peers.grouped_gemm import PEERS, GroupedGemm, make_cases, reference
 from summary import POINTS, Point
 from tuned import ensure_tuned
 
-from tilewright.codegen.cpu_info import read_cpu_info, usable_cores
+from tilewright.codegen.hardware.cpu_info import read_cpu_info, usable_cores
 from tilewright.runtime import prepare
-from tilewright.tuner.roofline import measure_roofline
+from tilewright.tuner.report.roofline import measure_roofline
 
 SHAPES = {
     "E8 k2 1024->2048": {"experts": 8, "top_k": 2, "hidden": 1024, "inter": 2048},

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.recipe import Argument
-from tilewright.codegen.routing import RoutingSpec, generate_topk_ids
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.recipe.model import Argument
+from tilewright.codegen.routing.spec import RoutingSpec, generate_topk_ids
 from tilewright.runtime import Experts
-from tilewright.runtime.calls import IMPLEMENTATION, CallVariant, bind_call, sort_tokens
-from tilewright.runtime.handles import hold
+from tilewright.runtime.calls.bind import IMPLEMENTATION, CallVariant, bind_call, sort_tokens
+from tilewright.runtime.serve.handles import hold
 
 EXPERTS, HIDDEN, INTER, TOP_K = 8, 1024, 2048, 2
 TOKENS = (1, 16, 256)

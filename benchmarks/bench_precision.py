@@ -20,17 +20,17 @@ from interleave import recorded_time
 from summary import TABLES
 from tuned import TRIALS
 
-from tilewright.codegen.archs import native_arch
-from tilewright.codegen.building.cpp import CppBuilder
-from tilewright.codegen.cpu_info import usable_cores
-from tilewright.codegen.ops import find_op
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.precisions import LOSSLESS, find_precision
-from tilewright.codegen.routing import RoutingSpec
-from tilewright.tuner.evaluation.evaluator import CpuEvaluator
+from tilewright.codegen.backends.cpp.builder import CppBuilder
+from tilewright.codegen.hardware.archs import native_arch
+from tilewright.codegen.hardware.cpu_info import usable_cores
+from tilewright.codegen.numbers.precisions import LOSSLESS, find_precision
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.routing.spec import RoutingSpec
+from tilewright.tuner.campaign.variants import Workshop
+from tilewright.tuner.evaluation.cpu.evaluator import CpuEvaluator
 from tilewright.tuner.evaluation.statistics import paired_ratio
-from tilewright.tuner.roofline import measure_roofline
-from tilewright.tuner.variants import Workshop
+from tilewright.tuner.report.roofline import measure_roofline
 
 OP, ARCH = find_op("moe_gemm"), native_arch()
 SHAPES = {

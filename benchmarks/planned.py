@@ -9,12 +9,12 @@ import torch
 from interleave import Race, race
 from peers import limited_to
 
-from tilewright.codegen.cpu_info import read_cpu_info
-from tilewright.codegen.ops import find_op
+from tilewright.codegen.hardware.cpu_info import read_cpu_info
+from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.ops.signature import Signature
-from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.runtime import PreparedCall
-from tilewright.tuner.evaluation.binding import DTYPES, outputs_of, shape_of, sizes_of
+from tilewright.tuner.evaluation.cpu.binding import DTYPES, outputs_of, shape_of, sizes_of
 
 _ROTATIONS = 4
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.codegen.devices import DEVICES, Device
+from tilewright.codegen.hardware.devices import DEVICES, Device
 from tilewright.codegen.tiled_work import gemm_work
 from tilewright.tuner.prediction.model import Ceilings, Launches
 from tilewright.tuner.prediction.predict import ceilings, launch_row

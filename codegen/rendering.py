@@ -10,10 +10,10 @@ from typing import Any
 import jinja2
 
 from tilewright import __version__
-from tilewright.codegen.archs import Arch
+from tilewright.codegen.hardware.archs import Arch
 from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.signature import Signature
-from tilewright.codegen.recipe import ABI_VERSION
+from tilewright.codegen.recipe.model import ABI_VERSION
 from tilewright.codegen.space import Config
 
 _SUFFIX = {"cpp": ".cpp.jinja", "triton": ".py.jinja"}
@@ -32,11 +32,19 @@ def _environment() -> jinja2.Environment:
     )
 
 
+def template_file(name: str, language: str) -> str:
+    """Where the template ``op/language_algorithm`` lies under templates/: ``op/language/algorithm``, with a suffix."""
+    op, _, rest = name.partition("/")
+    folder, _, algorithm = rest.partition("_")
+    return f"{op}/{folder}/{algorithm}{_SUFFIX[language]}"
+
+
 def render(template: Template[Any], signature: Signature, config: Config, arch: Arch) -> str:
     """Source text of one variant, headed by what made it. The same variant always gives the same text."""
+    file = template_file(template.name, template.language)
     body = (
         _environment()
-        .get_template(template.name + _SUFFIX[template.language])
+        .get_template(file)
         .render(
             signature=signature,
             config=dict(config),
@@ -46,7 +54,6 @@ def render(template: Template[Any], signature: Signature, config: Config, arch: 
         )
     )
     knobs = " ".join(f"{name}={value}" for name, value in config.items() if value is not None and name != "template")
-    file = template.name + _SUFFIX[template.language]
     made_by = f"Made by tilewright {__version__} from templates/{file} for {arch.name}."
     head = [
         f"{_COMMENT[template.language]} {line}\n"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tilewright.codegen.models import load_model
+from tilewright.codegen.models.shapes import load_model
 from tilewright.runtime import Experts
 
 MODEL = load_model(str(Path(__file__).parent / "small_moe"))

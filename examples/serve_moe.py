@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tilewright.codegen.models import load_model
-from tilewright.codegen.ops import find_op
-from tilewright.runtime.plans import is_planned
+from tilewright.codegen.models.shapes import load_model
+from tilewright.codegen.ops.registry import find_op
+from tilewright.runtime.serve.plans import is_planned
 from tilewright.runtime.transformers import enable
 from tilewright.tuner.cli import main as tune
 

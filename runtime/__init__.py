@@ -11,15 +11,15 @@
 
 from __future__ import annotations
 
-from tilewright.runtime.attention import PagedDecode, VarlenPrefill
-from tilewright.runtime.calls import softmax_topk, sort_tokens
-from tilewright.runtime.experts import Experts
-from tilewright.runtime.explanation import Explanation, MemoryReport, MemoryUse
-from tilewright.runtime.functional import grouped_gemm, moe_down, moe_up
-from tilewright.runtime.gate import Gate, Gated
-from tilewright.runtime.gemm import PreparedGemm, prepare
+from tilewright.runtime.calls.bind import softmax_topk, sort_tokens
 from tilewright.runtime.notices import TilewrightWarning
-from tilewright.runtime.prepared import PreparedCall, live_prepared
+from tilewright.runtime.serve.attention import PagedDecode, VarlenPrefill
+from tilewright.runtime.serve.experts import Experts
+from tilewright.runtime.serve.explanation import Explanation, MemoryReport, MemoryUse
+from tilewright.runtime.serve.functional import grouped_gemm, moe_down, moe_up
+from tilewright.runtime.serve.gate import Gate, Gated
+from tilewright.runtime.serve.gemm import PreparedGemm, prepare
+from tilewright.runtime.serve.prepared import PreparedCall, live_prepared
 
 __all__ = [
     "Experts",

@@ -1,4 +1,4 @@
-/* CPython extension `tilewright.runtime._native`: the fast half of runtime/calls.py, packing.py and routing.py, which
+/* CPython extension `tilewright.runtime._native`: the fast half of runtime/calls/bind.py, packing.py and routing.py, which
  * describe what its functions take. Wherever it returns a refusal, the pure-Python twin says what is wrong. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

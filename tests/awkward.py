@@ -11,21 +11,21 @@ from covering import covering_rows
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tilewright.codegen.archs import CPU_ARCHS, Arch, CpuArch
-from tilewright.codegen.ops import OPS, find_op
-from tilewright.codegen.ops.attention_problem import AttentionProblem
-from tilewright.codegen.ops.attention_signature import AttentionSignature as Attention
+from tilewright.codegen.hardware.archs import CPU_ARCHS, Arch, CpuArch
+from tilewright.codegen.numbers.precisions import LOSSLESS, Precision, find_precision
+from tilewright.codegen.ops.attention.problem import AttentionProblem
+from tilewright.codegen.ops.attention.signature import AttentionSignature as Attention
 from tilewright.codegen.ops.base import Arrays, Problem, Template
-from tilewright.codegen.ops.gating_problem import GatingProblem
-from tilewright.codegen.ops.gating_signature import GatingSignature as Gating
-from tilewright.codegen.ops.moe_gemm_problem import MoeGemmProblem
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature as MoeGemm
+from tilewright.codegen.ops.gating.problem import GatingProblem
+from tilewright.codegen.ops.gating.signature import GatingSignature as Gating
+from tilewright.codegen.ops.moe_gemm.problem import MoeGemmProblem
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature as MoeGemm
+from tilewright.codegen.ops.registry import OPS, find_op
 from tilewright.codegen.ops.signature import Signature
-from tilewright.codegen.precisions import LOSSLESS, Precision, find_precision
-from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.codegen.space import Config, Space
-from tilewright.runtime.dequantising import dequantise
-from tilewright.runtime.quantising import quantise
+from tilewright.runtime.weights.dequantising import dequantise
+from tilewright.runtime.weights.quantising import quantise
 
 SIGNATURES: Mapping[str, Sequence[Signature]] = {
     "moe_gemm": (

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright.codegen.recipe import Argument, TensorSpec
-from tilewright.runtime.calls import CallVariant
+from tilewright.codegen.recipe.model import Argument, TensorSpec
+from tilewright.runtime.calls.bind import CallVariant
 
 COMPILER = shutil.which(os.environ.get("CC", "cc"))
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler to build a test kernel with")

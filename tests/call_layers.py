@@ -3,9 +3,11 @@
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tilewright.runtime import calls, packing, routing
-from tilewright.runtime.native_module import native_for_torch
+from tilewright.runtime.calls import bind as calls
+from tilewright.runtime.calls.extension import native_for_torch
 from tilewright.runtime.notices import forget_warnings
+from tilewright.runtime.serve import routing
+from tilewright.runtime.weights import packing
 
 own_settings = settings(
     max_examples=40,

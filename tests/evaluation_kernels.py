@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.ops.moe_gemm import MoeGemm
-from tilewright.codegen.ops.moe_gemm_problem import MoeGemmProblem
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.recipe import ABI_VERSION, Argument, Guard, Launch, Recipe
-from tilewright.codegen.routing import RoutingSpec
-from tilewright.tuner.evaluation.evaluator import CpuEvaluator
+from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.ops.moe_gemm.declaration import MoeGemm
+from tilewright.codegen.ops.moe_gemm.problem import MoeGemmProblem
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.recipe.model import ABI_VERSION, Argument, Guard, Launch, Recipe
+from tilewright.codegen.routing.spec import RoutingSpec
+from tilewright.tuner.evaluation.cpu.evaluator import CpuEvaluator
 from tilewright.tuner.evaluation.outcome import BuiltKernel
 
 COMPILER = shutil.which(os.environ.get("CC", "cc"))

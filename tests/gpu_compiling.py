@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.codegen.archs import GpuArch
+from tilewright.codegen.hardware.archs import GpuArch
 from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.rendering import render

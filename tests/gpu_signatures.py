@@ -9,12 +9,12 @@ from awkward import Case
 from covering import covering_rows
 from numpy.typing import NDArray
 
-from tilewright.codegen.archs import GPU_ARCHS, GpuArch
-from tilewright.codegen.ops import OPS, find_op
-from tilewright.codegen.ops.attention_signature import AttentionSignature as Attention
+from tilewright.codegen.hardware.archs import GPU_ARCHS, GpuArch
+from tilewright.codegen.ops.attention.signature import AttentionSignature as Attention
 from tilewright.codegen.ops.base import Template
-from tilewright.codegen.ops.gating_signature import GatingSignature as Gating
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature as MoeGemm
+from tilewright.codegen.ops.gating.signature import GatingSignature as Gating
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature as MoeGemm
+from tilewright.codegen.ops.registry import OPS, find_op
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.space import Space
 

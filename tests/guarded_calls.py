@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.codegen.expressions import IntExpr
-from tilewright.codegen.layouts import WeightLayout
+from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.ops.base import Arrays
-from tilewright.codegen.recipe import ABI_VERSION, Recipe
-from tilewright.runtime.packing import pack_array, packed_shape
+from tilewright.codegen.recipe.expressions import IntExpr
+from tilewright.codegen.recipe.model import ABI_VERSION, Recipe
+from tilewright.runtime.weights.packing import pack_array, packed_shape
 
 POISON = 0xFF  # NaN as a float, -1 as an index
 GUARD_BYTES = 4096

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from guarded_calls import DTYPES, POISON, sizes_of
 
-from tilewright.codegen.archs import Arch
-from tilewright.codegen.building.cpp import FLAGS
-from tilewright.codegen.expressions import IntExpr
+from tilewright.codegen.backends.cpp.builder import FLAGS
+from tilewright.codegen.hardware.archs import Arch
 from tilewright.codegen.ops.base import Arrays
-from tilewright.codegen.recipe import Recipe
+from tilewright.codegen.recipe.expressions import IntExpr
+from tilewright.codegen.recipe.model import Recipe
 
 DRIVER = Path(__file__).parent / "data" / "kernel_driver.cpp"
 _OF_SHARED_OBJECTS = ("-shared", "-nodefaultlibs", "-lc")

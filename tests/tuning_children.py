@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.codegen.archs import native_arch
-from tilewright.codegen.ops import find_op
+from tilewright.codegen.hardware.archs import native_arch
 from tilewright.codegen.ops.base import Problem
-from tilewright.codegen.routing import RoutingSpec
-from tilewright.tuner.campaign import Campaign, Request
+from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.routing.spec import RoutingSpec
+from tilewright.tuner.campaign.campaign import Campaign, Request
+from tilewright.tuner.campaign.loop import ProblemResult
+from tilewright.tuner.campaign.progress import Progress
+from tilewright.tuner.campaign.target import CpuTarget
 from tilewright.tuner.cli import main
-from tilewright.tuner.loop import ProblemResult
-from tilewright.tuner.progress import Progress
-from tilewright.tuner.target import CpuTarget
 from tilewright.tuning_db.store import Store
 
 # Children come from a server that has imported everything and has no threads, so that they start in milliseconds. The
@@ -151,7 +151,7 @@ def workers_of(tuner: int) -> list[int]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = path.read_bytes().split(b"\0")
-            if b"tilewright.tuner.evaluation.worker" in words and str(tuner).encode() in words:
+            if b"tilewright.tuner.evaluation.cpu.worker" in words and str(tuner).encode() in words:
                 found.append(int(path.parent.name))
     return found
 

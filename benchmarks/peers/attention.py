@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from peers import Call, Peer
-from tilewright.codegen.ops import find_op
-from tilewright.codegen.ops.attention import AttentionProblem
-from tilewright.codegen.ops.attention_inputs import gather_cache
+from tilewright.codegen.ops.attention.declaration import AttentionProblem
+from tilewright.codegen.ops.attention.inputs import gather_cache
+from tilewright.codegen.ops.registry import find_op
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,14 +9,14 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from numpy.typing import NDArray
 
-from tilewright.codegen.archs import Arch
-from tilewright.codegen.building.entry import EntrySpec
-from tilewright.codegen.layouts import RowLayout, WeightLayout
-from tilewright.codegen.models import ModelShape
+from tilewright.codegen.backends.entry import EntrySpec
+from tilewright.codegen.hardware.archs import Arch
+from tilewright.codegen.models.shapes import ModelShape
+from tilewright.codegen.numbers.layouts import RowLayout, WeightLayout
+from tilewright.codegen.numbers.precisions import LOSSLESS, PRECISIONS
 from tilewright.codegen.ops.signature import Signature, stable_key
-from tilewright.codegen.precisions import LOSSLESS, PRECISIONS
-from tilewright.codegen.recipe import Recipe, TensorSpec
-from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.recipe.model import Recipe, TensorSpec
+from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.codegen.space import Config, Space
 from tilewright.codegen.work import LaunchWork
 from tilewright.errors import TilewrightError
@@ -110,7 +110,7 @@ class Template(Generic[S]):
     label: tuple[str, ...] = ()
     """Knobs whose values tell its kernels apart in a table, beside the template's name."""
     precisions: tuple[str, ...] = ()
-    """That it can read weights in (codegen/precisions.py); empty: only as the op declares them."""
+    """That it can read weights in (codegen/numbers/precisions.py); empty: only as the op declares them."""
     dtypes: tuple[str, ...] = (LOSSLESS,)
     """Of activations that it computes with."""
     exclusion: Callable[[str, Arch], str | None] = lambda _precision, _arch: None

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from tilewright.codegen.recipe import TensorSpec
+from tilewright.codegen.recipe.model import TensorSpec
 
 
 def stable_key(fields: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-/* A bound call: unwrap, check, choose, launch. Anything out of the ordinary goes to the Python twin (runtime/pure.py),
+/* A bound call: unwrap, check, choose, launch. Anything out of the ordinary goes to the Python twin (runtime/calls/pure.py),
  * which says what is wrong, calls the fallback, or runs the kernel. */
 #include "bound_call.h"
 

@@ -1,4 +1,4 @@
-/* A binding in C, read once from the plain tuples that runtime/native_calls.py makes of it. */
+/* A binding in C, read once from the plain tuples that runtime/calls/native.py makes of it. */
 #ifndef TILEWRIGHT_DESCRIPTION_H
 #define TILEWRIGHT_DESCRIPTION_H
 

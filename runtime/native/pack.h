@@ -1,4 +1,4 @@
-/* Weights into panels (codegen/layouts.py). */
+/* Weights into panels (codegen/numbers/layouts.py). */
 #ifndef TILEWRIGHT_PACK_H
 #define TILEWRIGHT_PACK_H
 

@@ -2,7 +2,7 @@
 
 #define STACK_DEPTH 16
 
-/* Numbers as in codegen/expressions.py, Op. */
+/* Numbers as in codegen/recipe/expressions.py, Op. */
 enum { CONSTANT, SYMBOL, ADD, SUBTRACT, MULTIPLY, FLOOR_DIVIDE, CEIL_DIVIDE, MINIMUM, MAXIMUM };
 
 bool tw_program_valid(const tw_program *program, int symbols) {

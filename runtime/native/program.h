@@ -1,4 +1,4 @@
-/* Integer expressions in reverse Polish form (codegen/expressions.py). */
+/* Integer expressions in reverse Polish form (codegen/recipe/expressions.py). */
 #ifndef TILEWRIGHT_PROGRAM_H
 #define TILEWRIGHT_PROGRAM_H
 

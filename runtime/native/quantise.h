@@ -1,4 +1,4 @@
-/* Weights into elements of few bits and their scales (codegen/precisions.py); runtime/quantising.py gives the same bits. */
+/* Weights into elements of few bits and their scales (codegen/numbers/precisions.py); runtime/weights/quantising.py gives the same bits. */
 #ifndef TILEWRIGHT_QUANTISE_H
 #define TILEWRIGHT_QUANTISE_H
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tilewright.codegen.ops.attention_signature import AttentionSignature
+from tilewright.codegen.ops.attention.signature import AttentionSignature
 from tilewright.errors import TilewrightError
 from tilewright.runtime.ops.base import BoundWeights, ServedOp
-from tilewright.runtime.plain_torch import plain_torch
-from tilewright.runtime.plans import Resolution
+from tilewright.runtime.serve.plans import Resolution
+from tilewright.runtime.torch.plain import plain_torch
 
 
 class ServedAttention(ServedOp[AttentionSignature]):

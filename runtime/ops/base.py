@@ -9,9 +9,9 @@ from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
-from tilewright.codegen.layouts import WeightLayout
+from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.ops.signature import Signature
-from tilewright.runtime.plans import Resolution
+from tilewright.runtime.serve.plans import Resolution
 
 S = TypeVar("S", bound=Signature)
 

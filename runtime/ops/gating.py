@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tilewright.codegen.ops.gating_signature import GatingSignature
-from tilewright.codegen.routing import TokenOrder, pad_blocks
+from tilewright.codegen.ops.gating.signature import GatingSignature
+from tilewright.codegen.routing.spec import TokenOrder, pad_blocks
 from tilewright.errors import TilewrightError
 from tilewright.runtime.ops.base import BoundWeights, ServedOp
-from tilewright.runtime.plain_torch import plain_torch
-from tilewright.runtime.plans import Resolution
-from tilewright.runtime.routing import sort_tokens_into
+from tilewright.runtime.serve.plans import Resolution
+from tilewright.runtime.serve.routing import sort_tokens_into
+from tilewright.runtime.torch.plain import plain_torch
 
 
 class ServedGating(ServedOp[GatingSignature]):

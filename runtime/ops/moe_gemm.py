@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tilewright.codegen.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
-from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.ops.moe_gemm_signature import Activation, MoeGemmSignature
+from tilewright.codegen.numbers.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
+from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.ops.moe_gemm.signature import Activation, MoeGemmSignature
 from tilewright.errors import TilewrightError
-from tilewright.runtime.calls import pack_weight
+from tilewright.runtime.calls.bind import pack_weight
 from tilewright.runtime.ops.base import BoundWeights, ServedOp, WeightCopy
-from tilewright.runtime.plain_torch import plain_torch
-from tilewright.runtime.plans import Resolution
-from tilewright.runtime.weights import DeclaredWeights, ExpertWeights, PackedWeights
+from tilewright.runtime.serve.plans import Resolution
+from tilewright.runtime.torch.plain import plain_torch
+from tilewright.runtime.weights.experts import DeclaredWeights, ExpertWeights, PackedWeights
 
 
 class ServedMoeGemm(ServedOp[MoeGemmSignature]):

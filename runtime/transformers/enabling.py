@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tilewright.codegen.model_config import TOP_K_KEYS
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.precisions import LOSSLESS
+from tilewright.codegen.models.config import TOP_K_KEYS
+from tilewright.codegen.numbers.precisions import LOSSLESS
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.errors import TilewrightError
-from tilewright.runtime.experts import Experts
 from tilewright.runtime.notices import warn_once
-from tilewright.runtime.plans import Database, is_planned
-from tilewright.runtime.prepared import PreparedCall
 from tilewright.runtime.process_memory import Memory
+from tilewright.runtime.serve.experts import Experts
+from tilewright.runtime.serve.plans import Database, is_planned
+from tilewright.runtime.serve.prepared import PreparedCall
 from tilewright.runtime.transformers import linears, prompts, routers
 from tilewright.runtime.transformers.interface import (
     IMPLEMENTATION,

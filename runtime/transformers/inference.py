@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tilewright.errors import TilewrightError
-from tilewright.runtime.torch_ops import refuse_backward
+from tilewright.runtime.torch.operators import refuse_backward
 
 
 class SharedByCopies:

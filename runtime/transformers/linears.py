@@ -14,12 +14,12 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.errors import TilewrightError
-from tilewright.runtime.gemm import PreparedGemm, prepare
-from tilewright.runtime.handles import held
-from tilewright.runtime.plans import Database, is_planned
-from tilewright.runtime.torch_ops import define_operator
+from tilewright.runtime.serve.gemm import PreparedGemm, prepare
+from tilewright.runtime.serve.handles import held
+from tilewright.runtime.serve.plans import Database, is_planned
+from tilewright.runtime.torch.operators import define_operator
 from tilewright.runtime.transformers.inference import SharedByCopies, run_without_backward, wants_gradients
 
 M = TypeVar("M", bound=nn.Linear)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tilewright.runtime.native_module import native_for_torch
+from tilewright.runtime.calls.extension import native_for_torch
 from tilewright.runtime.transformers.specialised import Specialised, agree, random_rows, specialise
 
 _MOST_ELEMENTS = 1 << 15

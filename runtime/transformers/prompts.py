@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tilewright.codegen.ops.attention_signature import AttentionSignature
+from tilewright.codegen.ops.attention.signature import AttentionSignature
 from tilewright.errors import TilewrightError
-from tilewright.runtime.attention import VarlenPrefill
-from tilewright.runtime.handles import held
-from tilewright.runtime.plans import Database, is_planned
-from tilewright.runtime.torch_ops import define_operator
+from tilewright.runtime.serve.attention import VarlenPrefill
+from tilewright.runtime.serve.handles import held
+from tilewright.runtime.serve.plans import Database, is_planned
+from tilewright.runtime.torch.operators import define_operator
 from tilewright.runtime.transformers.inference import SharedByCopies, wants_gradients
 from tilewright.runtime.transformers.interface import sdpa
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from tilewright.codegen.ops.moe_gemm_signature import Activation
+from tilewright.codegen.ops.moe_gemm.signature import Activation
 from tilewright.runtime.ops.moe_gemm import activate
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

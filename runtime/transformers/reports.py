@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tilewright.codegen.precisions import LOSSLESS
+from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.runtime.process_memory import Memory, megabytes
 
 

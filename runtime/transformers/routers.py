@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tilewright.codegen.ops.gating_signature import GatingSignature
+from tilewright.codegen.ops.gating.signature import GatingSignature
 from tilewright.errors import TilewrightError
-from tilewright.runtime.gate import Gate
-from tilewright.runtime.plans import Database, is_planned
+from tilewright.runtime.serve.gate import Gate
+from tilewright.runtime.serve.plans import Database, is_planned
 from tilewright.runtime.transformers.inference import SharedByCopies, wants_gradients
 from tilewright.runtime.transformers.specialised import Specialised, agree, random_rows, restore, specialise
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tilewright.codegen.precisions import LOSSLESS
+from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.errors import TilewrightError
-from tilewright.runtime.experts import Experts
+from tilewright.runtime.serve.experts import Experts
 from tilewright.runtime.transformers.inference import SharedByCopies, run_without_backward, wants_gradients
 from tilewright.runtime.transformers.interface import forward_of
 from tilewright.runtime.transformers.recognition import Form, as_module_weights

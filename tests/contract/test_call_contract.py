@@ -14,13 +14,13 @@ from call_layers import CallContract, Native, Pure, own_settings
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tilewright.codegen.expressions import IntExpr
-from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.recipe import ABI_VERSION, Guard
+from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.recipe.expressions import IntExpr
+from tilewright.codegen.recipe.model import ABI_VERSION, Guard
 from tilewright.errors import TilewrightError
-from tilewright.runtime.calls import CallVariant, bind_call, pack_weight
+from tilewright.runtime.calls.bind import CallVariant, bind_call, pack_weight
+from tilewright.runtime.calls.pure import PureCall
 from tilewright.runtime.notices import TilewrightWarning
-from tilewright.runtime.pure import PureCall
 
 SCALE = torch.tensor([2.0, -1.0, 0.5])
 

@@ -11,11 +11,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tilewright.codegen.recipe import Argument, TensorSpec
+from tilewright.codegen.recipe.model import Argument, TensorSpec
 from tilewright.errors import TilewrightError
-from tilewright.runtime import calls
-from tilewright.runtime.calls import CallVariant, bind_call
-from tilewright.runtime.native_module import native_for_torch
+from tilewright.runtime.calls import bind as calls
+from tilewright.runtime.calls.bind import CallVariant, bind_call
+from tilewright.runtime.calls.extension import native_for_torch
 
 COMPILER = shutil.which(os.environ.get("CC", "cc"))
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler to build a test kernel with")

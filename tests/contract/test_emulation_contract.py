@@ -11,10 +11,10 @@ import pytest
 from awkward import Case
 from gpu_signatures import emulated_cases, fnuz_cases, persistent_cases
 
-from tilewright.codegen.archs import GPU_ARCHS
-from tilewright.codegen.ops import find_op
-from tilewright.tuner.emulation.checking import EmulatedChecker
-from tilewright.tuner.emulation.emulator import Emulator
+from tilewright.codegen.hardware.archs import GPU_ARCHS
+from tilewright.codegen.ops.registry import find_op
+from tilewright.tuner.evaluation.emulated.checking import EmulatedChecker
+from tilewright.tuner.evaluation.emulated.emulator import Emulator
 
 FULL = os.environ.get("TILEWRIGHT_FULL_EMULATION") == "1"
 CASES = 28

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 from evaluation_kernels import KernelMaker, evaluator, needs_compiler, problem
 
-from tilewright.codegen.recipe import Guard
+from tilewright.codegen.recipe.model import Guard
 from tilewright.errors import TilewrightError
-from tilewright.tuner.evaluation.evaluator import CpuEvaluator
+from tilewright.tuner.evaluation.cpu.evaluator import CpuEvaluator
 from tilewright.tuner.evaluation.outcome import BuiltKernel
 from tilewright.tuner.evaluation.statistics import paired_ratio
 from tilewright.tuning_db.records import Outcome

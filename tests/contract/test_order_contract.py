@@ -18,14 +18,14 @@ from guarded_calls import Call, forking, run_kernel, tensors_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tilewright.codegen.archs import native_arch
-from tilewright.codegen.building.base import Source
-from tilewright.codegen.building.cpp import CppBuilder, find_compiler
-from tilewright.codegen.ops import OPS, find_op
+from tilewright.codegen.backends.base import Source
+from tilewright.codegen.backends.cpp.builder import CppBuilder, find_compiler
+from tilewright.codegen.hardware.archs import native_arch
+from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.base import Arrays
+from tilewright.codegen.ops.registry import OPS, find_op
 from tilewright.codegen.ops.signature import Signature
-from tilewright.codegen.precisions import LOSSLESS
-from tilewright.codegen.recipe import Recipe
+from tilewright.codegen.recipe.model import Recipe
 from tilewright.codegen.rendering import render
 from tilewright.codegen.space import Config
 

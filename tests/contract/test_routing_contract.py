@@ -7,10 +7,10 @@ from call_layers import CallContract, Native, Pure, own_settings
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tilewright.codegen.routing import sort_tokens as numpy_sort_tokens
+from tilewright.codegen.routing.spec import sort_tokens as numpy_sort_tokens
 from tilewright.errors import TilewrightError
-from tilewright.runtime.calls import softmax_topk, sort_tokens, sort_tokens_into
-from tilewright.runtime.routing import softmax_topk_into
+from tilewright.runtime.calls.bind import softmax_topk, sort_tokens, sort_tokens_into
+from tilewright.runtime.serve.routing import softmax_topk_into
 
 
 class RoutingTests(CallContract):

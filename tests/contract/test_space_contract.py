@@ -11,15 +11,15 @@ from gpu_signatures import GPU_SIGNATURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tilewright.codegen.archs import CPU_ARCHS, GPU_ARCHS, Arch
-from tilewright.codegen.model_presets import PRESETS
-from tilewright.codegen.models import load_model
-from tilewright.codegen.ops import OPS, find_op
+from tilewright.codegen.hardware.archs import CPU_ARCHS, GPU_ARCHS, Arch
+from tilewright.codegen.models.presets import PRESETS
+from tilewright.codegen.models.shapes import load_model
 from tilewright.codegen.ops.base import OpDeclaration
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.ops.registry import OPS, find_op
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.rendering import render
-from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.codegen.space import Config
 from tilewright.errors import TilewrightError
 

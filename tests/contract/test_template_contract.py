@@ -18,15 +18,15 @@ from awkward import SIGNATURES, Case, cases, examples, few_cases, only_adds_prod
 from guarded_calls import Call, forking, run_kernel, tensors_for
 from standalone_kernels import Toolchain
 
-from tilewright.codegen.archs import ARCHS, CPU_ARCHS, Arch, native_arch, runs_on
-from tilewright.codegen.building.base import Source
-from tilewright.codegen.building.cpp import Build, CppBuilder, find_compiler
-from tilewright.codegen.cpu_info import read_cpu_info, usable_cores
-from tilewright.codegen.ops import OPS, find_op
-from tilewright.codegen.precisions import find_precision
+from tilewright.codegen.backends.base import Source
+from tilewright.codegen.backends.cpp.builder import Build, CppBuilder, find_compiler
+from tilewright.codegen.hardware.archs import ARCHS, CPU_ARCHS, Arch, native_arch, runs_on
+from tilewright.codegen.hardware.cpu_info import read_cpu_info, usable_cores
+from tilewright.codegen.numbers.precisions import find_precision
+from tilewright.codegen.ops.registry import OPS, find_op
 from tilewright.codegen.rendering import render
 from tilewright.errors import TilewrightError
-from tilewright.runtime.openmp import fork_address
+from tilewright.runtime.launchers.openmp import fork_address
 from tilewright.tuner.evaluation.checking import compare_all
 
 DEFINITION = """

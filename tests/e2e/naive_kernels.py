@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.codegen.archs import native_arch
-from tilewright.codegen.cpu_info import read_cpu_info
-from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.recipe import ABI_VERSION, Argument, Guard, Launch, Recipe
+from tilewright.codegen.hardware.archs import native_arch
+from tilewright.codegen.hardware.cpu_info import read_cpu_info
+from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.recipe.model import ABI_VERSION, Argument, Guard, Launch, Recipe
 from tilewright.tuning_db.records import ArtifactRecord, DeviceRecord, KernelRecord, PlanEntry, PlanRecord
 from tilewright.tuning_db.store import Store
 

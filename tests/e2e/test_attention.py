@@ -11,9 +11,9 @@ import torch
 from batch_parts import part_of
 from naive_kernels import needs_compiler
 
-from tilewright.codegen.ops import find_op
-from tilewright.codegen.ops.attention import AttentionProblem
-from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.ops.attention.declaration import AttentionProblem
+from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.errors import TilewrightError
 from tilewright.runtime import PagedDecode, TilewrightWarning, VarlenPrefill
 from tilewright.runtime.notices import forget_warnings

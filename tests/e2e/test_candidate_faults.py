@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 from evaluation_kernels import KernelMaker, evaluator, needs_compiler, problem
 
-from tilewright.codegen.ops.attention import Attention
-from tilewright.codegen.ops.attention_signature import AttentionSignature
-from tilewright.codegen.ops.moe_gemm import MoeGemm
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.ops.attention.declaration import Attention
+from tilewright.codegen.ops.attention.signature import AttentionSignature
+from tilewright.codegen.ops.moe_gemm.declaration import MoeGemm
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.errors import TilewrightError
-from tilewright.tuner.evaluation.evaluator import CpuEvaluator
+from tilewright.tuner.evaluation.cpu.evaluator import CpuEvaluator
 from tilewright.tuning_db.records import Outcome
 
 pytestmark = needs_compiler
@@ -210,7 +210,9 @@ def test_a_closed_evaluator_leaves_nothing_behind(make: KernelMaker) -> None:
 
 
 def test_the_worker_starts_without_heavy_imports() -> None:
-    code = "import sys, tilewright.tuner.evaluation.worker; print({'numpy', 'torch', 'sqlalchemy'} & set(sys.modules))"
+    code = (
+        "import sys, tilewright.tuner.evaluation.cpu.worker; print({'numpy', 'torch', 'sqlalchemy'} & set(sys.modules))"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     assert subprocess.check_output([sys.executable, "-c", code], text=True, env=environment).strip() == "set()"
 

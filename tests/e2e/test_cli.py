@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tilewright.codegen.building.cpp import find_compiler
+from tilewright.codegen.backends.cpp.builder import find_compiler
 from tilewright.errors import TilewrightError
 from tilewright.runtime import Experts, TilewrightWarning
 from tilewright.tuner.cli import main

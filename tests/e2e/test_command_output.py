@@ -18,11 +18,11 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from tilewright.codegen.archs import native_arch
-from tilewright.codegen.building.cpp import find_compiler
-from tilewright.codegen.cpu_info import read_cpu_info
+from tilewright.codegen.backends.cpp.builder import find_compiler
+from tilewright.codegen.hardware.archs import native_arch
+from tilewright.codegen.hardware.cpu_info import read_cpu_info
+from tilewright.tuner.campaign.loop import FINAL_RACE
 from tilewright.tuner.cli import main
-from tilewright.tuner.loop import FINAL_RACE
 from tilewright.tuning_db.records import Outcome
 from tilewright.tuning_db.store import Store
 

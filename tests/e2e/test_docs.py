@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.codegen.building.cpp import find_compiler
+from tilewright.codegen.backends.cpp.builder import find_compiler
 from tilewright.errors import TilewrightError
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def test_adding_a_kernel(tmp_path: Path) -> None:
     (entry,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
 
     (tmp_path / "templates/moe_gemm/cpu_chains.cpp.jinja").write_text(template)
-    declaration = tmp_path / "codegen/ops/moe_gemm_cpu.py"
+    declaration = tmp_path / "codegen/ops/moe_gemm/cpu/templates.py"
     before, templates = declaration.read_text().split("TEMPLATES = (\n")
     declaration.write_text(f"{before}{space}\n\nTEMPLATES = (\n{entry}{templates}")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tilewright.codegen.building.cpp import find_compiler
+from tilewright.codegen.backends.cpp.builder import find_compiler
 from tilewright.errors import TilewrightError
 from tilewright.runtime import Experts, Gate, TilewrightWarning, softmax_topk
 from tilewright.runtime.notices import forget_warnings

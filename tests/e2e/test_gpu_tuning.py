@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tilewright.codegen.building.elf import sections
-from tilewright.codegen.recipe import Recipe
+from tilewright.codegen.backends.binaries.elf import sections
+from tilewright.codegen.recipe.model import Recipe
 from tilewright.tuner.cli import main
 from tilewright.tuning_db.store import Store
 

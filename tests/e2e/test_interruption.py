@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.codegen.building.cpp import find_compiler
+from tilewright.codegen.backends.cpp.builder import find_compiler
 from tilewright.errors import TilewrightError
 from tilewright.tuning_db.store import Store
 

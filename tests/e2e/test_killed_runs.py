@@ -25,8 +25,8 @@ from tuning_children import (
     workers_of,
 )
 
+from tilewright.tuner.campaign.loop import BATCH, FINAL_RACE
 from tilewright.tuner.cli import main
-from tilewright.tuner.loop import BATCH, FINAL_RACE
 from tilewright.tuning_db.records import Outcome, TrialRecord
 from tilewright.tuning_db.store import Store
 

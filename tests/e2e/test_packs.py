@@ -15,7 +15,7 @@ import pytest
 import torch
 from naive_kernels import Built, build, needs_compiler, store_plan
 
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.runtime import TilewrightWarning, prepare
 from tilewright.runtime.notices import forget_warnings
 from tilewright.tuner.cli import main

@@ -11,18 +11,18 @@ import pytest
 import torch
 from awkward import rounded
 
-from tilewright.codegen.archs import ARCHS, native_arch
-from tilewright.codegen.building.cpp import CppBuilder
-from tilewright.codegen.cpu_info import read_cpu_info
-from tilewright.codegen.ops import find_op
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.precisions import LOSSLESS, find_precision
-from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.backends.cpp.builder import CppBuilder
+from tilewright.codegen.hardware.archs import ARCHS, native_arch
+from tilewright.codegen.hardware.cpu_info import read_cpu_info
+from tilewright.codegen.numbers.precisions import LOSSLESS, find_precision
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.errors import TilewrightError
 from tilewright.runtime import Experts, TilewrightWarning, prepare
+from tilewright.tuner.campaign.variants import Workshop
 from tilewright.tuner.cli import main
-from tilewright.tuner.evaluation.evaluator import CpuEvaluator
-from tilewright.tuner.variants import Workshop
+from tilewright.tuner.evaluation.cpu.evaluator import CpuEvaluator
 from tilewright.tuning_db.records import DeviceRecord, Outcome, PlanEntry, PlanRecord
 from tilewright.tuning_db.store import Store
 
@@ -296,7 +296,7 @@ def test_the_error_of_a_precision_counts_rounded_activations() -> None:
 def test_an_arch_without_integer_products_says_what_is_missing(tmp_path, capsys, monkeypatch) -> None:
     without = replace(native_arch(), dot="")
     monkeypatch.setitem(ARCHS, without.name, without)
-    monkeypatch.setattr("tilewright.codegen.archs.native_arch", lambda: without)
+    monkeypatch.setattr("tilewright.codegen.hardware.archs.native_arch", lambda: without)
     words = [*PROBLEM, "--precision", "int8_a8", "--db", str(tmp_path / "tuning.db")]
     assert main(words) != 0
     assert f"int8_a8 are impossible on {without.name}: it has no dot product of integers" in capsys.readouterr().err

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from naive_kernels import Built, build, needs_compiler, store_plan
 
-from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.ops import find_op
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.routing import RoutingSpec
-from tilewright.tuner.deployed import DeployedRaces, RaceLost
-from tilewright.tuner.proving import Default, Proof, Prover
+from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.routing.spec import RoutingSpec
+from tilewright.tuner.plan.deployed import DeployedRaces, RaceLost
+from tilewright.tuner.plan.prove import Default, Proof, Prover
 from tilewright.tuning_db.records import PlanRecord
 from tilewright.tuning_db.store import Store
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from naive_kernels import Built, build, needs_compiler, on_other_arch, store_plan
 
-from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.recipe import Guard
+from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.recipe.model import Guard
 from tilewright.errors import TilewrightError
 from tilewright.runtime import PreparedGemm, TilewrightWarning, prepare
 from tilewright.runtime.notices import forget_warnings

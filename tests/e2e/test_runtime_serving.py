@@ -8,9 +8,9 @@ import torch
 from naive_kernels import build, needs_compiler, store_plan
 
 from tilewright import runtime
-from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.recipe import Guard
+from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.recipe.model import Guard
 from tilewright.runtime import Experts, TilewrightWarning, grouped_gemm, memory_report, moe_down, moe_up, prepare
 from tilewright.runtime.notices import forget_warnings
 
@@ -199,7 +199,7 @@ def test_memory_is_stated(tmp_path):
 @pytest.mark.parametrize("implementation", ["native", "pure"])
 def test_a_plan_of_two_weight_layouts_holds_two_copies(tmp_path, monkeypatch, implementation, keep):
     if implementation == "pure":
-        monkeypatch.setattr("tilewright.runtime.calls._NATIVE", None)
+        monkeypatch.setattr("tilewright.runtime.calls.bind._NATIVE", None)
     signature = MoeGemmSignature(stage="plain", experts=2, n=5, k=3)
     narrow, wide = (
         build(signature, layout=WeightLayout(4), mark=2.0),

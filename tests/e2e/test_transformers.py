@@ -8,17 +8,17 @@ import pytest
 import torch
 from naive_kernels import build, needs_compiler, store_plan
 
-from tilewright.codegen.archs import native_arch
-from tilewright.codegen.building.cpp import CppBuilder
-from tilewright.codegen.cpu_info import read_cpu_info
-from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.ops import find_op
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.backends.cpp.builder import CppBuilder
+from tilewright.codegen.hardware.archs import native_arch
+from tilewright.codegen.hardware.cpu_info import read_cpu_info
+from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.ops.registry import find_op
 from tilewright.errors import TilewrightError
 from tilewright.runtime import TilewrightWarning
 from tilewright.runtime.notices import forget_warnings
 from tilewright.runtime.transformers import disable, enable
-from tilewright.tuner.variants import Workshop
+from tilewright.tuner.campaign.variants import Workshop
 from tilewright.tuning_db.records import PlanEntry, PlanRecord
 from tilewright.tuning_db.store import Store
 

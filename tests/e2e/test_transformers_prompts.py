@@ -4,16 +4,16 @@ import pytest
 import torch
 from naive_kernels import Built, needs_compiler, store_plan
 
-from tilewright.codegen.archs import native_arch
-from tilewright.codegen.building.cpp import CppBuilder
-from tilewright.codegen.ops import find_op
-from tilewright.codegen.ops.attention_signature import AttentionSignature
+from tilewright.codegen.backends.cpp.builder import CppBuilder
+from tilewright.codegen.hardware.archs import native_arch
+from tilewright.codegen.ops.attention.signature import AttentionSignature
+from tilewright.codegen.ops.registry import find_op
 from tilewright.errors import TilewrightError
-from tilewright.runtime.attention import VarlenPrefill
 from tilewright.runtime.notices import forget_warnings
+from tilewright.runtime.serve.attention import VarlenPrefill
 from tilewright.runtime.transformers import disable, enable
 from tilewright.runtime.transformers.prompts import prompts_forward
-from tilewright.tuner.variants import Workshop
+from tilewright.tuner.campaign.variants import Workshop
 
 transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
 

@@ -6,17 +6,17 @@ import pytest
 import torch
 from naive_kernels import Built, needs_compiler, store_plan
 
-from tilewright.codegen.archs import native_arch
-from tilewright.codegen.building.cpp import CppBuilder
-from tilewright.codegen.ops import find_op
-from tilewright.codegen.ops.gating_signature import GatingSignature
-from tilewright.runtime.native_module import native_for_torch
+from tilewright.codegen.backends.cpp.builder import CppBuilder
+from tilewright.codegen.hardware.archs import native_arch
+from tilewright.codegen.ops.gating.signature import GatingSignature
+from tilewright.codegen.ops.registry import find_op
+from tilewright.runtime.calls.extension import native_for_torch
 from tilewright.runtime.notices import forget_warnings
 from tilewright.runtime.transformers import disable, enable
 from tilewright.runtime.transformers.norms import RowsNorm, serve_norms
 from tilewright.runtime.transformers.routers import TunedRouter
 from tilewright.runtime.transformers.specialised import Specialised, restore
-from tilewright.tuner.variants import Workshop
+from tilewright.tuner.campaign.variants import Workshop
 
 transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
 

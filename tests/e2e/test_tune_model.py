@@ -5,9 +5,9 @@ import json
 import pytest
 from naive_kernels import needs_compiler
 
-from tilewright.codegen.models import load_model
-from tilewright.codegen.ops import OPS
-from tilewright.runtime.plans import is_planned
+from tilewright.codegen.models.shapes import load_model
+from tilewright.codegen.ops.registry import OPS
+from tilewright.runtime.serve.plans import is_planned
 from tilewright.tuner.cli import main
 
 pytestmark = needs_compiler

@@ -19,10 +19,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SUFFIXES = {".py", ".typed", ".jinja", ".cpp"}
 
 RENDER_ALL = """
-from tilewright.codegen.archs import native_arch
-from tilewright.codegen.ops import OPS
+from tilewright.codegen.hardware.archs import native_arch
+from tilewright.codegen.ops.registry import OPS
 from tilewright.codegen.rendering import render
-from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.routing.spec import RoutingSpec
 
 for op in OPS.values():
     problem = dict(pair.split("=") for pair in op.problem_example.split(","))
@@ -46,7 +46,7 @@ print(len(Reader.open(sys.argv[1]).plans_for("moe_gemm", "none")))
 SERVE = """
 import torch
 from tilewright.runtime import grouped_gemm
-from tilewright.runtime.calls import IMPLEMENTATION
+from tilewright.runtime.calls.bind import IMPLEMENTATION
 
 x, weight = torch.randn(3, 8), torch.randn(2, 4, 8)
 out = grouped_gemm(x, weight, torch.tensor([0, 1, 3], dtype=torch.int32), database="none.db")
@@ -120,7 +120,7 @@ def test_it_holds_every_module_and_template_and_nothing_else(installed: Installe
 
 
 def test_it_is_imported_from_where_it_was_installed(installed: Installed) -> None:
-    code = "import tilewright, tilewright.tuner, tilewright.runtime.native_module as m; print(tilewright.__file__)"
+    code = "import tilewright, tilewright.tuner, tilewright.runtime.calls.extension as m; print(tilewright.__file__)"
     assert Path(installed.python("-c", code).strip()).is_relative_to(installed.path)
 
 

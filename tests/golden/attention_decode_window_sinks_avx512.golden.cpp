@@ -1,4 +1,4 @@
-// Made by tilewright VERSION from templates/attention/cpu_decode.cpp.jinja for x86_64_avx512.
+// Made by tilewright VERSION from templates/attention/cpu/decode.cpp.jinja for x86_64_avx512.
 // attention stage=decode heads=64 kv_heads=8 head_dim=64 value_dim=64 scale=0.125 window=128 sinks=True page_size=16
 // kv_layout=hnd q_dtype=fp32 kv_dtype=fp32 out_dtype=fp32
 // block=64 chunk=512 grain=64 prefetch=along streams=2 tile_keys=4 tile_rows=4 tile_values=4 unroll=1

@@ -1,4 +1,4 @@
-// Made by tilewright VERSION from templates/attention/cpu_prefill.cpp.jinja for aarch64_neon.
+// Made by tilewright VERSION from templates/attention/cpu/prefill.cpp.jinja for aarch64_neon.
 // attention stage=prefill heads=32 kv_heads=8 head_dim=80 value_dim=80 scale=0.11180339887498948 window=0 sinks=False
 // page_size=0 kv_layout= q_dtype=fp32 kv_dtype=fp32 out_dtype=fp32
 // block_keys=128 block_rows=64 key_panel=2 tile_rows=8 unroll=1 value_panel=3

@@ -1,4 +1,4 @@
-// Made by tilewright VERSION from templates/moe_gemm/cpu_blocked.cpp.jinja for aarch64_neon.
+// Made by tilewright VERSION from templates/moe_gemm/cpu/blocked.cpp.jinja for aarch64_neon.
 // moe_gemm stage=down experts=128 n=2050 k=768 top_k=8 activation=none bias=True x_dtype=fp32 w_dtype=fp32
 // out_dtype=fp32
 // block_m=96 block_rows=4 chunk_groups=8 combine=direct fetch_next=True gate_up=none k_block=768 order=panel_outer

@@ -1,4 +1,4 @@
-// Made by tilewright VERSION from templates/moe_gemm/cpu_blocked.cpp.jinja for x86_64_avx512.
+// Made by tilewright VERSION from templates/moe_gemm/cpu/blocked.cpp.jinja for x86_64_avx512.
 // moe_gemm stage=plain experts=8 n=24 k=64 top_k=1 activation=none bias=False x_dtype=fp32 w_dtype=fp32 out_dtype=fp32
 // block_m=96 block_rows=6 chunk_groups=1 combine=none fetch_next=False gate_up=none k_block=64 order=panel_outer
 // pack_x=True precision=fp32 prefetch=0 schedule=dynamic streams=1 unroll=4 vectors=2

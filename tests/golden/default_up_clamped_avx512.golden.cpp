@@ -1,4 +1,4 @@
-// Made by tilewright VERSION from templates/moe_gemm/cpu_blocked.cpp.jinja for x86_64_avx512.
+// Made by tilewright VERSION from templates/moe_gemm/cpu/blocked.cpp.jinja for x86_64_avx512.
 // moe_gemm stage=up experts=32 n=2880 k=2880 top_k=4 activation=swiglu_clamped bias=True x_dtype=fp32 w_dtype=fp32
 // out_dtype=fp32
 // block_m=96 block_rows=6 chunk_groups=4 combine=none fetch_next=False gate_up=interleaved k_block=256

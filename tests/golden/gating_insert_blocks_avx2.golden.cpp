@@ -1,4 +1,4 @@
-// Made by tilewright VERSION from templates/gating/cpu_insert.cpp.jinja for x86_64_avx2.
+// Made by tilewright VERSION from templates/gating/cpu/insert.cpp.jinja for x86_64_avx2.
 // gating experts=8 top_k=2 score=softmax renormalize=True bias=False groups=1 top_groups=1 scale=1.0 order=blocks
 // block_size=64
 // check=2 grain=32 insertion=selects scatter=parallel

@@ -1,4 +1,4 @@
-// Made by tilewright VERSION from templates/gating/cpu_lanes.cpp.jinja for aarch64_neon.
+// Made by tilewright VERSION from templates/gating/cpu/lanes.cpp.jinja for aarch64_neon.
 // gating experts=60 top_k=4 score=softmax renormalize=False bias=False groups=1 top_groups=1 scale=1.0 order=none
 // block_size=0
 // grain=128 scatter=none skip=True vectors=2

@@ -1,4 +1,4 @@
-// Made by tilewright VERSION from templates/gating/cpu_threshold.cpp.jinja for x86_64_avx512.
+// Made by tilewright VERSION from templates/gating/cpu/threshold.cpp.jinja for x86_64_avx512.
 // gating experts=256 top_k=8 score=sigmoid renormalize=True bias=True groups=8 top_groups=4 scale=2.5 order=rows
 // block_size=0
 // columns=1 grain=8 insertion=branches scatter=serial

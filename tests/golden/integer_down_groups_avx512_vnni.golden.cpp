@@ -1,4 +1,4 @@
-// Made by tilewright VERSION from templates/moe_gemm/cpu_integer.cpp.jinja for x86_64_avx512_vnni.
+// Made by tilewright VERSION from templates/moe_gemm/cpu/integer.cpp.jinja for x86_64_avx512_vnni.
 // moe_gemm stage=down experts=128 n=2050 k=768 top_k=8 activation=none bias=True x_dtype=fp32 w_dtype=fp32
 // out_dtype=fp32
 // block_m=192 block_rows=4 chunk_groups=2 combine=partials fetch_next=False gate_up=none pack_x=True

@@ -1,4 +1,4 @@
-// Made by tilewright VERSION from templates/moe_gemm/cpu_stream.cpp.jinja for x86_64_avx2.
+// Made by tilewright VERSION from templates/moe_gemm/cpu/stream.cpp.jinja for x86_64_avx2.
 // moe_gemm stage=down experts=8 n=4096 k=1792 top_k=2 activation=none bias=False x_dtype=fp32 w_dtype=fp32
 // out_dtype=fp32
 // block_rows=3 chunk_groups=2 combine=partials gate_up=none precision=fp32 prefetch=64 schedule=dynamic streams=6

@@ -1,4 +1,4 @@
-// Made by tilewright VERSION from templates/moe_gemm/cpu_stream.cpp.jinja for aarch64_neon.
+// Made by tilewright VERSION from templates/moe_gemm/cpu/stream.cpp.jinja for aarch64_neon.
 // moe_gemm stage=up experts=4 n=100 k=512 top_k=1 activation=geglu bias=True x_dtype=fp32 w_dtype=fp32 out_dtype=fp32
 // block_rows=2 chunk_groups=1 combine=none gate_up=apart precision=fp32 prefetch=16 schedule=static streams=4 unroll=1
 // vectors=2

@@ -1,4 +1,4 @@
-// Made by tilewright VERSION from templates/moe_gemm/cpu_stream.cpp.jinja for x86_64_avx2.
+// Made by tilewright VERSION from templates/moe_gemm/cpu/stream.cpp.jinja for x86_64_avx2.
 // moe_gemm stage=up experts=8 n=1792 k=4096 top_k=2 activation=swiglu bias=False x_dtype=fp32 w_dtype=fp32
 // out_dtype=fp32
 // block_rows=2 chunk_groups=4 combine=none gate_up=apart precision=int4g32 prefetch=16 schedule=dynamic streams=3

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from tilewright import __version__
-from tilewright.codegen.archs import ARCHS
-from tilewright.codegen.ops import OPS, find_op
-from tilewright.codegen.ops.attention_signature import AttentionSignature as Attention
-from tilewright.codegen.ops.gating_signature import GatingSignature as Gating
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature as MoeGemm
+from tilewright.codegen.hardware.archs import ARCHS
+from tilewright.codegen.numbers.precisions import LOSSLESS
+from tilewright.codegen.ops.attention.signature import AttentionSignature as Attention
+from tilewright.codegen.ops.gating.signature import GatingSignature as Gating
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature as MoeGemm
+from tilewright.codegen.ops.registry import OPS, find_op
 from tilewright.codegen.ops.signature import Signature
-from tilewright.codegen.precisions import LOSSLESS
 from tilewright.codegen.rendering import render
 from tilewright.codegen.space import Config, Value
 

@@ -11,12 +11,12 @@ import torch
 from call_kernels import TENSORS, Fallback
 from numpy import ones
 
-from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.recipe import Argument, Guard, TensorSpec
+from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.recipe.model import Argument, Guard, TensorSpec
 from tilewright.errors import TilewrightError
-from tilewright.runtime import openmp
-from tilewright.runtime.calls import CallVariant, bind_call
-from tilewright.runtime.packing import pack_array
+from tilewright.runtime.calls.bind import CallVariant, bind_call
+from tilewright.runtime.launchers import openmp
+from tilewright.runtime.weights.packing import pack_array
 
 SCALE = torch.ones(3)
 
@@ -103,7 +103,7 @@ def test_torchs_copy_of_the_pool_is_the_loaded_one():
 def test_the_extension_can_be_turned_off_and_no_search_template_or_database_package_is_imported():
     code = """
         import sys
-        from tilewright.runtime.calls import IMPLEMENTATION
+        from tilewright.runtime.calls.bind import IMPLEMENTATION
         print(IMPLEMENTATION, [m for m in ("optuna", "jinja2", "sqlalchemy", "alembic", "scipy") if m in sys.modules])
     """
     assert run_python(code, TILEWRIGHT_NATIVE="0") == "pure []"

@@ -5,16 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tilewright.codegen.archs import ARCHS, CPU_ARCHS, find_arch
-from tilewright.codegen.expressions import IntExpr
-from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.model_presets import PRESETS
-from tilewright.codegen.models import load_model
-from tilewright.codegen.ops import find_op
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.recipe import Recipe
+from tilewright.codegen.hardware.archs import ARCHS, CPU_ARCHS, find_arch
+from tilewright.codegen.models.presets import PRESETS
+from tilewright.codegen.models.shapes import load_model
+from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.recipe.expressions import IntExpr
+from tilewright.codegen.recipe.model import Recipe
 from tilewright.codegen.rendering import render
-from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.errors import TilewrightError
 
 OP = find_op("moe_gemm")

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import tuning_db_samples as samples
 
-from tilewright.codegen.archs import GPU_ARCHS
-from tilewright.codegen.models import load_model
-from tilewright.codegen.ops import find_op
+from tilewright.codegen.hardware.archs import GPU_ARCHS
+from tilewright.codegen.models.shapes import load_model
 from tilewright.codegen.ops.base import Problem
-from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.errors import TilewrightError
-from tilewright.tuner.costs import device_costs
+from tilewright.tuner.report.costs import device_costs
 from tilewright.tuning_db.records import DeviceRecord, PlanEntry, PlanRecord, TrialRecord
 from tilewright.tuning_db.store import Store
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.codegen.archs import CPU_ARCHS, native_arch
-from tilewright.codegen.building import cpp
-from tilewright.codegen.building.base import Source, cache_directory
-from tilewright.codegen.building.cpp import Compiler, CppBuilder, find_compiler
+from tilewright.codegen.backends.base import Source, cache_directory
+from tilewright.codegen.backends.cpp import builder as cpp
+from tilewright.codegen.backends.cpp.builder import Compiler, CppBuilder, find_compiler
+from tilewright.codegen.hardware.archs import CPU_ARCHS, native_arch
 from tilewright.errors import TilewrightError
 
 AVX2 = CPU_ARCHS["x86_64_avx2"]
@@ -235,9 +235,9 @@ def test_ctrl_c_ends_the_compilers(script: Callable[..., Path], tmp_path: Path) 
     compiler = script(f"sleep 60 &\necho $! > {tmp_path}/pid\nwait")
     program = textwrap.dedent(f"""
         from pathlib import Path
-        from tilewright.codegen.archs import CPU_ARCHS
-        from tilewright.codegen.building.base import Source
-        from tilewright.codegen.building.cpp import Compiler, CppBuilder
+        from tilewright.codegen.hardware.archs import CPU_ARCHS
+        from tilewright.codegen.backends.base import Source
+        from tilewright.codegen.backends.cpp.builder import Compiler, CppBuilder
 
         compiler = Compiler({str(compiler)!r}, "Scripted 1.0")
         builder = CppBuilder(CPU_ARCHS["x86_64_avx2"], compiler, Path({str(tmp_path)!r}))

@@ -6,8 +6,8 @@ from dataclasses import fields
 
 import pytest
 
-from tilewright.codegen.archs import GPU_ARCHS, GpuArch
-from tilewright.codegen.devices import DEVICES, Device, default_device, find_device
+from tilewright.codegen.hardware.archs import GPU_ARCHS, GpuArch
+from tilewright.codegen.hardware.devices import DEVICES, Device, default_device, find_device
 from tilewright.errors import TilewrightError
 
 FIGURES = {"sm_count", "boost_clock_mhz", "memory_bytes", "bandwidth_gbps", "l2_bytes", "peak_tflops"}

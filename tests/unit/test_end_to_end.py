@@ -2,12 +2,12 @@
 
 import pytest
 
-from tilewright.codegen.models import load_model
-from tilewright.codegen.ops import OPS
-from tilewright.codegen.routing import RoutingSpec
-from tilewright.tuner.deployed import Deployed
-from tilewright.tuner.end_to_end import not_counted, passes, telling_names
+from tilewright.codegen.models.shapes import load_model
+from tilewright.codegen.ops.registry import OPS
+from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.tuner.evaluation.statistics import Interval, Ratio
+from tilewright.tuner.plan.deployed import Deployed
+from tilewright.tuner.report.end_to_end import not_counted, passes, telling_names
 
 MODEL = load_model("gpt-oss-20b")  # 24 layers, all with experts, half of them with a window
 SIGNATURES = {name: op.signatures(MODEL) for name, op in OPS.items()}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tilewright.codegen.expressions import MAX_LENGTH, IntExpr, Op
+from tilewright.codegen.recipe.expressions import MAX_LENGTH, IntExpr, Op
 from tilewright.errors import TilewrightError
 
 NAMES = ("rows", "tokens", "threads")
@@ -26,7 +26,7 @@ sizes = st.fixed_dictionaries({name: st.integers(0, 1 << 20) for name in NAMES})
 
 
 def run_program(code: Sequence[int], values: Sequence[int]) -> int:
-    """The stack machine as codegen/expressions.py describes it to other languages."""
+    """The stack machine as codegen/recipe/expressions.py describes it to other languages."""
     binary = {
         Op.ADD: lambda a, b: a + b,
         Op.SUBTRACT: lambda a, b: a - b,

@@ -9,20 +9,20 @@ from typing import cast
 
 import pytest
 
-from tilewright.codegen.archs import ARCHS
-from tilewright.codegen.building.cpp import Compiler, CppBuilder
-from tilewright.codegen.ops import find_op
+from tilewright.codegen.backends.cpp.builder import Compiler, CppBuilder
+from tilewright.codegen.hardware.archs import ARCHS
 from tilewright.codegen.ops.base import Problem
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.codegen.space import Config
-from tilewright.tuner.evaluation.evaluator import CpuEvaluator
+from tilewright.tuner.campaign.loop import Candidate, ProblemResult, ProblemTuner
+from tilewright.tuner.campaign.progress import Progress
+from tilewright.tuner.campaign.variants import Bond, BuildResult, Workshop
+from tilewright.tuner.evaluation.cpu.evaluator import CpuEvaluator
 from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation
 from tilewright.tuner.evaluation.statistics import Ratio
-from tilewright.tuner.finals import Finals, Probed, Verdict
-from tilewright.tuner.loop import Candidate, ProblemResult, ProblemTuner
-from tilewright.tuner.progress import Progress
-from tilewright.tuner.variants import Bond, BuildResult, Workshop
+from tilewright.tuner.plan.finals import Finals, Probed, Verdict
 from tilewright.tuning_db.records import Outcome
 
 OP = find_op("moe_gemm")

@@ -10,13 +10,13 @@ from awkward import SIGNATURES, gating_signatures
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tilewright.codegen.models import load_model
-from tilewright.codegen.ops import find_op
-from tilewright.codegen.ops.gating import Gating
-from tilewright.codegen.ops.gating_inputs import unstable_tokens
-from tilewright.codegen.ops.gating_problem import GatingProblem
-from tilewright.codegen.ops.gating_signature import GatingSignature
-from tilewright.codegen.routing import RoutingSpec, pad_blocks, sort_tokens
+from tilewright.codegen.models.shapes import load_model
+from tilewright.codegen.ops.gating.declaration import Gating
+from tilewright.codegen.ops.gating.inputs import unstable_tokens
+from tilewright.codegen.ops.gating.problem import GatingProblem
+from tilewright.codegen.ops.gating.signature import GatingSignature
+from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.routing.spec import RoutingSpec, pad_blocks, sort_tokens
 from tilewright.errors import TilewrightError
 
 OP = Gating()

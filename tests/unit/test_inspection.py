@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from tilewright.codegen.building.facts import EntryFacts
-from tilewright.codegen.building.instructions import InstructionMix, read_amdgcn, read_sass, streamed_lines
-from tilewright.codegen.ops.moe_gemm_problem import MoeGemmProblem
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.recipe import Recipe
-from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.backends.binaries.facts import EntryFacts
+from tilewright.codegen.backends.binaries.instructions import InstructionMix, read_amdgcn, read_sass, streamed_lines
+from tilewright.codegen.ops.moe_gemm.problem import MoeGemmProblem
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.recipe.model import Recipe
+from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.codegen.space import Config
+from tilewright.tuner.campaign.loop import Candidate, ProblemResult
+from tilewright.tuner.campaign.variants import Bond
 from tilewright.tuner.evaluation.outcome import BuiltKernel
-from tilewright.tuner.inspection import blemishes
-from tilewright.tuner.loop import Candidate, ProblemResult
-from tilewright.tuner.variants import Bond
+from tilewright.tuner.report.inspection import blemishes
 
 FACTS = EntryFacts("product", 128, 0, 0, 0, 0, 49152, 0, 4, 1, (8, 8, 8, 4, 8, 8))
 WIDE = InstructionMix({}, {}, loop_load_bytes=4, streamed_load_bytes=16)

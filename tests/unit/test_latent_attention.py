@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from tilewright.codegen.archs import CPU_ARCHS, GPU_ARCHS
-from tilewright.codegen.models import load_model
-from tilewright.codegen.ops import find_op
-from tilewright.codegen.ops.attention_problem import AttentionProblem
-from tilewright.codegen.ops.attention_signature import AttentionSignature
-from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.hardware.archs import CPU_ARCHS, GPU_ARCHS
+from tilewright.codegen.models.shapes import load_model
+from tilewright.codegen.ops.attention.problem import AttentionProblem
+from tilewright.codegen.ops.attention.signature import AttentionSignature
+from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.errors import TilewrightError
 from tilewright.runtime.ops.attention import fallback_for
 from tilewright.tuner.cli import main

@@ -11,10 +11,10 @@ from guarded_calls import pack
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tilewright.codegen.archs import CPU_ARCHS
-from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.ops import OPS
-from tilewright.runtime.packing import pack_array, packed_shape
+from tilewright.codegen.hardware.archs import CPU_ARCHS
+from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.ops.registry import OPS
+from tilewright.runtime.weights.packing import pack_array, packed_shape
 
 PLAIN = WeightLayout(columns=16)
 INTERLEAVED = WeightLayout(columns=16, halves=2, run=8)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tilewright.codegen.model_presets import PRESETS
-from tilewright.codegen.models import ModelShape, load_model
+from tilewright.codegen.models.presets import PRESETS
+from tilewright.codegen.models.shapes import ModelShape, load_model
 from tilewright.errors import TilewrightError
 
 # hidden, inter, experts, top_k, shared, layers, moe layers, heads, kv heads, head_dim, vocab

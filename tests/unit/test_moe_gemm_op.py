@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tilewright.codegen.activations import CLAMPED_LIMIT
-from tilewright.codegen.archs import find_arch
-from tilewright.codegen.model_presets import PRESETS
-from tilewright.codegen.models import load_model
-from tilewright.codegen.ops import find_op
+from tilewright.codegen.hardware.archs import find_arch
+from tilewright.codegen.models.presets import PRESETS
+from tilewright.codegen.models.shapes import load_model
+from tilewright.codegen.numbers.activations import CLAMPED_LIMIT
 from tilewright.codegen.ops.base import Arrays
-from tilewright.codegen.ops.moe_gemm_problem import MAX_TOKENS, MoeGemmProblem
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.ops.moe_gemm.problem import MAX_TOKENS, MoeGemmProblem
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.errors import TilewrightError
 
 OP = find_op("moe_gemm")

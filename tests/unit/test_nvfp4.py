@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from tilewright.codegen.activation_rounding import round_activations
-from tilewright.codegen.archs import GPU_ARCHS
-from tilewright.codegen.dtypes import E2M1_LARGEST, e2m1_bits, e4m3_bits, round_to
-from tilewright.codegen.layouts import RowLayout
-from tilewright.codegen.nvfp4 import NVFP4_GROUP, nvfp4_parts
-from tilewright.codegen.ops import find_op
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.precisions import find_precision
+from tilewright.codegen.hardware.archs import GPU_ARCHS
+from tilewright.codegen.numbers.activation_rounding import round_activations
+from tilewright.codegen.numbers.dtypes import E2M1_LARGEST, e2m1_bits, e4m3_bits, round_to
+from tilewright.codegen.numbers.layouts import RowLayout
+from tilewright.codegen.numbers.nvfp4 import NVFP4_GROUP, nvfp4_parts
+from tilewright.codegen.numbers.precisions import find_precision
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.ops.registry import find_op
 from tilewright.errors import TilewrightError
-from tilewright.runtime.row_packing import pack_rows, round_rows
+from tilewright.runtime.weights.row_packing import pack_rows, round_rows
 
 EXPERTS, N, K = 2, 6, 192
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)

@@ -8,19 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tilewright.codegen.archs import ARCHS
-from tilewright.codegen.building.cpp import Compiler, CppBuilder
-from tilewright.codegen.ops import find_op
+from tilewright.codegen.backends.cpp.builder import Compiler, CppBuilder
+from tilewright.codegen.hardware.archs import ARCHS
 from tilewright.codegen.ops.base import Problem
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.codegen.space import Config
-from tilewright.tuner.distil import Crossing, assign, cost_of, distil, probe_sizes, sizes_between
-from tilewright.tuner.entries import Substitute, plan_entries, substituted
+from tilewright.tuner.campaign.loop import Candidate, ProblemResult
+from tilewright.tuner.campaign.variants import Bond, BuildResult, Workshop
 from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation
-from tilewright.tuner.loop import Candidate, ProblemResult
-from tilewright.tuner.plan import Finalist, Raced, choose_bonds, settle
-from tilewright.tuner.variants import Bond, BuildResult, Workshop
+from tilewright.tuner.plan.constraint import Finalist, Raced, choose_bonds, settle
+from tilewright.tuner.plan.distil import Crossing, assign, cost_of, distil, probe_sizes, sizes_between
+from tilewright.tuner.plan.entries import Substitute, plan_entries, substituted
 from tilewright.tuning_db.records import Outcome, PlanEntry
 
 OP = find_op("moe_gemm")

@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tilewright.tuner.campaign.precision import FrontPoint, front, left_out
 from tilewright.tuner.evaluation.checking import PrecisionError
-from tilewright.tuner.precision import FrontPoint, front, left_out
 
 
 def point(precision: str, error: float, *times_us: float) -> FrontPoint:

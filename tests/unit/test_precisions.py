@@ -7,18 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tilewright.codegen.activation_rounding import round_activations
-from tilewright.codegen.archs import ARCHS, CPU_ARCHS
-from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.ops import find_op
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.precisions import (
+from tilewright.codegen.hardware.archs import ARCHS, CPU_ARCHS
+from tilewright.codegen.numbers.activation_rounding import round_activations
+from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.numbers.precisions import (
     CPU_PRECISIONS,
     INTEGER_PRECISIONS,
     LOSSLESS,
     find_precision,
     parse_precisions,
 )
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.ops.registry import find_op
 from tilewright.errors import TilewrightError
 
 precisions = st.sampled_from([find_precision(name) for name in CPU_PRECISIONS])

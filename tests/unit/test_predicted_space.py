@@ -5,10 +5,10 @@ import random
 import numpy as np
 import pytest
 
-from tilewright.codegen.devices import DEVICES
-from tilewright.codegen.ops import find_op
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.hardware.devices import DEVICES
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.codegen.space import Space
 from tilewright.tuner.prediction.predict import predict_config
 from tilewright.tuner.prediction.space import predict_configs

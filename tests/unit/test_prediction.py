@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tilewright.codegen.devices import DEVICES
+from tilewright.codegen.hardware.devices import DEVICES
 from tilewright.codegen.tiled_work import (
     WeightFormat,
     decode_attention_work,

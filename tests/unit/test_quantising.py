@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.precisions import CPU_PRECISIONS, LOSSLESS, PRECISIONS
+from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.numbers.precisions import CPU_PRECISIONS, LOSSLESS, PRECISIONS
 from tilewright.errors import TilewrightError
-from tilewright.runtime import packing
-from tilewright.runtime.calls import pack_weight
-from tilewright.runtime.native_module import native_module
-from tilewright.runtime.packing import pack_array, packed_dtype, packed_shape
+from tilewright.runtime.calls.bind import pack_weight
+from tilewright.runtime.calls.extension import native_module
 from tilewright.runtime.process_memory import Memory
-from tilewright.runtime.weights import PackedWeights
+from tilewright.runtime.weights import packing
+from tilewright.runtime.weights.experts import PackedWeights
+from tilewright.runtime.weights.packing import pack_array, packed_dtype, packed_shape
 
 QUANTISED = [PRECISIONS[name] for name in CPU_PRECISIONS if name != LOSSLESS]
 LAYOUTS = [(8, 1, 0), (16, 2, 8), (8, 2, 8), (4, 1, 0)]

@@ -9,11 +9,11 @@ from awkward import SIGNATURES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tilewright.codegen.archs import CPU_ARCHS
-from tilewright.codegen.expressions import IntExpr
-from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.ops import OPS
-from tilewright.codegen.recipe import ABI_VERSION, Argument, Guard, Launch, Recipe, TensorSpec
+from tilewright.codegen.hardware.archs import CPU_ARCHS
+from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.ops.registry import OPS
+from tilewright.codegen.recipe.expressions import IntExpr
+from tilewright.codegen.recipe.model import ABI_VERSION, Argument, Guard, Launch, Recipe, TensorSpec
 from tilewright.errors import TilewrightError
 
 GPU_RECIPE = Recipe(

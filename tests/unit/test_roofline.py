@@ -3,8 +3,8 @@ import shutil
 import pytest
 
 from tilewright.errors import TilewrightError
-from tilewright.tuner import roofline
-from tilewright.tuner.roofline import Roofline, measure_roofline
+from tilewright.tuner.report import roofline
+from tilewright.tuner.report.roofline import Roofline, measure_roofline
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tilewright.codegen.routing import (
+from tilewright.codegen.routing.spec import (
     DEFAULT_ALPHA,
     RoutingSpec,
     generate_topk_ids,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tilewright.codegen.layouts import RowLayout
-from tilewright.codegen.precisions import find_precision
-from tilewright.runtime.row_packing import pack_rows, round_rows
+from tilewright.codegen.numbers.layouts import RowLayout
+from tilewright.codegen.numbers.precisions import find_precision
+from tilewright.runtime.weights.row_packing import pack_rows, round_rows
 
 EXPERTS, N, K = 2, 6, 96
 

@@ -10,7 +10,7 @@ from awkward import SIGNATURES, examples, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tilewright.codegen.ops import find_op
+from tilewright.codegen.ops.registry import find_op
 from tilewright.errors import TilewrightError
 from tilewright.runtime import PagedDecode, TilewrightWarning, VarlenPrefill
 from tilewright.tuner.evaluation.checking import compare_all

@@ -4,12 +4,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.codegen.routing import sort_tokens
+from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.routing.spec import sort_tokens
 from tilewright.errors import TilewrightError
 from tilewright.runtime.ops.moe_gemm import fallback_for
-from tilewright.runtime.weights import DeclaredWeights, PackedWeights, checked_bias, checked_weight
+from tilewright.runtime.weights.experts import DeclaredWeights, PackedWeights, checked_bias, checked_weight
 
 
 def clamped(gate, up):

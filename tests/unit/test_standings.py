@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from tuning_db_samples import trial
 
-from tilewright.tuner.loop import FINAL_RACE
-from tilewright.tuner.standings import measured_document, standings
+from tilewright.tuner.campaign.loop import FINAL_RACE
+from tilewright.tuner.campaign.standings import measured_document, standings
 
 
 def timed(kernel, median_us, search="gp", run="run"):

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from gpu_compiling import nearest
 
-from tilewright.codegen.archs import GPU_ARCHS
-from tilewright.codegen.building.triton import TritonBuilder
-from tilewright.codegen.ops import find_op
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature as MoeGemm
-from tilewright.codegen.recipe import Recipe
-from tilewright.codegen.triton_launch import built_launch
+from tilewright.codegen.backends.triton.builder import TritonBuilder
+from tilewright.codegen.backends.triton.launch import built_launch
+from tilewright.codegen.hardware.archs import GPU_ARCHS
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature as MoeGemm
+from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.recipe.model import Recipe
 from tilewright.errors import TilewrightError
-from tilewright.tuner.variants import BuildResult, Workshop
+from tilewright.tuner.campaign.variants import BuildResult, Workshop
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

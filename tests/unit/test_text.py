@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
-from tilewright.tuner.text import (
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.tuner.report.text import (
     format_interval,
     format_ratio,
     format_shape,

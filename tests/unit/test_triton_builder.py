@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.codegen.archs import GPU_ARCHS
-from tilewright.codegen.building.base import Source
-from tilewright.codegen.building.cubin import read_cubin, read_spills
-from tilewright.codegen.building.elf import NotElfError, sections
-from tilewright.codegen.building.entry import EntrySpec
-from tilewright.codegen.building.facts import EntryFacts, launch_obstacle
-from tilewright.codegen.building.instructions import disassemble, read_amdgcn, read_sass
-from tilewright.codegen.building.triton import TritonBuilder
-from tilewright.codegen.building.triton_pool import Limits
-from tilewright.codegen.building.triton_toolchain import bundled_tool, toolchain
-from tilewright.codegen.triton_launch import parameter_mismatch
+from tilewright.codegen.backends.base import Source
+from tilewright.codegen.backends.binaries.cubin import read_cubin, read_spills
+from tilewright.codegen.backends.binaries.elf import NotElfError, sections
+from tilewright.codegen.backends.binaries.facts import EntryFacts, launch_obstacle
+from tilewright.codegen.backends.binaries.instructions import disassemble, read_amdgcn, read_sass
+from tilewright.codegen.backends.entry import EntrySpec
+from tilewright.codegen.backends.triton.builder import TritonBuilder
+from tilewright.codegen.backends.triton.launch import parameter_mismatch
+from tilewright.codegen.backends.triton.pool import Limits
+from tilewright.codegen.backends.triton.toolchain import bundled_tool, toolchain
+from tilewright.codegen.hardware.archs import GPU_ARCHS
 from tilewright.errors import TilewrightError
 
 pytest.importorskip("triton", reason="Triton is not installed")

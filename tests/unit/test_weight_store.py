@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import pytest
 
-from tilewright.codegen.layouts import WeightLayout
-from tilewright.codegen.ops.moe_gemm import MoeGemm
-from tilewright.codegen.ops.moe_gemm_signature import MoeGemmSignature
+from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.ops.moe_gemm.declaration import MoeGemm
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.errors import TilewrightError
-from tilewright.tuner.evaluation.arena import SharedRegion
-from tilewright.tuner.evaluation.weights import WeightStore, declared_bytes
+from tilewright.tuner.evaluation.cpu.arena import SharedRegion
+from tilewright.tuner.evaluation.cpu.weights import WeightStore, declared_bytes
 
 SIGNATURE = MoeGemmSignature(stage="plain", experts=3, n=16, k=8, bias=True)
 WEIGHT_BYTES = 3 * 16 * 8 * 4

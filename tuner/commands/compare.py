@@ -6,18 +6,18 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from tilewright.codegen.archs import find_arch
-from tilewright.codegen.cpu_info import read_cpu_info
-from tilewright.codegen.devices import DEVICES
-from tilewright.codegen.ops import find_op
+from tilewright.codegen.hardware.archs import find_arch
+from tilewright.codegen.hardware.cpu_info import read_cpu_info
+from tilewright.codegen.hardware.devices import DEVICES
 from tilewright.codegen.ops.base import OpDeclaration, Problem
+from tilewright.codegen.ops.registry import find_op
 from tilewright.errors import TilewrightError
+from tilewright.tuner.campaign.loop import FINAL_RACE
+from tilewright.tuner.campaign.standings import checked, measured_document, right_trials, standings
 from tilewright.tuner.commands.common import add_options, only_one, print_json
-from tilewright.tuner.kernel_comparison import compare_kernels
-from tilewright.tuner.loop import FINAL_RACE
-from tilewright.tuner.roofline import measure_roofline
-from tilewright.tuner.standings import checked, measured_document, right_trials, standings
-from tilewright.tuner.text import (
+from tilewright.tuner.report.comparison import compare_kernels
+from tilewright.tuner.report.roofline import measure_roofline
+from tilewright.tuner.report.text import (
     format_interval,
     format_place,
     format_shape,

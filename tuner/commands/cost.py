@@ -6,12 +6,12 @@ import argparse
 import math
 from typing import Any
 
-from tilewright.codegen.archs import find_arch
-from tilewright.codegen.models import load_model
+from tilewright.codegen.hardware.archs import find_arch
+from tilewright.codegen.models.shapes import load_model
 from tilewright.errors import TilewrightError
 from tilewright.tuner.commands.common import add_options, print_json
-from tilewright.tuner.costs import DeviceCost, device_costs
-from tilewright.tuner.text import table, terminal_width
+from tilewright.tuner.report.costs import DeviceCost, device_costs
+from tilewright.tuner.report.text import table, terminal_width
 from tilewright.tuning_db.store import Store
 
 _HEAD = ("device", "tokens", "part", "default", "tuned", "timing", "checked")

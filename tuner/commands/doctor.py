@@ -12,16 +12,16 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from tilewright.codegen.archs import native_arch
-from tilewright.codegen.building.base import cache_directory
-from tilewright.codegen.building.cpp import CppBuilder, find_compiler
-from tilewright.codegen.cpu_info import read_cpu_info, usable_cores
+from tilewright.codegen.backends.base import cache_directory
+from tilewright.codegen.backends.cpp.builder import CppBuilder, find_compiler
+from tilewright.codegen.hardware.archs import native_arch
+from tilewright.codegen.hardware.cpu_info import read_cpu_info, usable_cores
 from tilewright.errors import TilewrightError
-from tilewright.runtime.native_module import native_module
-from tilewright.runtime.openmp import fork_address
+from tilewright.runtime.calls.extension import native_module
+from tilewright.runtime.launchers.openmp import fork_address
 from tilewright.tuner.commands.common import add_options, print_json
 from tilewright.tuner.evaluation.statistics import paired_ratio
-from tilewright.tuner.text import labelled, terminal_width
+from tilewright.tuner.report.text import labelled, terminal_width
 from tilewright.tuning_db.integrity import UntrustedFile, check_private
 from tilewright.tuning_db.locations import default_url, sqlite_path
 from tilewright.tuning_db.store import Store

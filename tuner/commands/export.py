@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.errors import TilewrightError
+from tilewright.tuner.campaign.recorded import recorded_studies
 from tilewright.tuner.commands.common import add_options, print_json
-from tilewright.tuner.recorded import recorded_studies
 from tilewright.tuner.search.export import export_studies
 from tilewright.tuning_db.store import Store
 

@@ -7,19 +7,27 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tilewright.codegen.cpu_info import read_cpu_info
+from tilewright.codegen.hardware.cpu_info import read_cpu_info
+from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.base import Problem
-from tilewright.codegen.precisions import LOSSLESS
-from tilewright.tuner.campaign import Report, Request, SignatureReport
+from tilewright.tuner.campaign.campaign import Report, Request, SignatureReport
+from tilewright.tuner.campaign.precision import FrontPoint
+from tilewright.tuner.campaign.standings import measured_document
 from tilewright.tuner.commands.precision_front import front_table, point_document
-from tilewright.tuner.deployed import Deployed
 from tilewright.tuner.evaluation.statistics import Ratio
-from tilewright.tuner.plan import Final
-from tilewright.tuner.plan_facts import costs_text, probed_text
-from tilewright.tuner.precision import FrontPoint
-from tilewright.tuner.roofline import Roofline
-from tilewright.tuner.standings import measured_document
-from tilewright.tuner.text import format_ratio, format_shape, format_threads, format_us, table, terminal_width, wrapped
+from tilewright.tuner.plan.constraint import Final
+from tilewright.tuner.plan.deployed import Deployed
+from tilewright.tuner.plan.facts import costs_text, probed_text
+from tilewright.tuner.report.roofline import Roofline
+from tilewright.tuner.report.text import (
+    format_ratio,
+    format_shape,
+    format_threads,
+    format_us,
+    table,
+    terminal_width,
+    wrapped,
+)
 
 HEAD = ("tokens", "torch", "default", "tuned", "vs default", "vs torch", "roofline", "noise", "kernel")
 NOTES = """\

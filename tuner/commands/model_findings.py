@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tilewright.codegen.models import ModelShape
+from tilewright.codegen.models.shapes import ModelShape
+from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.signature import Signature
-from tilewright.codegen.precisions import LOSSLESS
-from tilewright.tuner.campaign import Report
+from tilewright.tuner.campaign.campaign import Report
 from tilewright.tuner.commands.findings import HEAD, NOTES, Findings
-from tilewright.tuner.end_to_end import Pass, not_counted, passes, telling_names
-from tilewright.tuner.text import format_ratio, format_shape, format_us, table, terminal_width, wrapped
+from tilewright.tuner.report.end_to_end import Pass, not_counted, passes, telling_names
+from tilewright.tuner.report.text import format_ratio, format_shape, format_us, table, terminal_width, wrapped
 
 _NEXT_STEPS = """
 next:  tune show                 what is known, and how

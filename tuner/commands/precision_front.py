@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tilewright.tuner.precision import FrontPoint
-from tilewright.tuner.text import format_us, table, terminal_width
+from tilewright.tuner.campaign.precision import FrontPoint
+from tilewright.tuner.report.text import format_us, table, terminal_width
 
 
 def front_table(front: Sequence[FrontPoint], exact: FrontPoint, chosen: str | None) -> list[str]:

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tilewright.codegen.archs import GpuArch
-from tilewright.codegen.devices import Device
+from tilewright.codegen.hardware.archs import GpuArch
+from tilewright.codegen.hardware.devices import Device
 from tilewright.codegen.ops.base import Problem
-from tilewright.tuner.campaign import KEPT_PER_PROBLEM, Report, Request, SignatureReport
+from tilewright.tuner.campaign.campaign import KEPT_PER_PROBLEM, Report, Request, SignatureReport
+from tilewright.tuner.campaign.loop import ProblemResult
+from tilewright.tuner.campaign.variants import BuildResult
 from tilewright.tuner.commands.precision_front import front_table, point_document
-from tilewright.tuner.loop import ProblemResult
-from tilewright.tuner.plan import Final
-from tilewright.tuner.plan_facts import costs_text
+from tilewright.tuner.plan.constraint import Final
+from tilewright.tuner.plan.facts import costs_text
 from tilewright.tuner.prediction.predict import Prediction, predict_config
 from tilewright.tuner.prediction.resources import Resources
-from tilewright.tuner.text import format_interval, format_shape, format_us, table, terminal_width, wrapped
-from tilewright.tuner.variants import BuildResult
+from tilewright.tuner.report.text import format_interval, format_shape, format_us, table, terminal_width, wrapped
 
 _HEAD = ("tokens", "default", "tuned", "range", "vs default", "bound by", "registers", "blocks/SM", "checked", "kernel")
 _NOTES = """\

@@ -8,18 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tilewright.codegen.archs import Arch, GpuArch, find_arch, runs_on
-from tilewright.codegen.cpu_info import read_cpu_info, usable_cores
-from tilewright.codegen.devices import Device, find_device
-from tilewright.codegen.models import ModelShape, load_model
-from tilewright.codegen.ops import OPS, find_op
+from tilewright.codegen.hardware.archs import Arch, GpuArch, find_arch, runs_on
+from tilewright.codegen.hardware.cpu_info import read_cpu_info, usable_cores
+from tilewright.codegen.hardware.devices import Device, find_device
+from tilewright.codegen.models.shapes import ModelShape, load_model
+from tilewright.codegen.numbers.precisions import LOSSLESS, parse_precisions
 from tilewright.codegen.ops.base import OpDeclaration, Problem
-from tilewright.codegen.precisions import LOSSLESS, parse_precisions
-from tilewright.codegen.routing import RoutingSpec
+from tilewright.codegen.ops.registry import OPS, find_op
+from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.errors import TilewrightError
-from tilewright.tuner.campaign import Request
-from tilewright.tuner.precision import DEFAULT_MAX_ERROR, storable
-from tilewright.tuner.progress import ENDLESS_TRIALS
+from tilewright.tuner.campaign.campaign import Request
+from tilewright.tuner.campaign.precision import DEFAULT_MAX_ERROR, storable
+from tilewright.tuner.campaign.progress import ENDLESS_TRIALS
 from tilewright.tuner.search import SEARCHES
 
 DEFAULT_MODEL = "mixtral-8x7b"

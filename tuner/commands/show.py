@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tilewright.codegen.ops import find_op
+from tilewright.codegen.ops.registry import find_op
+from tilewright.tuner.campaign.standings import checked, measured_document, right_trials, standings
 from tilewright.tuner.commands.common import add_options, only_one, print_json
-from tilewright.tuner.plan_facts import costs_text, probed_text
-from tilewright.tuner.standings import checked, measured_document, right_trials, standings
-from tilewright.tuner.text import (
+from tilewright.tuner.plan.facts import costs_text, probed_text
+from tilewright.tuner.report.text import (
     format_interval,
     format_place,
     format_shape,

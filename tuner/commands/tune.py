@@ -10,11 +10,14 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from tilewright.codegen.archs import CpuArch
-from tilewright.codegen.models import ModelShape
-from tilewright.codegen.ops import OPS
-from tilewright.codegen.precisions import LOSSLESS, PRECISIONS
-from tilewright.tuner.campaign import Campaign, Report, Request, SignatureReport
+from tilewright.codegen.hardware.archs import CpuArch
+from tilewright.codegen.models.shapes import ModelShape
+from tilewright.codegen.numbers.precisions import LOSSLESS, PRECISIONS
+from tilewright.codegen.ops.registry import OPS
+from tilewright.tuner.campaign.campaign import Campaign, Report, Request, SignatureReport
+from tilewright.tuner.campaign.precision import DEFAULT_MAX_ERROR
+from tilewright.tuner.campaign.progress import Progress
+from tilewright.tuner.campaign.target import CpuTarget, GpuTarget
 from tilewright.tuner.commands.common import print_json
 from tilewright.tuner.commands.findings import Findings
 from tilewright.tuner.commands.model_findings import ModelFindings
@@ -30,15 +33,12 @@ from tilewright.tuner.commands.requests import (
     parse_model,
     parse_requests,
 )
-from tilewright.tuner.deployed import DeployedRaces
-from tilewright.tuner.finals import Probed
-from tilewright.tuner.plan_facts import probed_document
-from tilewright.tuner.precision import DEFAULT_MAX_ERROR
-from tilewright.tuner.progress import Progress
-from tilewright.tuner.proving import Proof, Prover
-from tilewright.tuner.roofline import measure_roofline
+from tilewright.tuner.plan.deployed import DeployedRaces
+from tilewright.tuner.plan.facts import probed_document
+from tilewright.tuner.plan.finals import Probed
+from tilewright.tuner.plan.prove import Proof, Prover
+from tilewright.tuner.report.roofline import measure_roofline
 from tilewright.tuner.search import DEFAULT_SEARCH, SEARCHES
-from tilewright.tuner.target import CpuTarget, GpuTarget
 from tilewright.tuning_db.integrity import UntrustedFile, check_private
 from tilewright.tuning_db.records import PlanRecord
 from tilewright.tuning_db.store import Store

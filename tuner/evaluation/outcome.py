@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tilewright.codegen.building.facts import EntryFacts
-from tilewright.codegen.recipe import Recipe
+from tilewright.codegen.backends.binaries.facts import EntryFacts
+from tilewright.codegen.recipe.model import Recipe
 from tilewright.codegen.space import Config
 from tilewright.tuning_db.records import Checked, Outcome, Timing
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from tilewright.codegen.ops.base import Arrays, OpDeclaration, Problem
-from tilewright.codegen.recipe import TensorSpec
-from tilewright.tuner.evaluation.arena import Block, SharedRegion, share
-from tilewright.tuner.evaluation.binding import DTYPES, outputs_of, shape_of, sizes_of
+from tilewright.codegen.recipe.model import TensorSpec
+from tilewright.tuner.evaluation.cpu.arena import Block, SharedRegion, share
+from tilewright.tuner.evaluation.cpu.binding import DTYPES, outputs_of, shape_of, sizes_of
 
 _REFERENCE_ITEMSIZE = 8
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.codegen.devices import Device
+from tilewright.codegen.hardware.devices import Device
 from tilewright.codegen.ops.base import Problem, Template
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.space import Config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from tilewright.codegen.archs import GpuArch
+from tilewright.codegen.hardware.archs import GpuArch
 from tilewright.codegen.work import LaunchWork
 
 _OTHER_REGISTERS = 50

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.codegen.devices import Device
+from tilewright.codegen.hardware.devices import Device
 from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.codegen.space import Config
 from tilewright.tuner.prediction.fitted import FITTED

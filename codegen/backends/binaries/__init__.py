@@ -1,0 +1,1 @@
+"""What is read back from built GPU binaries: entries, parameters, resources, instructions."""

@@ -1,0 +1,209 @@
+"""C++ sources to shared objects: finds a compiler, builds in bounded processes, keeps what it built by content."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tilewright.codegen.backends.base import (
+    DRAFT,
+    Build,
+    BuiltFile,
+    Source,
+    builds_directory,
+    remove_abandoned,
+    side_by_side,
+)
+from tilewright.codegen.hardware.archs import CpuArch
+from tilewright.errors import TilewrightError
+
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fvisibility=hidden",
+    "-fPIC",
+    "-shared",
+    "-nodefaultlibs",
+    "-lc",
+    "-w",
+)
+"""No OpenMP: kernels get their threads from the host. No C++ library: kernels use the language only."""
+
+CPU_LIMIT_S = 60
+MEMORY_LIMIT_KIB = 4 << 20
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler that was found to run."""
+
+    command: str
+    version: str
+    """First line of ``--version``; part of every kernel's identity."""
+
+    def flags(self, arch: CpuArch) -> tuple[str, ...]:
+        """Flags that build a kernel for ``arch``."""
+        return (*FLAGS, *arch.compile_flags)
+
+    def toolchain(self, arch: CpuArch) -> str:
+        """Compiler and flags in one line."""
+        return f"{self.version} {' '.join(self.flags(arch))}"
+
+
+def find_compiler(environment: dict[str, str] | None = None) -> Compiler:
+    """``$CXX`` if set, else clang++ (also under a version suffix), else g++.
+
+    Raises:
+        TilewrightError: when there is none, or ``$CXX`` does not run.
+
+    """
+    environment = dict(os.environ) if environment is None else environment
+    chosen = environment.get("CXX")
+    if chosen:
+        version = _version(chosen)
+        if version is None:
+            raise TilewrightError(f"$CXX is {chosen!r}, which does not run; set it to a C++ compiler or unset it")
+        return Compiler(chosen, version)
+    for name in ("clang++", *_versioned_clangs(environment.get("PATH", "")), "g++"):
+        found = shutil.which(name, path=environment.get("PATH"))
+        version = _version(found) if found else None
+        if found and version:
+            return Compiler(found, version)
+    raise TilewrightError(
+        "no C++ compiler was found; install clang (Debian: apt install clang) or g++ (apt install g++), or set $CXX"
+    )
+
+
+def _versioned_clangs(path: str) -> list[str]:
+    names = {file.name for folder in path.split(os.pathsep) if folder for file in Path(folder).glob("clang++-*")}
+    numbered = [name for name in names if re.fullmatch(r"clang\+\+-\d+", name)]
+    return sorted(numbered, key=lambda name: -int(name.rpartition("-")[2]))
+
+
+def _version(command: str) -> str | None:
+    try:
+        done = subprocess.run(
+            [command, "--version"], capture_output=True, text=True, errors="replace", timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    first = done.stdout.partition("\n")[0].strip()
+    return first if done.returncode == 0 and first else None
+
+
+class CppBuilder:
+    """Builds C++ sources for one arch. Safe to share between threads and between processes.
+
+    Raises:
+        TilewrightError: when there is no compiler, or ``directory`` cannot be made.
+
+    """
+
+    def __init__(self, arch: CpuArch, compiler: Compiler | None = None, directory: Path | None = None) -> None:
+        self.arch = arch
+        self.compiler = compiler or find_compiler()
+        self.directory = builds_directory(directory, "builds")
+        remove_abandoned(self.directory, 4 * CPU_LIMIT_S)
+
+    @property
+    def toolchain(self) -> str:
+        """What builds: compiler and flags."""
+        return self.compiler.toolchain(self.arch)
+
+    def path_for(self, source: str) -> Path:
+        """Where the object of ``source`` lies once it is built: a function of source, flags and compiler."""
+        digest = hashlib.sha256(f"{self.toolchain}\0{source}".encode()).hexdigest()
+        return self.directory / f"{digest[:40]}.so"
+
+    def build_all(
+        self, sources: Sequence[Source], *, jobs: int | None = None, progress: Callable[[int], None] | None = None
+    ) -> list[Build]:
+        """Build many sources side by side; the result keeps their order. ``progress`` gets the number done.
+
+        An exception, Ctrl-C among them, ends the compilers that run.
+        """
+        return side_by_side(self._build, sources, jobs, progress)
+
+    def build(self, source: str) -> Build:
+        """Build one source, or find it built. A compiler that fails or hangs gives a message, no object."""
+        return self._build(Source(source), threading.Event())
+
+    def _build(self, source: Source, stop: threading.Event) -> Build:
+        path = self.path_for(source.text)
+        if path.exists():
+            return Build(path, "", 0.0, (BuiltFile(path, "host_so"),))
+        with tempfile.TemporaryDirectory(dir=self.directory, prefix=DRAFT) as folder:
+            code, made = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
+            code.write_text(source.text)
+            message, cpu_s = self._compile(code, made, stop)
+            if message:
+                return Build(None, message, cpu_s)
+            with made.open("rb") as file:
+                os.fsync(file.fileno())
+            made.replace(path)
+        return Build(path, "", cpu_s, (BuiltFile(path, "host_so"),))
+
+    def _compile(self, code: Path, made: Path, stop: threading.Event) -> tuple[str, float]:
+        """Message (empty: it worked) and CPU seconds."""
+        limits = f'ulimit -t {CPU_LIMIT_S}; ulimit -v {MEMORY_LIMIT_KIB}; exec "$@"'
+        command = [self.compiler.command, *self.compiler.flags(self.arch), str(code), "-o", str(made)]
+        log = code.with_suffix(".log")
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", limits, "sh", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+            try:
+                status, cpu_s = _wait(process, 2 * CPU_LIMIT_S, stop)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                raise
+        if status is None:
+            reason = "on request" if stop.is_set() else f"after {2 * CPU_LIMIT_S} s"
+            return f"{self.compiler.version} was stopped {reason}", cpu_s
+        if status < 0 and cpu_s > 0.8 * CPU_LIMIT_S:
+            return f"{self.compiler.version} was stopped after {CPU_LIMIT_S} s of CPU time", cpu_s
+        if status != 0 or not made.exists():
+            text = log.read_text(errors="replace").replace(str(code), "kernel.cpp")[:2000].strip()
+            if os.strerror(errno.ENOSPC) in text:
+                # No fault of the variant's, and nothing to remember of it.
+                raise TilewrightError(
+                    f"no space is left for {self.compiler.version} to build kernels in {self.directory} or the folder "
+                    "of temporary files; free some, or set $TILEWRIGHT_CACHE or $TMPDIR to another disk"
+                )
+            return f"{self.compiler.version} failed (status {status}): {text or 'it said nothing'}", cpu_s
+        return "", cpu_s
+
+
+def _wait(process: subprocess.Popen[bytes], limit_s: float, stop: threading.Event) -> tuple[int | None, float]:
+    """Exit status (None: killed, at the limit or by ``stop``) and CPU seconds of the process and its children."""
+    deadline = time.monotonic() + limit_s
+    killed = False
+    while True:
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return (None if killed else process.returncode), usage.ru_utime + usage.ru_stime
+        if not killed and (stop.is_set() or time.monotonic() > deadline):
+            os.killpg(process.pid, signal.SIGKILL)
+            killed = True
+        time.sleep(0.005)

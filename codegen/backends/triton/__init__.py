@@ -1,0 +1,1 @@
+"""Triton for NVIDIA and AMD GPUs, compiled to cubin and hsaco without a GPU."""

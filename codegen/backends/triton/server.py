@@ -1,0 +1,170 @@
+"""The compile server: has Triton loaded and warm, and forks a process for every source that is to be compiled.
+
+Requests and answers are lines of JSON on the socket that it was given. A process that runs away or is taken down by
+LLVM costs its own source and nothing else; the CPU seconds in the answer are those of the process and its children.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+_POLL_S = 0.01
+
+
+@dataclass
+class _Running:
+    number: int
+    deadline: float
+    stopped: str = ""
+
+
+class Server:
+    """Serves the requests that come over ``channel`` until it is closed."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._pending = b""
+        self._running: dict[int, _Running] = {}
+        self._warm: set[str] = set()
+
+    def serve(self) -> None:
+        """Answer until the other side is gone, then kill what runs."""
+        try:
+            while self._read():
+                self._reap()
+        finally:
+            for pid in self._running:
+                os.killpg(pid, signal.SIGKILL)
+
+    def _read(self) -> bool:
+        """Take what came, or wait for it; False at the end."""
+        ready, _, _ = select.select([self._channel], [], [], _POLL_S if self._running else None)
+        if not ready:
+            return True
+        data = self._channel.recv(1 << 16)
+        if not data:
+            return False
+        *lines, self._pending = (self._pending + data).split(b"\n")
+        for line in lines:
+            self._take(json.loads(line))
+        return True
+
+    def _take(self, request: dict[str, Any]) -> None:
+        if "stop" in request:
+            for pid, each in self._running.items():
+                if each.number == request["stop"]:
+                    self._stop(pid, each, "on request")
+            return
+        self._warm_up(request["target"])
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            self._channel.close()
+            _child(request, parent)
+        self._running[pid] = _Running(request["number"], time.monotonic() + request["limit_s"])
+
+    def _warm_up(self, target: list[Any]) -> None:
+        """Once for every target: compile a small kernel in this process, which all that are forked later profit from.
+
+        Where that fails, the real sources will say why.
+        """
+        name = json.dumps(target)
+        if name in self._warm:
+            return
+        self._warm.add(name)
+        from tilewright.codegen.backends.triton import warm as triton_warm
+        from tilewright.codegen.backends.triton.compile import compile_entries
+
+        stdout = os.dup(1)
+        try:
+            with tempfile.TemporaryDirectory(prefix="tilewright-warm-") as folder:
+                compile_entries(Path(triton_warm.__file__), [triton_warm.ENTRY], tuple(target), Path(folder))
+        except Exception:
+            traceback.print_exc()
+        finally:
+            os.dup2(stdout, 1)
+            os.close(stdout)
+
+    def _reap(self) -> None:
+        for pid, each in list(self._running.items()):
+            ended, status, usage = os.wait4(pid, os.WNOHANG)
+            if not ended:
+                if not each.stopped and time.monotonic() > each.deadline:
+                    self._stop(pid, each, "because it took too long")
+                continue
+            del self._running[pid]
+            answer = {
+                "number": each.number,
+                "status": os.waitstatus_to_exitcode(status),
+                "stopped": each.stopped,
+                "cpu_s": usage.ru_utime + usage.ru_stime,
+            }
+            self._channel.sendall(json.dumps(answer).encode() + b"\n")
+
+    def _stop(self, pid: int, each: _Running, why: str) -> None:
+        each.stopped = why
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _die_with(parent: int) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _child(request: dict[str, Any], parent: int) -> None:
+    """Compile in a session of its own, within its limits; never returns."""
+    status = 1
+    try:
+        os.setsid()
+        _die_with(parent)
+        folder = Path(request["folder"])
+        log = os.open(folder / "errors", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (request["cpu_limit_s"],) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (request["memory_limit_bytes"],) * 2)
+        from tilewright.codegen.backends.triton.compile import compile_entries
+
+        compile_entries(Path(request["source"]), request["entries"], tuple(request["target"]), folder)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main() -> None:
+    """``python -m tilewright.codegen.backends.triton.server FD``.
+
+    It ends when the channel closes, and not with its parent, which to the system is the thread that started it.
+    """
+    descriptor = int(sys.argv[1])
+    # Ctrl-C is the tuner's to handle; it closes the channel.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    channel = socket.socket(fileno=descriptor)
+    import triton  # noqa: F401  (loaded for all that are forked)
+
+    channel.sendall(b"{}\n")
+    Server(channel).serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""Builders: rendered source in, artifacts out."""

@@ -1,0 +1,1 @@
+"""What is known of machines: instruction sets, GPUs on the market, the CPU at hand."""

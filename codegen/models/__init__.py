@@ -1,0 +1,1 @@
+"""Shapes of models: presets, Hugging Face configs, shards of a rank."""

@@ -1,0 +1,1 @@
+"""Number formats: element types, precisions of weights, packed layouts, rounding."""

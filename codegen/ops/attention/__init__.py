@@ -1,0 +1,1 @@
+"""Attention: decoding against a paged cache, and prefill of packed prompts."""

@@ -1,0 +1,1 @@
+"""Attention templates in C++."""

@@ -1,0 +1,1 @@
+"""MoE routing: which experts compute a token, and in which order rows are computed."""

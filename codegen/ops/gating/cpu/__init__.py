@@ -1,0 +1,1 @@
+"""Gating templates in C++."""

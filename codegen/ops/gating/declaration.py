@@ -1,0 +1,182 @@
+"""gating: which experts each token goes to, with which weights, and the order of rows that this makes.
+
+With ``score`` = softmax(logits) over all experts or sigmoid(logits), and ids chosen as :class:`GatingSignature` says:
+
+* ``topk_ids[t, j]``: the j-th best expert of token t
+* ``topk_weights[t, j] = scale * score[t, topk_ids[t, j]]``, divided by the token's sum of them with ``renormalize``
+* order ``rows``: ``sort_tokens(topk_ids)``; order ``blocks``: also every expert's choices padded to whole blocks
+
+Routings of models are points of this: softmax then top-k (Mixtral, Qwen3), top-k then softmax (gpt-oss; the same as
+renormalised weights), sigmoid with a selection bias and the best groups first (DeepSeek-V3, arXiv 2412.19437).
+Experts of groups that were not chosen count as -inf; NaN and +inf among logits, and tokens with nothing but -inf, are
+refused by the runtime with a sentence that names the logit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilewright.codegen.hardware.archs import Arch, GpuArch
+from tilewright.codegen.models.shapes import ModelShape
+from tilewright.codegen.ops.base import Arrays, OpDeclaration, Template, Workload
+from tilewright.codegen.ops.gating.cpu import templates as gating_cpu
+from tilewright.codegen.ops.gating.inputs import biased_scores, generate_bias, generate_logits, group_scores
+from tilewright.codegen.ops.gating.problem import GatingProblem
+from tilewright.codegen.ops.gating.signature import GatingSignature
+from tilewright.codegen.ops.gating.triton import templates as gating_triton
+from tilewright.codegen.routing.spec import RoutingSpec, pad_blocks, sort_tokens
+from tilewright.codegen.space import Config
+from tilewright.errors import TilewrightError
+
+
+class Gating(OpDeclaration[GatingSignature, GatingProblem]):
+    """The declaration of gating."""
+
+    name: ClassVar[str] = "gating"
+    templates: ClassVar[tuple[Template[Any], ...]] = (*gating_cpu.TEMPLATES, *gating_triton.TEMPLATES)
+    problem_example: ClassVar[str] = "experts=64,top_k=6,score=softmax,order=rows"
+    served_by: ClassVar[tuple[str, ...]] = ("Gate",)
+
+    def signatures(self, model: ModelShape) -> tuple[GatingSignature, ...]:
+        """The router of ``model``, with rows in order: every rank routes over all experts."""
+        grouped = model.scoring.endswith("_group") and model.top_groups < model.expert_groups
+        return (
+            GatingSignature(
+                experts=model.all_experts,
+                top_k=model.top_k,
+                score="sigmoid" if "sigmoid" in model.scoring else "softmax",
+                renormalize=model.renormalize or model.scoring == "topk_softmax",
+                bias=model.scoring == "sigmoid_group",
+                groups=model.expert_groups if grouped else 1,
+                top_groups=model.top_groups if grouped else 1,
+                scale=model.routed_scale,
+                order="rows",
+            ),
+        )
+
+    def signature_from_dict(self, fields: Mapping[str, Any]) -> GatingSignature:
+        """Signature from its JSON form."""
+        return GatingSignature.from_dict(fields)
+
+    def problem(
+        self, signature: GatingSignature, tokens: int, routing: RoutingSpec, model: ModelShape | None = None
+    ) -> GatingProblem:
+        """Problem of ``tokens`` tokens; ``model`` has no part in it, for signatures hold the experts of all ranks."""
+        del model
+        return GatingProblem(signature, tokens, routing)
+
+    def problem_from_dict(self, fields: Mapping[str, Any]) -> GatingProblem:
+        """Problem from its JSON form."""
+        if missing := [name for name in ("signature", "tokens", "routing", "tied") if name not in fields]:
+            raise TilewrightError(f"a gating problem lacks the field {missing[0]!r}; it was not written by to_dict")
+        signature = self.signature_from_dict(fields["signature"])
+        return GatingProblem(signature, fields["tokens"], RoutingSpec.parse(fields["routing"]), fields["tied"])
+
+    def parse_problem(self, fields: Mapping[str, str], routing: RoutingSpec) -> GatingProblem:
+        """Problem from ``--problem experts=64,top_k=6[,score=][,groups=][,order=],tokens=16``."""
+        values = dict(fields)
+        text = values.pop("tokens", "1")
+        try:
+            tokens = int(text)
+        except ValueError as error:
+            raise TilewrightError(f"tokens={text!r} in --problem is not a whole number") from error
+        return GatingProblem(GatingSignature.parse(values), tokens, routing)
+
+    def weights(self, signature: GatingSignature, seed: int) -> Arrays:
+        """The selection bias, where there is one."""
+        del seed
+        return {"bias": generate_bias(signature)} if signature.bias else {}
+
+    def input_bytes(self, problem: GatingProblem) -> int:
+        """Logits."""
+        return 4 * problem.tokens * problem.signature.experts
+
+    def inputs(self, problem: GatingProblem, seed: int) -> Arrays:
+        """Logits whose choices do not depend on rounding."""
+        signature = problem.signature
+        bias = generate_bias(signature) if signature.bias else None
+        return {"logits": generate_logits(problem.routing, signature, problem.tokens, seed, bias, tied=problem.tied)}
+
+    def reference(self, signature: GatingSignature, weights: Arrays, inputs: Arrays) -> Arrays:
+        """Ids by a stable sort in float64, weights in float64, orders by numpy."""
+        logits: NDArray[np.float32] = inputs["logits"]
+        keys = logits.astype(np.float64)
+        if signature.ranks_by_score:
+            keys = biased_scores(logits, weights.get("bias"))
+        if signature.groups > 1:
+            keys = _in_best_groups(keys, signature)
+        ids = np.argsort(-keys, axis=1, kind="stable")[:, : signature.top_k].astype(np.int32)
+        return {"topk_ids": ids, "topk_weights": _weights(logits, ids, signature), **_orders(ids, signature)}
+
+    def tolerance(self, signature: GatingSignature) -> float:
+        """Of the weights: an exponential to 3e-7, a sum of up to ``experts`` of them, and a division."""
+        del signature
+        return 3e-6
+
+    def workload(self, problem: GatingProblem, inputs: Arrays) -> Workload:
+        """A comparison per logit, and the exponentials that the weights need; every tensor moves once."""
+        signature, logits = problem.signature, inputs["logits"]
+        choices = problem.tokens * signature.top_k
+        all_scores = signature.ranks_by_score or (signature.score == "softmax" and not signature.renormalize)
+        exponentials = logits.size if all_scores else choices
+        elements = logits.size + choices * (2 if signature.order == "none" else 4)
+        return Workload(flops=float(logits.size + 16 * exponentials), min_bytes=4.0 * elements)
+
+    def awkward_problems(self, signature: GatingSignature) -> tuple[GatingProblem, ...]:
+        """One token, an odd count with many equal logits, and popular experts."""
+        return (
+            GatingProblem(signature, 1, RoutingSpec.parse("balanced")),
+            GatingProblem(signature, 37, RoutingSpec.parse("balanced"), tied=True),
+            GatingProblem(signature, 75, RoutingSpec.parse("power-law:2")),
+        )
+
+    def default_config(self, signature: GatingSignature, arch: Arch) -> Config:
+        """CPUs: sorted insertion, token by token. GPUs: the best of a few tokens at a time, one by one."""
+        if isinstance(arch, GpuArch):
+            return self.space(signature, arch).lift(*gating_triton.default_config(signature, arch))
+        own = gating_cpu.default_config(signature)
+        return self.space(signature, arch).lift(gating_cpu.INSERT, own)
+
+
+def _in_best_groups(keys: NDArray[np.float64], signature: GatingSignature) -> NDArray[np.float64]:
+    """``keys`` with -inf for experts outside the best groups."""
+    scores = group_scores(keys, signature)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, : signature.top_groups]
+    chosen = np.zeros(scores.shape, bool)
+    np.put_along_axis(chosen, best, values=True, axis=1)
+    return np.where(np.repeat(chosen, signature.group_size, axis=1), keys, -np.inf)
+
+
+def _weights(logits: NDArray[np.float32], ids: NDArray[np.int32], signature: GatingSignature) -> NDArray[np.float64]:
+    if signature.score == "sigmoid":
+        scores = biased_scores(logits, None)
+    else:
+        exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+        scores = exponentials / exponentials.sum(axis=1, keepdims=True)
+    chosen: NDArray[np.float64] = np.take_along_axis(scores, ids.astype(np.int64), axis=1)
+    if signature.renormalize:
+        chosen /= chosen.sum(axis=1, keepdims=True)
+    return chosen * signature.scale
+
+
+def _orders(ids: NDArray[np.int32], signature: GatingSignature) -> Arrays:
+    if signature.order == "none":
+        return {}
+    order = sort_tokens(ids, signature.experts)
+    arrays: Arrays = {
+        "expert_offsets": order.expert_offsets,
+        "row_token": order.row_token.reshape(ids.shape),
+        "slot_row": order.slot_row,
+    }
+    if signature.order == "blocks":
+        blocks = pad_blocks(order, signature.block_size, signature.padded_rows(len(ids)))
+        arrays |= {
+            "sorted_slots": blocks.sorted_slots,
+            "block_experts": blocks.block_experts,
+            "padded_rows": np.array([blocks.padded_rows], np.int32),
+        }
+    return arrays

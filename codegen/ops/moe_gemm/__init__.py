@@ -1,0 +1,1 @@
+"""Grouped GEMM over experts: stages up, down and plain."""

@@ -1,0 +1,291 @@
+"""moe_gemm: grouped GEMM over experts with token routing, the two matrix products of an expert FFN.
+
+Stages, with ``expert(r)`` the expert whose range in ``expert_offsets`` holds row r of the sorted order:
+
+* ``up``: ``out[r] = act(x[row_token[r]] @ weight[expert(r)].T + bias[expert(r)])``, ``act`` joining gate and up columns
+* ``down``: ``out[t] = sum_j topk_weights[t, j] * (x[slot_row[t, j]] @ weight[e].T + bias[e])``
+* ``plain``: ``out[r] = x[r] @ weight[expert(r)].T + bias[expert(r)]``
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from tilewright.codegen.hardware.archs import Arch, CpuArch, GpuArch
+from tilewright.codegen.hardware.cpu_info import usable_cores
+from tilewright.codegen.models.shapes import ModelShape
+from tilewright.codegen.numbers.activation_rounding import round_activations
+from tilewright.codegen.numbers.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
+from tilewright.codegen.numbers.dtypes import ITEMSIZE, ROUNDING, round_to
+from tilewright.codegen.numbers.precisions import LOSSLESS, find_precision
+from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Template, Workload
+from tilewright.codegen.ops.moe_gemm.cpu import configs as moe_gemm_cpu_configs
+from tilewright.codegen.ops.moe_gemm.cpu import templates as moe_gemm_cpu
+from tilewright.codegen.ops.moe_gemm.problem import MoeGemmProblem
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.ops.moe_gemm.triton import templates as moe_gemm_triton
+from tilewright.codegen.routing.recorded import read_recorded_ids
+from tilewright.codegen.routing.spec import (
+    RoutingSpec,
+    generate_topk_weights,
+)
+from tilewright.codegen.space import Config
+from tilewright.errors import TilewrightError
+
+if TYPE_CHECKING:
+    import torch
+
+_MANY_TOKENS = 1024
+"""For the default config of a signature, without a problem."""
+_SAMPLED_EXPERTS, _SAMPLED_COLUMNS, _SAMPLED_TOKENS = 4, 256, 32
+
+
+class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
+    """The declaration of moe_gemm."""
+
+    name: ClassVar[str] = "moe_gemm"
+    templates: ClassVar[tuple[Template[Any], ...]] = (*moe_gemm_cpu.TEMPLATES, *moe_gemm_triton.TEMPLATES)
+    problem_example: ClassVar[str] = "experts=8,n=2048,k=1024,top_k=2"
+    served_by: ClassVar[tuple[str, ...]] = ("Experts",)
+
+    def signatures(self, model: ModelShape) -> tuple[MoeGemmSignature, ...]:
+        """``up`` with the activation fused, then ``down``, of one expert layer."""
+        up = MoeGemmSignature(
+            stage="up",
+            experts=model.experts,
+            n=model.inter,
+            k=model.hidden,
+            top_k=model.top_k,
+            activation=model.activation,
+            bias=model.expert_bias,
+        )
+        return up, replace(up, stage="down", n=model.hidden, k=model.inter, activation="none")
+
+    def further_signatures(self, model: ModelShape) -> tuple[MoeGemmSignature, ...]:
+        """Linear layers outside of the experts, each a group of its own: attention's projections, and the head.
+
+        Without the projections of latent attention, whose inner sizes a shape does not hold, and those with a bias.
+        """
+        return tuple(_plain(shape) for shape in dict.fromkeys([*_projections(model), _head(model)]))
+
+    def calls_per_pass(self, signature: MoeGemmSignature, model: ModelShape, phase: Phase) -> float:
+        """Of linear layers, as many as have the shape; the head is called for one row of a prompt, which is no size."""
+        if signature.stage != "plain":
+            return super().calls_per_pass(signature, model, phase)
+        shape = (signature.n, signature.k)
+        head = phase == "decode" and shape == _head(model)
+        return float(model.layers * _projections(model).count(shape) + head)
+
+    def signature_from_dict(self, fields: Mapping[str, Any]) -> MoeGemmSignature:
+        """Signature from its JSON form."""
+        return MoeGemmSignature.from_dict(fields)
+
+    def problem(
+        self, signature: MoeGemmSignature, tokens: int, routing: RoutingSpec, model: ModelShape | None = None
+    ) -> MoeGemmProblem:
+        """Problem of ``tokens`` tokens, routed over all experts of ``model`` (of the signature, without one).
+
+        Recorded routing that does not fit is refused here, not when a run has begun.
+        """
+        # Rows of a plain product are what its caller made of tokens and routing.
+        of_model = None if signature.stage == "plain" else model
+        problem = MoeGemmProblem(signature, tokens, routing, of_model.all_experts if of_model else signature.experts)
+        if routing.path is not None:
+            read_recorded_ids(routing.path, problem.all_experts, signature.top_k)
+        return problem
+
+    def problem_from_dict(self, fields: Mapping[str, Any]) -> MoeGemmProblem:
+        """Problem from its JSON form."""
+        if missing := [name for name in ("signature", "tokens", "routing", "all_experts") if name not in fields]:
+            raise TilewrightError(f"a moe_gemm problem lacks the field {missing[0]!r}; it was not written by to_dict")
+        signature = self.signature_from_dict(fields["signature"])
+        return MoeGemmProblem(signature, fields["tokens"], RoutingSpec.parse(fields["routing"]), fields["all_experts"])
+
+    def parse_problem(self, fields: Mapping[str, str], routing: RoutingSpec) -> MoeGemmProblem:
+        """Problem from ``--problem experts=8,n=2048,k=1024,top_k=2,tokens=16[,stage=][,activation=][,bias=]``."""
+        values = dict(fields)
+        tokens = _whole("tokens", values.pop("tokens", "1"))
+        return self.problem(MoeGemmSignature.parse(values), tokens, routing)
+
+    def sample(self, problem: MoeGemmProblem) -> MoeGemmProblem:
+        """Few experts, columns and tokens, but the whole k."""
+        signature = problem.signature
+        experts = min(signature.experts, _SAMPLED_EXPERTS)
+        small = replace(
+            signature, experts=experts, n=min(signature.n, _SAMPLED_COLUMNS), top_k=min(signature.top_k, experts)
+        )
+        return MoeGemmProblem(small, min(problem.tokens, _SAMPLED_TOKENS), RoutingSpec.parse("balanced"), experts)
+
+    def weights(self, signature: MoeGemmSignature, seed: int) -> Arrays:
+        """Normal weights scaled so that sums are of the inputs' magnitude, and a small bias.
+
+        As float32, holding values of the weights' dtype. Where sums are clamped, some have to be: three times larger,
+        about one in a hundred lies beyond the limit.
+        """
+        rows, k = signature.halves * signature.n, signature.k
+        scale = k**-0.5 * (3 if signature.activation == "swiglu_clamped" else 1)
+        weight = np.empty((signature.experts, rows, k), np.float32)
+        streams = np.random.SeedSequence([seed, 1]).spawn(signature.experts)
+
+        def fill(expert: int) -> None:
+            rng = np.random.Generator(np.random.SFC64(streams[expert]))
+            rng.standard_normal(out=weight[expert], dtype=np.float32)
+            weight[expert] *= np.float32(scale)
+            weight[expert] = round_to(weight[expert], signature.w_dtype)
+
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            list(pool.map(fill, range(signature.experts)))
+        arrays: Arrays = {"weight": weight}
+        if signature.bias:
+            rng = np.random.default_rng([seed, 2])
+            arrays["bias"] = rng.normal(0, 0.1, (signature.experts, rows)).astype(np.float32)
+        return arrays
+
+    def input_bytes(self, problem: MoeGemmProblem) -> int:
+        """Activations, a row for every token or for every one of its experts."""
+        signature = problem.signature
+        return 4 * problem.tokens * signature.k * (1 if signature.stage == "up" else signature.top_k)
+
+    def inputs(self, problem: MoeGemmProblem, seed: int) -> Arrays:
+        """Normal activations (float32, of the dtype's values) and routing as the problem's spec draws it."""
+        signature = problem.signature
+        topk_ids, order = problem.order(seed)
+        rng = np.random.default_rng([seed, 3])
+        x_rows = problem.tokens if signature.stage == "up" else len(order.row_token)
+        arrays: Arrays = {
+            "x": round_to(rng.standard_normal((x_rows, signature.k), dtype=np.float32), signature.x_dtype),
+            "expert_offsets": order.expert_offsets,
+        }
+        if signature.stage == "up":
+            arrays["row_token"] = order.row_token
+        if signature.stage == "down":
+            arrays["slot_row"] = order.slot_row
+            arrays["topk_weights"] = generate_topk_weights(topk_ids, seed)
+        return arrays
+
+    def rounded_inputs(self, signature: MoeGemmSignature, inputs: Arrays, precision: str) -> Arrays:  # noqa: ARG002
+        """``inputs`` with the values that kernels of ``precision`` compute with, where it rounds activations, too."""
+        return {**inputs, "x": round_activations(inputs["x"], find_precision(precision))}
+
+    def reference(self, signature: MoeGemmSignature, weights: Arrays, inputs: Arrays) -> Arrays:
+        """The result in float64, computed by plain torch."""
+        import torch
+
+        x = torch.from_numpy(inputs["x"])
+        offsets = inputs["expert_offsets"].tolist()
+        rows = torch.zeros(offsets[-1], signature.n, dtype=torch.float64)
+        for expert in range(signature.experts):
+            begin, end = offsets[expert], offsets[expert + 1]
+            if begin == end:
+                continue
+            own = (
+                x[torch.from_numpy(inputs["row_token"][begin:end]).long()] if signature.stage == "up" else x[begin:end]
+            )
+            product = own.double() @ torch.from_numpy(weights["weight"][expert]).double().T
+            if signature.bias:
+                product += torch.from_numpy(weights["bias"][expert]).double()
+            if signature.halves == 2:
+                product = _join_halves(signature.activation, product[:, : signature.n], product[:, signature.n :])
+            rows[begin:end] = product
+        if signature.stage != "down":
+            return {"out": rows.numpy()}
+        slots = torch.from_numpy(inputs["slot_row"]).long()
+        scale = torch.from_numpy(inputs["topk_weights"]).double() * (slots >= 0)
+        picked = rows[slots.clamp(min=0)] if len(rows) else rows.new_zeros(*slots.shape, signature.n)
+        return {"out": torch.einsum("tj,tjn->tn", scale, picked).numpy()}
+
+    def tolerance(self, signature: MoeGemmSignature) -> float:
+        """Fp32 sums of k terms in any order: the error grows like sqrt(k) rounding steps. Then the output is rounded.
+
+        It is compared with the largest output; clamps hold that down, but not the error of a sum. Rows of ``down`` may
+        be rounded before they are added up, too.
+        """
+        clamped = 3.0 if signature.activation == "swiglu_clamped" else 1.0
+        roundings = 2 if signature.stage == "down" else 1
+        return 2e-6 * clamped * max(1.0, math.sqrt(signature.k) / 16) + roundings * ROUNDING[signature.out_dtype]
+
+    def workload(self, problem: MoeGemmProblem, inputs: Arrays) -> Workload:
+        """Two flops per multiply-add; every active expert's weights, the inputs and the output move once."""
+        signature = problem.signature
+        counts = np.diff(inputs["expert_offsets"])
+        rows = int(counts.sum())
+        columns = signature.halves * signature.n
+        out_rows = problem.tokens if signature.stage == "down" else rows
+        elements = int((counts > 0).sum()) * columns * signature.k + inputs["x"].size
+        nbytes = ITEMSIZE[signature.x_dtype] * elements + ITEMSIZE[signature.out_dtype] * out_rows * signature.n
+        return Workload(flops=2.0 * rows * columns * signature.k, min_bytes=float(nbytes))
+
+    def awkward_problems(self, signature: MoeGemmSignature) -> tuple[MoeGemmProblem, ...]:
+        """One token (empty experts), odd counts of which other ranks compute a part, and one hot expert."""
+        # Under expert parallelism tokens may pick more experts than this rank holds.
+        experts = max(signature.experts, signature.top_k)
+        odd = (2 * experts // signature.top_k + 3) | 1
+        return (
+            MoeGemmProblem(signature, 1, RoutingSpec.parse("balanced"), experts),
+            MoeGemmProblem(signature, odd, RoutingSpec.parse("power-law"), 2 * experts),
+            MoeGemmProblem(signature, 37, RoutingSpec.parse("power-law:8"), experts),
+        )
+
+    def default_config(self, signature: MoeGemmSignature, arch: Arch) -> Config:
+        """CPUs: a packed, cache-blocked GEMM with the register tile that textbooks give for the arch. GPUs: vLLM's."""
+        if isinstance(arch, GpuArch):
+            return moe_gemm_triton.default_config(signature, arch, _MANY_TOKENS)
+        assert isinstance(arch, CpuArch)
+        return moe_gemm_cpu_configs.default_config(signature, arch)
+
+    def default_for(self, problem: MoeGemmProblem, arch: Arch) -> Config:
+        """On GPUs vLLM's tile for so many tokens."""
+        if isinstance(arch, GpuArch):
+            return moe_gemm_triton.default_config(problem.signature, arch, problem.tokens)
+        return self.default_config(problem.signature, arch)
+
+    def starting_configs(
+        self, signature: MoeGemmSignature, arch: Arch, precisions: Sequence[str] = (LOSSLESS,)
+    ) -> tuple[Config, ...]:
+        """CPUs: what won on those that were tuned. GPUs: predictions of the whole space say where to begin."""
+        return moe_gemm_cpu_configs.starting_configs(signature, arch, precisions) if isinstance(arch, CpuArch) else ()
+
+
+def _projections(model: ModelShape) -> list[tuple[int, int]]:
+    """(n, k) of query, key, value and output of one layer's attention, on one tensor-parallel rank."""
+    if model.value_dim != model.head_dim or model.attention_bias:
+        return []
+    heads, kv_heads = (count * model.head_dim for count in model.heads_per_rank())
+    return [(heads, model.hidden), (kv_heads, model.hidden), (kv_heads, model.hidden), (model.hidden, heads)]
+
+
+def _head(model: ModelShape) -> tuple[int, int]:
+    return model.vocab, model.hidden
+
+
+def _plain(shape: tuple[int, int]) -> MoeGemmSignature:
+    return MoeGemmSignature(stage="plain", experts=1, n=shape[0], k=shape[1])
+
+
+def _join_halves(activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The activation's definition, on tensors of any one shape."""
+    import torch
+
+    match activation:
+        case "swiglu":
+            return gate * torch.sigmoid(gate) * up
+        case "geglu":
+            return torch.nn.functional.gelu(gate, approximate="tanh") * up
+        case "swiglu_clamped":
+            gate, up = gate.clamp(max=CLAMPED_LIMIT), up.clamp(-CLAMPED_LIMIT, CLAMPED_LIMIT)
+            return gate * torch.sigmoid(CLAMPED_ALPHA * gate) * (up + 1)
+        case _:
+            raise TilewrightError(f"the activation {activation!r} has no gate")
+
+
+def _whole(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise TilewrightError(f"{name}={text!r} in --problem is not a whole number") from error

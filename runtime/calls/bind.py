@@ -1,0 +1,123 @@
+"""The call layer: bind kernels to weights once, then call them with next to no overhead.
+
+The compiled extension does what it can; everything else, and every message, comes from the pure-Python twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.recipe.model import TensorSpec
+from tilewright.errors import TilewrightError
+from tilewright.runtime.calls.binding import Binding, CallVariant, make_binding
+from tilewright.runtime.calls.extension import native_for_torch
+from tilewright.runtime.calls.native import native_call
+from tilewright.runtime.calls.pure import PureCall
+from tilewright.runtime.serve.routing import softmax_topk, softmax_topk_into, sort_tokens, sort_tokens_into
+from tilewright.runtime.weights.packing import pack_array, packed_dtype, packed_shape
+
+__all__ = [
+    "IMPLEMENTATION",
+    "BoundCall",
+    "CallVariant",
+    "bind_call",
+    "pack_weight",
+    "softmax_topk",
+    "softmax_topk_into",
+    "sort_tokens",
+    "sort_tokens_into",
+]
+
+_NATIVE = native_for_torch()
+
+IMPLEMENTATION: Literal["native", "pure"] = "pure" if _NATIVE is None else "native"
+"""What serves calls in this process."""
+
+
+class BoundCall(Protocol):
+    """A call bound to its weights and kernels; thread-safe."""
+
+    @property
+    def binding(self) -> Binding:
+        """What it was made of."""
+        ...
+
+    def __call__(self, *tensors: Any) -> Any:
+        """Compute from the tensors that were not bound, in order, into the output among them, and return that.
+
+        Raises:
+            TilewrightError: for tensors or values that do not fit, overlapping memory, and a failing kernel.
+
+        """
+        ...
+
+
+def bind_call(
+    tensors: Sequence[TensorSpec],
+    bound: Mapping[str, Tensor | int | None],
+    variants: Sequence[CallVariant],
+    *,
+    dynamic_size: str,
+    threads: int | None = None,
+    fallback: Callable[..., None],
+    name: str,
+) -> BoundCall:
+    """Bind ``variants`` to what stays the same from call to call.
+
+    Args:
+        tensors: all tensors, in order.
+        bound: the tensors that are passed now, by name: contiguous CPU tensors (kept alive, and not looked at again),
+            addresses, or None for an absent optional one. A weight may be packed: its shape is the kernels' business.
+        variants: what serves which sizes. Sizes that none of them serves go to the fallback, with one warning.
+        dynamic_size: the size that picks a variant.
+        threads: most threads of a call; None: ``torch.get_num_threads()``.
+        fallback: called with the tensors of a call, after they were checked, where no kernel may run: a variant without
+            launches, tensors that are not contiguous or aligned, a failed guard. It must write the output.
+        name: op and stage, which begin every message.
+
+    Raises:
+        TilewrightError: when the parts do not fit together.
+
+    """
+    binding = make_binding(
+        tensors, bound, variants, dynamic_size=dynamic_size, threads=threads, fallback=fallback, name=name
+    )
+    call: BoundCall = PureCall(binding) if _NATIVE is None else native_call(_NATIVE, binding)
+    return call
+
+
+def pack_weight(
+    weight: Tensor, layout: WeightLayout, out: Tensor | None = None, *, threads: int | None = None
+) -> Tensor:
+    """Pack ``weight`` in panels, quantised where the layout's precision says so.
+
+    Args:
+        weight: fp32 [experts, n, k], of any strides; fast where the last dimension is contiguous.
+        layout: panels to make.
+        out: contiguous [experts, panels, rows, columns] to write, fp32, or int32 words in a precision that quantises;
+            made, aligned to 64 bytes, when None.
+        threads: threads to pack on; None: ``torch.get_num_threads()``.
+
+    Raises:
+        TilewrightError: when the weight is another kind of tensor, the layout does not fit it, or it is to be quantised
+            and holds NaN or infinity.
+
+    """
+    if weight.device.type != "cpu" or weight.dtype is not torch.float32 or weight.dim() != 3:
+        raise TilewrightError(
+            f"cannot pack a weight of {weight.dtype} {list(weight.shape)} on {weight.device}; "
+            "expected torch.float32 [experts, n, k] on the CPU"
+        )
+    if out is None:
+        experts, n, k = weight.shape
+        dtype = torch.from_numpy(np.empty(0, packed_dtype(layout))).dtype
+        out = torch.empty(packed_shape(layout, (experts, n, k)), dtype=dtype)
+    threads = torch.get_num_threads() if threads is None else threads
+    pack_array(weight.detach().numpy(), layout, out.detach().numpy(), threads)
+    return out

@@ -1,0 +1,292 @@
+"""A bound call in Python: slower than the extension, with the same results. It states what a call must be."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tilewright.codegen.recipe.model import ABI_VERSION, Argument, TensorSpec
+from tilewright.errors import TilewrightError
+from tilewright.runtime.calls.binding import THREADS, TORCH_DTYPES, Binding, CallVariant, expression
+from tilewright.runtime.launchers.openmp import fork_address
+from tilewright.runtime.notices import warn_once
+
+_ALIGNMENT = 64
+_OVERLAP_EFFORT = 10_000
+"""Work that finding out whether two strided tensors share an element is worth; beyond it they count as overlapping."""
+
+
+class _Host(ctypes.Structure):
+    """``tw_host`` of templates/shared/abi.jinja."""
+
+    _fields_ = (("abi_version", ctypes.c_int32), ("threads", ctypes.c_int32), ("fork", ctypes.c_void_p))
+
+
+_ENTRY = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.POINTER(_Host), ctypes.POINTER(ctypes.c_int64))
+_scratch = threading.local()
+
+
+class PureCall:
+    """Calls the kernels of a binding through ctypes."""
+
+    def __init__(self, binding: Binding) -> None:
+        self.binding = binding
+
+    def __call__(self, *tensors: Any) -> Any:
+        """Compute into the tensors of role ``output`` and return them: one by itself, several as a tuple.
+
+        Args:
+            tensors: those that were not bound, in order: torch CPU tensors, or what ``torch.from_dlpack`` takes.
+
+        Raises:
+            TilewrightError: for tensors that do not fit, values that would lead a kernel astray, and a kernel that
+                reports an error.
+
+        """
+        binding = self.binding
+        if len(tensors) != len(binding.positional):
+            names = ", ".join(spec.name for spec in binding.positional)
+            raise TilewrightError(
+                f"{binding.name}: got {len(tensors)} tensors; expected {len(binding.positional)}: {names}"
+            )
+        unwrapped = [self._as_tensor(spec, t) for spec, t in zip(binding.positional, tensors, strict=True)]
+        sizes = self._checked_sizes(unwrapped)
+        self._check_values(unwrapped, sizes)
+        self._check_overlap(unwrapped)
+        if any(output is not None and output.numel() > 0 for output in map(unwrapped.__getitem__, binding.outputs)):
+            variant = binding.variant_for(sizes[binding.dynamic_size])
+            reason = self._refusal(variant, unwrapped, sizes)
+            if reason:
+                warn_once(f"{binding.name}: {reason}; plain torch serves such calls")
+            if variant is None or reason or not variant.launches:
+                binding.fallback(*unwrapped)
+            else:
+                self._launch(variant, unwrapped, sizes)
+        written = tuple(tensors[index] for index in binding.outputs)
+        return written if len(written) > 1 else written[0]
+
+    def kernel_failed(self, code: int) -> None:
+        """Report the error ``code`` of a kernel.
+
+        Raises:
+            TilewrightError: always.
+
+        """
+        raise TilewrightError(f"{self.binding.name}: the kernel reported error {code}, and its output is not valid")
+
+    def _as_tensor(self, spec: TensorSpec, value: Any) -> Tensor | None:
+        """``value`` as a strided CPU tensor of the right dtype and rank; None stands for an absent optional one."""
+        if value is None and spec.optional:
+            return None
+        expected = f"expected {TORCH_DTYPES[spec.dtype]} {_dims(spec)}"
+        subject = f"{self.binding.name}: {spec.name}"
+        if not isinstance(value, Tensor):
+            try:
+                value = torch.utils.dlpack.from_dlpack(value)
+            except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
+                raise TilewrightError(f"{subject} is a {type(value).__name__}; {expected}") from error
+        if value.device.type != "cpu":
+            raise TilewrightError(f"{subject} is on device {value.device}; {expected} on the CPU")
+        if value.layout is not torch.strided or value.is_quantized or _is_fake(value):
+            raise TilewrightError(
+                f"{subject} is a {type(value).__name__} of layout {value.layout}; {expected}, strided"
+            )
+        if value.dtype is not TORCH_DTYPES[spec.dtype]:
+            raise TilewrightError(f"{subject} has dtype {value.dtype}; {expected}")
+        if value.requires_grad and torch.is_grad_enabled():
+            raise TilewrightError(
+                f"{subject} requires grad, but there is no backward pass; "
+                f"use torch.no_grad(), or pass {spec.name}.detach()"
+            )
+        tensor: Tensor = value
+        return tensor
+
+    def _checked_sizes(self, tensors: Sequence[Tensor | None]) -> dict[str, int]:
+        """Value of every symbol, all shapes agreeing."""
+        sizes: dict[str, int] = {THREADS: self.binding.threads}
+        for spec, tensor in zip(self.binding.positional, tensors, strict=True):
+            if tensor is None:
+                continue
+            fits = tensor.dim() == len(spec.dims)
+            for dim, size in zip(spec.dims, tensor.shape, strict=False):
+                fits &= size == (sizes.setdefault(dim, size) if isinstance(dim, str) else dim)
+            if not fits:
+                known = ", ".join(
+                    f"{n} = {sizes[n]}" for n in dict.fromkeys(spec.dims) if isinstance(n, str) and n in sizes
+                )
+                raise TilewrightError(
+                    f"{self.binding.name}: {spec.name} has shape {list(tensor.shape)}; expected {_dims(spec)}"
+                    + (f" with {known}" if known and tensor.dim() == len(spec.dims) else "")
+                )
+        return sizes
+
+    def _check_values(self, tensors: Sequence[Tensor | None], sizes: dict[str, int]) -> None:
+        def lengths_of(table: TensorSpec) -> NDArray[Any]:
+            for spec, tensor in zip(self.binding.positional, tensors, strict=True):
+                if tensor is not None and spec.name == table.lengths:
+                    lengths: NDArray[Any] = tensor.detach().numpy()
+                    return lengths
+            return np.empty(0, np.int32)
+
+        for spec, tensor in zip(self.binding.positional, tensors, strict=True):
+            if spec.values == "none" or tensor is None:
+                continue
+            # numpy, not torch: in a forked child, torch's operations on large tensors would wait for lost threads.
+            values = tensor.detach().numpy()
+            end = expression(spec.bound).evaluate(sizes) if spec.bound else 0
+            wrong = _wrong_values(spec, values, end, lengths_of(spec))
+            if wrong is not None:
+                where, expected = wrong
+                index = ", ".join(map(str, where))
+                found = f"[{index}] is {values[where]}" if values.size else " is empty"
+                raise TilewrightError(f"{self.binding.name}: {spec.name}{found}; expected {expected}")
+
+    def _check_overlap(self, tensors: Sequence[Tensor | None]) -> None:
+        passed = list(zip(self.binding.positional, tensors, strict=True))
+        bound = [(spec, self.binding.bound.get(spec.name)) for spec in self.binding.tensors]
+        for index in self.binding.outputs:
+            written, output = passed[index]
+            for spec, tensor in (*passed[:index], *passed[index + 1 :], *bound):
+                if output is not None and isinstance(tensor, Tensor) and _share_memory(output, tensor):
+                    raise TilewrightError(
+                        f"{self.binding.name}: {written.name} overlaps {spec.name} in memory; give it memory of its own"
+                    )
+
+    def _refusal(self, variant: CallVariant | None, tensors: Sequence[Tensor | None], sizes: dict[str, int]) -> str:
+        """Why no kernel may run on these tensors; empty when one may, or when the plan says torch."""
+        if variant is None:
+            largest = self.binding.variants[-1].max_size if self.binding.variants else 0
+            return f"there is no kernel for {self.binding.dynamic_size} above {largest}"
+        if not variant.launches:
+            return ""
+        for spec, tensor in zip(self.binding.positional, tensors, strict=True):
+            if tensor is not None and not tensor.is_contiguous():
+                return f"{spec.name} is not contiguous"
+            if tensor is not None and tensor.data_ptr() % tensor.element_size():
+                return f"{spec.name} is not aligned to its elements"
+        for guard in variant.guards:
+            if expression(guard.expression).evaluate(sizes) % guard.multiple:
+                return f"the kernel needs {guard.expression} to be a multiple of {guard.multiple}"
+        return ""
+
+    def _launch(self, variant: CallVariant, tensors: Sequence[Tensor | None], sizes: dict[str, int]) -> None:
+        nbytes = expression(variant.workspace_bytes).evaluate(sizes)
+        workspace = self._workspace(nbytes)
+        if variant.workspace_zeroed and nbytes > 0:
+            ctypes.memset(workspace, 0, nbytes)
+        addresses = dict(self.binding.addresses)
+        for spec, tensor in zip(self.binding.positional, tensors, strict=True):
+            addresses[spec.name] = 0 if tensor is None else tensor.data_ptr()
+        host = _Host(ABI_VERSION, self.binding.threads, fork_address() or None)
+        for entry, arguments in variant.launches:
+            values = [_argument(argument, addresses, workspace, sizes) for argument in arguments]
+            code = _ENTRY(entry)(ctypes.byref(host), (ctypes.c_int64 * max(1, len(values)))(*values))
+            if code != 0:
+                self.kernel_failed(code)
+
+    def _workspace(self, nbytes: int) -> int:
+        """Address of ``nbytes`` bytes that belong to the calling thread."""
+        if nbytes == 0:
+            return 0
+        if nbytes < 0:
+            raise TilewrightError(f"{self.binding.name}: the kernel asks for {nbytes} bytes of workspace")
+        held: NDArray[np.uint8] | None = getattr(_scratch, "memory", None)
+        if held is None or held.nbytes < nbytes + _ALIGNMENT:
+            try:
+                held = _scratch.memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+            except (MemoryError, ValueError) as error:
+                raise TilewrightError(
+                    f"{self.binding.name}: the kernel needs {nbytes} bytes of workspace, which this machine cannot give"
+                ) from error
+        address: int = held.ctypes.data
+        return -(-address // _ALIGNMENT) * _ALIGNMENT
+
+
+def _dims(spec: TensorSpec) -> str:
+    return "[" + ", ".join(map(str, spec.dims)) + "]"
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor (of a subclass, as torch.compile traces with) has no memory behind it."""
+    return type(tensor) not in (Tensor, torch.nn.Parameter) and tensor.numel() > 0 and _address(tensor) == 0
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
+
+
+def _argument(argument: Argument, addresses: dict[str, int], workspace: int, sizes: dict[str, int]) -> int:
+    match argument.kind:
+        case "tensor":
+            return addresses[argument.source]
+        case "workspace":
+            return workspace
+        case "size":
+            return expression(argument.source).evaluate(sizes)
+        case "scales":
+            raise TilewrightError("a kernel that takes scales by themselves is for GPUs; tune for this CPU")
+
+
+def _wrong_values(
+    spec: TensorSpec, values: NDArray[Any], end: int, lengths: NDArray[Any]
+) -> tuple[tuple[int, ...], str] | None:
+    """Index of the first value that breaks the rule of ``spec``, and the rule. ``lengths`` are those of ``pages``."""
+    match spec.values:
+        case "rising":
+            rule = f"offsets that start at 0, rise with every sequence, and end at {spec.bound} = {end}"
+            if not values.size:
+                return (), rule
+            wrong = np.concatenate(([values[0] != 0], values[1:] <= values[:-1]))
+            wrong[-1] |= values[-1] != end
+        case "length":
+            wrong = (values < 1) | (values > end)
+            rule = f"a length from 1 to {end} ({spec.bound} = {end})"
+        case "pages":
+            used = -(-lengths.astype(np.int64) // spec.page_size)
+            wrong = (np.arange(values.shape[1]) < used[:, None]) & ((values < 0) | (values >= end))
+            rule = f"a page from 0 to {end - 1} ({spec.bound} = {end}); the row's {spec.lengths} needs it"
+        case "offsets":
+            wrong = np.concatenate(([values[0] != 0], values[1:] < values[:-1]))
+            wrong[-1] |= values[-1] != end
+            rule = f"offsets that start at 0, never decrease, and end at {spec.bound} = {end}"
+        case "index":
+            wrong = (values < 0) | (values >= end)
+            rule = f"an index from 0 to {end - 1} ({spec.bound} = {end})"
+        case "slot":
+            wrong = (values < -1) | (values >= end)
+            rule = f"an index from 0 to {end - 1} ({spec.bound} = {end}), or -1"
+        case "logits":
+            # A row is as large as its largest logit, and NaN where one is NaN.
+            largest = values.max(axis=-1, keepdims=True)
+            wrong = np.where(np.isfinite(largest), False, (values == largest) | np.isnan(values))
+            rule = "a number, or -inf in a row with other numbers"
+        case _:
+            wrong = ~np.isfinite(values)
+            rule = "a finite number"
+    if not wrong.any():
+        return None
+    return tuple(int(i) for i in np.argwhere(wrong)[0]), rule
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    try:
+        # The stubs know only the two special values; numpy takes any effort.
+        return np.shares_memory(_as_bytes(a), _as_bytes(b), max_work=_OVERLAP_EFFORT)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _as_bytes(tensor: Tensor) -> NDArray[Any]:
+    """The memory of ``tensor`` for numpy, which knows no bfloat16."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()

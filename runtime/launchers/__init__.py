@@ -1,0 +1,1 @@
+"""How artifacts become functions that this process can call: one module for each kind."""

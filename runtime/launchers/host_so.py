@@ -1,0 +1,157 @@
+"""From stored bytes to callable code: a private cache of shared objects, checked again right before they are loaded.
+
+A shared object is loaded once per process and never unloaded: a kernel may be running in any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import stat
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tilewright.codegen.recipe.model import ABI_VERSION
+from tilewright.errors import TilewrightError
+from tilewright.runtime.locks import fork_safe_lock
+from tilewright.tuning_db.integrity import DamagedArtifact, check_private
+from tilewright.tuning_db.locations import home_directory
+
+CACHE_VARIABLE = "TILEWRIGHT_CACHE"
+
+
+class KernelRefused(TilewrightError):  # noqa: N818 - named for what the user reads
+    """A stored kernel cannot be served by this process; plain torch serves in its place."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedArtifact:
+    """A shared object in this process."""
+
+    checksum: str
+    library: ctypes.CDLL
+
+    def entry_address(self, name: str) -> int:
+        """Address of the exported function ``name``.
+
+        Raises:
+            KernelRefused: when there is no such function.
+
+        """
+        try:
+            function = getattr(self.library, name)
+        except AttributeError as error:
+            raise KernelRefused(f"the artifact {self.checksum[:16]} exports no {name!r}; tune again") from error
+        address = ctypes.cast(function, ctypes.c_void_p).value
+        assert address is not None  # dlsym found it
+        return address
+
+
+_loaded: dict[str, LoadedArtifact] = {}
+_loading = fork_safe_lock()
+
+
+def cache_directory() -> Path:
+    """Where shared objects are extracted: ``artifacts`` in ``$TILEWRIGHT_CACHE``, or in the user's cache directory."""
+    configured = os.environ.get(CACHE_VARIABLE)
+    if configured:
+        return Path(configured).expanduser() / "artifacts"
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else home_directory() / ".cache") / "tilewright" / "artifacts"
+
+
+def load_artifact(checksum: str, read_bytes: Callable[[], bytes]) -> LoadedArtifact:
+    """The shared object whose sha256 is ``checksum``, loaded into this process.
+
+    ``read_bytes`` gives its bytes; it is not called when they are in the cache already. Thread-safe.
+
+    Raises:
+        KernelRefused: when the bytes cannot be extracted or loaded, or speak another ABI.
+        DamagedArtifact: when the bytes do not have the checksum.
+        UntrustedFile: when others can write to the cache.
+        TilewrightError: whatever ``read_bytes`` raises.
+
+    """
+    if (known := _loaded.get(checksum)) is not None:
+        return known
+    path = cache_directory() / f"{checksum}.so"
+    try:
+        # Not under the lock: reading takes the database's, and a fork takes them in another order.
+        _extract(path, checksum, read_bytes)
+        with _loading:
+            if checksum not in _loaded:
+                library = _load_checked(path, checksum)
+                _require_abi(library, checksum)
+                _loaded[checksum] = LoadedArtifact(checksum, library)
+            return _loaded[checksum]
+    except OSError as error:
+        raise KernelRefused(
+            f"the artifact {checksum[:16]} cannot be loaded from {path}: {error}; "
+            f"set ${CACHE_VARIABLE} to a private directory that can be written and executed from"
+        ) from error
+
+
+def _extract(path: Path, checksum: str, read_bytes: Callable[[], bytes]) -> None:
+    """Make ``path`` hold the artifact, unless it does; other processes see all of it or nothing."""
+    path.parent.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        path.parent.mkdir(mode=0o700)
+    if path.exists() and _sha256(path) == checksum:
+        return
+    data = read_bytes()
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load_checked(path: Path, checksum: str) -> ctypes.CDLL:
+    """Load the very file whose bytes were hashed.
+
+    The file is loaded by its name, not as /proc/self/fd/N: the loader remembers names, and would answer with another
+    kernel's library once a descriptor's number is used again.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+        check_private(path)
+        hashed = os.fstat(file.fileno())
+        if hashlib.file_digest(file, "sha256").hexdigest() != checksum:
+            raise DamagedArtifact(
+                f"the artifact {checksum[:16]} was damaged while it was extracted to {path}; free the disk, then retry"
+            )
+        library = ctypes.CDLL(str(path))
+        if _identity(hashed) != _identity(path.stat(follow_symlinks=False)):
+            raise KernelRefused(f"{path} was replaced while it was loaded; keep other programs out of this directory")
+    return library
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, stat.S_IFMT(status.st_mode))
+
+
+def _require_abi(library: ctypes.CDLL, checksum: str) -> None:
+    """Refuse a library that expects to be called in another way; asking is safe in every version."""
+    try:
+        version = library.tilewright_abi_version
+    except AttributeError as error:
+        raise KernelRefused(f"the artifact {checksum[:16]} is no tilewright kernel; tune again") from error
+    version.restype = ctypes.c_int32
+    version.argtypes = ()
+    if (found := version()) != ABI_VERSION:
+        raise KernelRefused(
+            f"the artifact {checksum[:16]} speaks ABI version {found}, this tilewright {ABI_VERSION}; tune again"
+        )

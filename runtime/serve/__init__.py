@@ -1,0 +1,1 @@
+"""What users import: experts, gates, attention, prepared weights."""

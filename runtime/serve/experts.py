@@ -1,0 +1,331 @@
+"""The expert FFN of a mixture-of-experts layer as one thing: route, sort, up with activation, down with combine."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewright.codegen.ops.gating.signature import GatingSignature
+from tilewright.codegen.ops.moe_gemm.signature import Activation
+from tilewright.errors import TilewrightError
+from tilewright.runtime.calls.bind import softmax_topk_into, sort_tokens_into
+from tilewright.runtime.serve.explanation import Explanation
+from tilewright.runtime.serve.gate import Gate
+from tilewright.runtime.serve.gemm import prepare
+from tilewright.runtime.serve.handles import held, hold
+from tilewright.runtime.serve.plans import Database, is_planned
+from tilewright.runtime.torch.operators import define_operator
+from tilewright.runtime.torch.plain import spare_torch_threads
+from tilewright.runtime.weights.experts import checked_weight
+
+_REMEMBERED_SIZES = 64
+"""Token counts whose views of the buffers a thread keeps; taking them anew costs some microseconds."""
+
+
+class Experts:
+    """The experts of one layer: ``experts(x, router_logits)`` gives what the layer adds to the residual.
+
+    Args:
+        w_up: fp32 [experts, 2 * inter, hidden], gate rows before up rows; [experts, inter, hidden] without activation.
+        w_down: fp32 [experts, hidden, inter].
+        top_k: experts per token.
+        activation: ``swiglu``, ``geglu``, ``swiglu_clamped`` (gpt-oss) or ``none``.
+        bias_up: fp32 [experts, rows of w_up], or None.
+        bias_down: fp32 [experts, hidden], or None.
+        renormalize: whether a token's routing weights are made to sum to 1 after its experts were chosen.
+        all_experts: experts of the whole model, when this rank holds only a part of them (expert parallelism); tokens
+            are routed by the caller then, see :meth:`run`.
+        threads: threads of a call; None: ``torch.get_num_threads()``.
+        database: path or SQLite URL; None: ``$TILEWRIGHT_DB``, else the user's own.
+        max_error: see :func:`tilewright.runtime.prepare`; for each of the two stages.
+        batch_invariant: see :meth:`PreparedCall.prepare`; routing is token by token in any case.
+        keep_weights: see ``keep_weight`` of :func:`tilewright.runtime.prepare`.
+
+    Calls may come from any number of threads; each has its own buffers, which are kept and grow to the largest call.
+
+    Raises:
+        TilewrightError: when the weights do not fit together, or ``top_k`` exceeds the experts.
+
+    """
+
+    def __init__(
+        self,
+        w_up: Any,
+        w_down: Any,
+        *,
+        top_k: int,
+        activation: Activation = "swiglu",
+        bias_up: Any = None,
+        bias_down: Any = None,
+        renormalize: bool = True,
+        all_experts: int | None = None,
+        threads: int | None = None,
+        database: Database | None = None,
+        max_error: float = 0.0,
+        batch_invariant: bool = False,
+        keep_weights: bool = True,
+    ) -> None:
+        w_up = checked_weight(w_up, what="Experts: w_up", dims="experts, rows, hidden")
+        w_down = checked_weight(w_down, what="Experts: w_down", dims="experts, hidden, inter")
+        self.experts, self.hidden, self.inter = w_down.shape
+        expected = (self.experts, self.inter * (1 if activation == "none" else 2), self.hidden)
+        if tuple(w_up.shape) != expected:
+            raise TilewrightError(
+                f"Experts: w_up has shape {list(w_up.shape)}, which does not fit w_down {list(w_down.shape)} with "
+                f"activation {activation!r}; expected {list(expected)}"
+            )
+        self.all_experts = self.experts if all_experts is None else all_experts
+        if not self.experts <= self.all_experts:
+            raise TilewrightError(f"Experts: all_experts={all_experts} is less than the {self.experts} of this rank")
+        if not 1 <= top_k <= self.all_experts:
+            raise TilewrightError(f"Experts: top_k={top_k} is impossible with {self.all_experts} experts")
+        self.top_k = top_k
+        self.renormalize = renormalize
+        self.up = prepare(
+            w_up,
+            stage="up",
+            top_k=top_k,
+            activation=activation,
+            bias=bias_up,
+            threads=threads,
+            database=database,
+            max_error=max_error,
+            batch_invariant=batch_invariant,
+            keep_weight=keep_weights,
+        )
+        self.down = prepare(
+            w_down,
+            stage="down",
+            top_k=top_k,
+            bias=bias_down,
+            threads=threads,
+            database=database,
+            max_error=max_error,
+            batch_invariant=batch_invariant,
+            keep_weight=keep_weights,
+        )
+        self._call_up, self._call_down = self.up.call, self.down.call
+        # A gate's plan may compute the same weights in several orders.
+        self.gate = None if batch_invariant else self._tuned_gate(threads, database)
+        self._local = threading.local()
+        self.handle = hold(self)
+
+    def __call__(self, x: Tensor, router_logits: Tensor, out: Tensor | None = None) -> Tensor:
+        """Route by ``router_logits`` and compute.
+
+        Args:
+            x: fp32 [..., hidden].
+            router_logits: fp32 [..., experts], with the same leading dimensions.
+            out: fp32 tensor like ``x`` to write, which may be ``x`` itself; made when None.
+
+        Raises:
+            TilewrightError: for tensors that do not fit, and logits that are not numbers.
+
+        """
+        if self.all_experts != self.experts:
+            raise TilewrightError(
+                f"this rank holds {self.experts} of {self.all_experts} experts and cannot route by itself; "
+                "choose experts over all ranks and call run(x, topk_ids, topk_weights) with -1 for those of others"
+            )
+        if torch.compiler.is_compiling():
+            return _into(out, torch.ops.tilewright.expert_ffn(x, router_logits, self.handle))
+        logits = _rows(router_logits, self.experts, "router_logits", "experts")
+        buffers = self._buffers(logits.shape[0])
+        if self.gate is None:
+            softmax_topk_into(logits, self.renormalize, buffers.topk_ids, buffers.topk_weights)
+            return self._compute(x, buffers.topk_ids, buffers.topk_weights, out)
+        self.gate.call(
+            logits,
+            buffers.topk_ids,
+            buffers.topk_weights,
+            buffers.expert_offsets,
+            buffers.row_token.view(-1, self.top_k),
+            buffers.slot_row,
+        )
+        return self._compute(x, buffers.topk_ids, buffers.topk_weights, out, sorted_rows=buffers.rows)
+
+    def run(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor | None = None) -> Tensor:
+        """Compute with experts that were chosen before.
+
+        Args:
+            x: fp32 [..., hidden].
+            topk_ids: int32 or int64 [..., top_k]; -1 for an expert of another rank.
+            topk_weights: fp32 [..., top_k].
+            out: fp32 tensor like ``x`` to write, which may be ``x`` itself; made when None.
+
+        Raises:
+            TilewrightError: for tensors that do not fit, an expert id out of range, and weights that are not finite.
+
+        """
+        if torch.compiler.is_compiling():
+            return _into(out, torch.ops.tilewright.routed_experts(x, topk_ids, topk_weights, self.handle))
+        ids = _rows(topk_ids, self.top_k, "topk_ids", "top_k")
+        return self._compute(x, ids, _rows(topk_weights, self.top_k, "topk_weights", "top_k"), out)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What this holds beside the weights that it was made from: packed copies and this thread's buffers."""
+        buffers: _Buffers | None = getattr(self._local, "buffers", None)
+        return self.up.memory_bytes + self.down.memory_bytes + (0 if buffers is None else buffers.nbytes)
+
+    def weights(self) -> dict[str, Tensor]:
+        """``w_up`` and ``w_down``; see :meth:`tilewright.runtime.PreparedCall.weights`."""
+        return {"w_up": self.up.weights()["weight"], "w_down": self.down.weights()["weight"]}
+
+    def explain(self) -> tuple[Explanation, Explanation]:
+        """What serves ``up`` and ``down``; see :meth:`tilewright.runtime.PreparedGemm.explain`."""
+        return self.up.explain(), self.down.explain()
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether a tuned kernel serves some size of either stage."""
+        return self.up.is_tuned or self.down.is_tuned
+
+    def _tuned_gate(self, threads: int | None, database: Database | None) -> Gate | None:
+        """What routes and sorts at once, where it was tuned for; else the runtime's own softmax and sort do."""
+        if self.all_experts != self.experts:
+            return None
+        signature = GatingSignature(experts=self.experts, top_k=self.top_k, renormalize=self.renormalize, order="rows")
+        if not is_planned(signature, database):
+            return None
+        return Gate.prepare(signature, {}, threads=threads, database=database)
+
+    def _compute(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        out: Tensor | None,
+        sorted_rows: int | None = None,
+    ) -> Tensor:
+        """``sorted_rows`` counts rows whose order is in the thread's buffers already."""
+        flat = _rows(x, self.hidden, "x", "hidden")
+        tokens = flat.shape[0]
+        if topk_ids.shape[0] != tokens:
+            raise TilewrightError(f"Experts: x has {tokens} tokens, but {topk_ids.shape[0]} were routed")
+        if out is None:
+            out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        flat_out = out if flat is x else self._flat_output(out, x)  # of a matrix, the call below checks the shape
+        buffers = self._buffers(tokens)
+        row_token, inner = buffers.row_token, buffers.inner
+        rows = sorted_rows
+        if rows is None:
+            rows = sort_tokens_into(topk_ids, self.experts, row_token, buffers.expert_offsets, buffers.slot_row)
+        if rows < buffers.rows:  # some choices are on other ranks
+            row_token, inner = row_token[:rows], inner[:rows]
+        self._call_up(flat, row_token, buffers.expert_offsets, inner)
+        self._call_down(inner, buffers.expert_offsets, buffers.slot_row, topk_weights, flat_out)
+        return out
+
+    def _flat_output(self, out: Tensor, x: Tensor) -> Tensor:
+        """``out`` as a matrix that shares its memory."""
+        if out.shape != x.shape or not out.is_contiguous():
+            raise TilewrightError(
+                f"Experts: out has shape {list(out.shape)} and strides {list(out.stride())}; "
+                f"expected a contiguous tensor {list(x.shape)}"
+            )
+        return out.view(-1, self.hidden)
+
+    def _buffers(self, tokens: int) -> _Views:
+        """The calling thread's buffers for ``tokens`` tokens."""
+        buffers: _Buffers | None = getattr(self._local, "buffers", None)
+        if buffers is None or buffers.tokens < tokens:
+            buffers = self._local.buffers = _Buffers(tokens, self.top_k, self.experts, self.inter)
+        return buffers.views(tokens)
+
+
+@dataclass(frozen=True)
+class _Views:
+    """Buffers of a call, cut to its tokens. ``rows`` counts those of a call that routes nothing to other ranks."""
+
+    rows: int
+    topk_ids: Tensor
+    topk_weights: Tensor
+    row_token: Tensor
+    expert_offsets: Tensor
+    slot_row: Tensor
+    inner: Tensor
+    """Output of ``up``, [rows, inter]."""
+
+
+class _Buffers:
+    """What a thread needs between the steps of a call, for up to ``tokens`` tokens."""
+
+    def __init__(self, tokens: int, top_k: int, experts: int, inter: int) -> None:
+        self.tokens = tokens
+        self._top_k = top_k
+        # Made outside of inference mode, so that calls inside and outside of it may write them.
+        with torch.inference_mode(mode=False):
+            self._full = _Views(
+                tokens * top_k,
+                torch.empty((tokens, top_k), dtype=torch.int32),
+                torch.empty((tokens, top_k), dtype=torch.float32),
+                torch.empty(tokens * top_k, dtype=torch.int32),
+                torch.empty(experts + 1, dtype=torch.int32),
+                torch.empty((tokens, top_k), dtype=torch.int32),
+                torch.empty((tokens * top_k, inter), dtype=torch.float32),
+            )
+        self._views: dict[int, _Views] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all buffers."""
+        return sum(buffer.nbytes for buffer in vars(self._full).values() if isinstance(buffer, Tensor))
+
+    def views(self, tokens: int) -> _Views:
+        """The first ``tokens`` tokens' part of every buffer."""
+        views = self._views.get(tokens)
+        if views is None:
+            if len(self._views) >= _REMEMBERED_SIZES:
+                self._views.clear()
+            full, rows = self._full, tokens * self._top_k
+            views = _Views(
+                rows,
+                full.topk_ids[:tokens],
+                full.topk_weights[:tokens],
+                full.row_token[:rows],
+                full.expert_offsets,
+                full.slot_row[:tokens],
+                full.inner[:rows],
+            )
+            self._views[tokens] = views
+        return views
+
+
+def _rows(tensor: Tensor, columns: int, name: str, last: str) -> Tensor:
+    """``tensor`` [..., columns] as a contiguous matrix.
+
+    Raises:
+        TilewrightError: when it is no tensor, or its last dimension is another.
+
+    """
+    if not isinstance(tensor, Tensor):
+        raise TilewrightError(f"Experts: {name} is a {type(tensor).__name__}; expected a torch tensor [..., {columns}]")
+    shape = tensor.shape
+    if len(shape) == 0 or shape[-1] != columns:
+        raise TilewrightError(f"Experts: {name} has shape {list(shape)}; expected [..., {last}={columns}]")
+    if len(shape) == 2 and tensor.is_contiguous():
+        return tensor
+    spare_torch_threads()
+    return tensor.reshape(-1, columns).contiguous()
+
+
+def _into(out: Tensor | None, result: Tensor) -> Tensor:
+    """``result``, copied to ``out`` where one was passed: operators write no argument."""
+    return result if out is None else out.copy_(result)
+
+
+define_operator(
+    "expert_ffn(Tensor x, Tensor router_logits, int handle) -> Tensor",
+    compute=lambda x, router_logits, handle: held(handle, Experts)(x, router_logits),
+    fake=lambda x, _router_logits, _handle: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+define_operator(
+    "routed_experts(Tensor x, Tensor topk_ids, Tensor topk_weights, int handle) -> Tensor",
+    compute=lambda x, topk_ids, topk_weights, handle: held(handle, Experts).run(x, topk_ids, topk_weights),
+    fake=lambda x, _topk_ids, _topk_weights, _handle: torch.empty_like(x, memory_format=torch.contiguous_format),
+)

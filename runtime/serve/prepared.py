@@ -1,0 +1,207 @@
+"""A call of an op, ready to be made: its plan found, its weights laid out, everything bound."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from tilewright.codegen.numbers.precisions import LOSSLESS
+from tilewright.codegen.ops.signature import Signature
+from tilewright.errors import TilewrightError
+from tilewright.runtime.calls.bind import BoundCall, CallVariant, bind_call
+from tilewright.runtime.locks import fork_safe_lock
+from tilewright.runtime.ops import served_op
+from tilewright.runtime.ops.base import BoundWeights
+from tilewright.runtime.process_memory import Memory
+from tilewright.runtime.serve.explanation import Explanation, MemoryUse
+from tilewright.runtime.serve.handles import hold
+from tilewright.runtime.serve.plans import Database, Resolution, SizeRange, resolve
+from tilewright.runtime.torch.plain import spare_torch_threads
+
+_live: weakref.WeakSet[PreparedCall] = weakref.WeakSet()
+_listing = fork_safe_lock()
+
+
+class PreparedCall:
+    """One signature bound to its weights: call it with the other tensors of the op, in order, outputs last.
+
+    The call writes the outputs and returns them (one by itself, several as a tuple), may be made from any thread, and
+    raises TilewrightError for tensors that do not fit. ``call`` is the same without one level of Python, for loops in
+    which a microsecond counts. Values are those that the weights had when they were prepared.
+    """
+
+    __slots__ = ("__weakref__", "_memory", "_resolution", "_weights", "call", "handle", "signature", "threads")
+
+    def __init__(
+        self,
+        signature: Signature,
+        threads: int,
+        call: BoundCall,
+        resolution: Resolution,
+        memory: MemoryUse,
+        weights: Callable[[], Mapping[str, Tensor]],
+    ) -> None:
+        self.signature = signature
+        self.threads = threads
+        self.call = call
+        self._resolution = resolution
+        self._memory = memory
+        self._weights = weights
+        self.handle = hold(self)
+        with _listing:
+            _live.add(self)
+
+    @classmethod
+    def prepare(
+        cls,
+        signature: Signature,
+        weights: Mapping[str, Tensor],
+        *,
+        threads: int | None = None,
+        database: Database | None = None,
+        max_error: float = 0.0,
+        batch_invariant: bool = False,
+        keep_weights: bool = True,
+    ) -> Self:
+        """Find the tuned kernels for ``signature`` on this machine and lay ``weights`` out for them.
+
+        Args:
+            signature: of the call, of an op that the runtime serves.
+            weights: the tensors of role ``weight`` by name, as the op declares them; absent optional ones left out.
+            threads: threads of a call; None: ``torch.get_num_threads()``.
+            database: path or SQLite URL; None: ``$TILEWRIGHT_DB``, else the user's own.
+            max_error: largest relative error of the output that storing weights in fewer bits may bring,
+                ``||out - exact|| / ||exact||`` as it was measured when a plan was made; of the plans within it, the
+                fastest serves. 0: only plans that leave weights as they are.
+            batch_invariant: whether a token must get the same bits whatever else is in the batch: only a plan of
+                `tune --batch-invariant` serves then, and what its kernels cannot take is refused, not given to torch.
+            keep_weights: whether to refer to ``weights`` for sizes that torch serves. False reads them back from what
+                the kernels take, where the op can, and lets the owner free the originals.
+
+        Where there is no tuned kernel (no plan, another CPU, a damaged or untrusted database), plain torch serves, with
+        one warning.
+
+        Raises:
+            TilewrightError: when the arguments do not fit together, and with ``batch_invariant`` when there is no plan
+                that promises it for all sizes.
+
+        """
+        op = served_op(signature.op)
+        spare_torch_threads()
+        threads = _checked_threads(threads)
+        resolution = resolve(
+            signature, threads, database, _checked_max_error(max_error), batch_invariant=batch_invariant
+        )
+        before = Memory.now()
+        bound = op.bind(signature, weights, resolution, keep_weights=keep_weights)
+        declared = {spec.name: spec for spec in signature.tensors()}
+        call = bind_call(
+            (*declared.values(), *(replace(declared[copy.name], name=copy.alias) for copy in bound.copies)),
+            {**bound.tensors, **{copy.alias: copy.tensor for copy in bound.copies}},
+            # Sizes beyond the end of a plan have no variant, so that meeting one is warned of.
+            tuple(
+                _variant(part, bound) for part in resolution.ranges if part.entry is not None or resolution.plan is None
+            ),
+            dynamic_size=signature.dynamic_size,
+            threads=threads,
+            fallback=_refusing(signature) if batch_invariant else bound.fallback,
+            name=signature.title,
+        )
+        memory = MemoryUse(signature.describe(), bound.copied_bytes, bound.weight_bytes, before, Memory.now())
+        return cls(signature, threads, call, resolution, memory, bound.declared)
+
+    def __call__(self, *tensors: Any) -> Any:
+        """Compute into the outputs and return them."""
+        return self.call(*tensors)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What this holds beside the weights that it was made from."""
+        return self._memory.bytes
+
+    @property
+    def memory(self) -> MemoryUse:
+        """Line of :func:`tilewright.runtime.memory_report`."""
+        return self._memory
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Weights as the op declares them, in fp32: those that were passed, where they were kept.
+
+        Else they are unpacked into new tensors, with the values that kernels compute with.
+        """
+        return self._weights()
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether a tuned kernel serves some size."""
+        return bool(self._resolution.kernels)
+
+    @property
+    def precision(self) -> str:
+        """What the weights are stored in; several are joined by ``+``."""
+        layouts = self._resolution.layouts or (None,)
+        return "+".join(dict.fromkeys(LOSSLESS if layout is None else layout.precision for layout in layouts))
+
+    def explain(self) -> Explanation:
+        """Which kernel serves which sizes, on what evidence, and where torch does and why."""
+        return Explanation(self._resolution, self.threads, self._memory)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.signature.describe()}, {len(self._resolution.kernels)} kernels>"
+
+
+def live_prepared() -> list[PreparedCall]:
+    """Everything that is prepared in this process, in no particular order."""
+    with _listing:
+        return list(_live)
+
+
+def _variant(part: SizeRange, bound: BoundWeights) -> CallVariant:
+    """One range of the plan as the call layer takes it; without launches, torch serves it."""
+    if part.kernel is None:
+        return CallVariant(part.max_size)
+    recipe = part.kernel.recipe
+    aliases = {copy.name: copy.alias for copy in bound.copies if copy.layout == recipe.panels}
+    return CallVariant(
+        part.max_size,
+        tuple(
+            (entry, tuple(replace(each, source=aliases.get(each.source, each.source)) for each in arguments))
+            for entry, arguments in part.kernel.launches
+        ),
+        workspace_bytes=recipe.workspace_bytes,
+        workspace_zeroed=recipe.workspace_zeroed,
+        guards=recipe.guards,
+        owner=part.kernel.artifacts,
+    )
+
+
+def _refusing(signature: Signature) -> Callable[..., None]:
+    """In place of plain torch, whose order of sums depends on the batch."""
+
+    def refuse(*_tensors: Tensor) -> None:
+        raise TilewrightError(
+            f"{signature.title}: these tensors are strided or not aligned to their elements, so that no "
+            "batch-invariant kernel can take them; pass contiguous ones"
+        )
+
+    return refuse
+
+
+def _checked_max_error(max_error: float) -> float:
+    if not isinstance(max_error, int | float) or not 0 <= max_error < math.inf:
+        raise TilewrightError(f"max_error={max_error!r} is impossible; give a number of at least 0, such as 0.01")
+    return float(max_error)
+
+
+def _checked_threads(threads: int | None) -> int:
+    if threads is None:
+        return torch.get_num_threads()
+    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
+        raise TilewrightError(f"threads={threads!r} is impossible; give a whole number of at least 1")
+    return threads

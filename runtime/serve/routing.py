@@ -1,0 +1,150 @@
+"""Routing at run time: choosing experts, and sorting tokens by expert, into buffers that callers reuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tilewright.codegen.routing import spec as numpy_routing
+from tilewright.errors import TilewrightError
+from tilewright.runtime.calls.extension import native_for_torch
+
+_NATIVE = native_for_torch()
+
+
+def sort_tokens(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort picks by expert, picks of the same expert staying in their order.
+
+    Args:
+        topk_ids: int32 or int64 [tokens, top_k]; -1 says that another rank computes this pick, and gets no row.
+        experts: experts on this rank.
+
+    Returns:
+        ``row_token`` [rows], the token of each row; ``expert_offsets`` [experts + 1], where each expert's rows begin
+        and end; ``slot_row`` [tokens, top_k], the row of each pick or -1. All int32.
+
+    Raises:
+        TilewrightError: for a tensor of another kind, and for an id out of range, which is named.
+
+    """
+    shape = _ids_shape(topk_ids)
+    if experts < 1:
+        raise TilewrightError(f"cannot sort tokens for {experts} experts; there must be at least 1")
+    row_token = torch.empty(shape[0] * shape[1], dtype=torch.int32)
+    expert_offsets = torch.empty(experts + 1, dtype=torch.int32)
+    slot_row = torch.empty(shape, dtype=torch.int32)
+    rows = sort_tokens_into(topk_ids, experts, row_token, expert_offsets, slot_row)
+    return row_token[:rows], expert_offsets, slot_row
+
+
+def sort_tokens_into(
+    topk_ids: Tensor, experts: int, row_token: Tensor, expert_offsets: Tensor, slot_row: Tensor
+) -> int:
+    """:func:`sort_tokens` into contiguous int32 buffers; ``row_token`` must hold tokens * top_k or more.
+
+    Returns:
+        How many rows there are; ``row_token`` beyond them keeps what it held.
+
+    Raises:
+        TilewrightError: for a tensor of another kind, and for an id out of range, which is named.
+
+    """
+    if _NATIVE is not None:
+        rows: int = _NATIVE.sort_tokens(topk_ids, experts, row_token, expert_offsets, slot_row)
+        if rows >= 0:
+            return rows
+    tokens, top_k = _ids_shape(topk_ids)
+    order = numpy_routing.sort_tokens(topk_ids.numpy(), experts)
+    _require("row_token", row_token, torch.int32, (max(tokens * top_k, row_token.numel()),))
+    _require("expert_offsets", expert_offsets, torch.int32, (experts + 1,))
+    _require("slot_row", slot_row, torch.int32, (tokens, top_k))
+    row_token.numpy()[: len(order.row_token)] = order.row_token
+    expert_offsets.numpy()[:] = order.expert_offsets
+    slot_row.numpy()[:] = order.slot_row
+    return len(order.row_token)
+
+
+def softmax_topk(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """The ``top_k`` most probable experts of each token, most probable first, lower ids first among equals.
+
+    Args:
+        logits: fp32 [tokens, experts]; -inf rules an expert out.
+        top_k: experts per token.
+        renormalize: whether a token's weights sum to 1; if not, they are shares of the softmax over all experts.
+
+    Returns:
+        ``topk_ids`` int32 and ``topk_weights`` fp32, both [tokens, top_k].
+
+    Raises:
+        TilewrightError: for a tensor of another kind, an impossible ``top_k``, and logits without a softmax (NaN, +inf
+            or nothing but -inf), whose token is named.
+
+    """
+    tokens, experts = _logits_shape(logits)
+    if not 1 <= top_k <= experts:
+        raise TilewrightError(f"cannot choose {top_k} of {experts} experts; top_k must be from 1 to {experts}")
+    topk_ids = torch.empty((tokens, top_k), dtype=torch.int32)
+    topk_weights = torch.empty((tokens, top_k), dtype=torch.float32)
+    softmax_topk_into(logits, renormalize, topk_ids, topk_weights)
+    return topk_ids, topk_weights
+
+
+def softmax_topk_into(logits: Tensor, renormalize: bool, topk_ids: Tensor, topk_weights: Tensor) -> None:
+    """:func:`softmax_topk` into contiguous buffers [tokens, top_k], int32 and fp32, whose shape gives ``top_k``.
+
+    Raises:
+        TilewrightError: as :func:`softmax_topk` does.
+
+    """
+    if isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled():
+        raise TilewrightError("logits requires grad, but routing has no backward pass; use torch.no_grad()")
+    if _NATIVE is not None and _NATIVE.softmax_topk(logits, renormalize, topk_ids, topk_weights):
+        return
+    tokens, experts = _logits_shape(logits)
+    top_k = topk_ids.shape[-1]
+    _require("topk_ids", topk_ids, torch.int32, (tokens, top_k))
+    _require("topk_weights", topk_weights, torch.float32, (tokens, top_k))
+    if not 1 <= top_k <= experts:
+        raise TilewrightError(f"cannot choose {top_k} of {experts} experts; top_k must be from 1 to {experts}")
+    values = logits.detach().numpy()
+    largest = values.max(axis=1, keepdims=True)
+    if not np.isfinite(largest).all():
+        token = int(np.argmin(np.isfinite(largest[:, 0])))
+        raise TilewrightError(
+            f"token {token} has a largest router logit of {largest[token, 0]}, so that there is no softmax; "
+            "logits must be numbers, or -inf for experts that are ruled out"
+        )
+    ids = np.argsort(-values, axis=1, kind="stable")[:, :top_k]
+    chosen = np.exp(np.take_along_axis(values, ids, axis=1) - largest)
+    total = chosen.sum(axis=1) if renormalize else np.exp(values - largest).sum(axis=1)
+    topk_ids.numpy()[:] = ids
+    topk_weights.numpy()[:] = chosen / total[:, None]
+
+
+def _ids_shape(topk_ids: Tensor) -> tuple[int, int]:
+    if not isinstance(topk_ids, Tensor) or topk_ids.device.type != "cpu" or topk_ids.dim() != 2:
+        raise TilewrightError(f"topk_ids is {_describe(topk_ids)}; expected int32 or int64 [tokens, top_k] on the CPU")
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        raise TilewrightError(f"topk_ids has dtype {topk_ids.dtype}; expected int32 or int64 [tokens, top_k]")
+    return topk_ids.shape[0], topk_ids.shape[1]
+
+
+def _logits_shape(logits: Tensor) -> tuple[int, int]:
+    expected = "expected torch.float32 [tokens, experts] on the CPU"
+    if not isinstance(logits, Tensor) or logits.device.type != "cpu" or logits.dim() != 2 or logits.shape[1] == 0:
+        raise TilewrightError(f"logits is {_describe(logits)}; {expected}")
+    if logits.dtype is not torch.float32:
+        raise TilewrightError(f"logits has dtype {logits.dtype}; {expected}")
+    return logits.shape[0], logits.shape[1]
+
+
+def _require(name: str, buffer: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if buffer.dtype is not dtype or tuple(buffer.shape) != shape or not buffer.is_contiguous():
+        raise TilewrightError(f"{name} is {_describe(buffer)}; expected a contiguous buffer of {dtype} {list(shape)}")
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)} on {value.device}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,1 @@
+"""What the runtime adds to torch, and how it falls back to it."""

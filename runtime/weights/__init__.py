@@ -1,0 +1,1 @@
+"""Weights as kernels read them: packed, quantised, taken apart again."""

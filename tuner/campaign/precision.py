@@ -1,0 +1,113 @@
+"""What storing weights in fewer bits costs and brings: errors, a budget for them, and a front of time against error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tilewright.codegen.numbers.precisions import LOSSLESS
+from tilewright.codegen.ops.base import Problem
+from tilewright.errors import TilewrightError
+from tilewright.tuner.campaign.loop import ProblemResult
+from tilewright.tuner.campaign.variants import Bond
+from tilewright.tuner.evaluation.checking import PrecisionError
+from tilewright.tuner.evaluation.interface import Evaluator
+from tilewright.tuner.plan.constraint import Final, choose_bonds
+from tilewright.tuning_db.records import PlanRecord
+
+DEFAULT_MAX_ERROR = 0.01
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """One precision of a signature's weights, in its best layout, as the last race saw it."""
+
+    precision: str
+    error: PrecisionError
+    """The largest over the tuned sizes."""
+    finals: tuple[Final, ...]
+    plan: PlanRecord
+
+    @property
+    def time_us(self) -> float:
+        """Geometric mean over the tuned sizes."""
+        times = [final.winner_us.median_us or math.inf for final in self.finals]
+        return math.exp(sum(map(math.log, times)) / len(times))
+
+
+def storable(precisions: Sequence[str], refusals: Mapping[str, str | None], say: Callable[[str], None]) -> list[str]:
+    """Those of ``precisions`` that a signature's weights can be stored in, the lossless one always among them.
+
+    Args:
+        precisions: names.
+        refusals: of the op for this signature: known precisions, each with why it is impossible or None.
+        say: told of each that is left out.
+
+    Raises:
+        TilewrightError: when a precision is none of the op's, or none that was asked for is possible.
+
+    """
+    if unknown := [name for name in precisions if name not in refusals and name != LOSSLESS]:
+        if not refusals:
+            raise TilewrightError(
+                f"--precision {unknown[0]} is of weights, and this op has none to store; leave it out"
+            )
+        known = ", ".join(refusals)
+        raise TilewrightError(f"--precision {unknown[0]} is nothing that this op stores weights in; it knows {known}")
+    possible = []
+    for name in precisions:
+        if refusal := refusals.get(name):
+            say(f"left out: {refusal}")
+        else:
+            possible.append(name)
+    if not possible:
+        raise TilewrightError(f"--precision {','.join(precisions)} is impossible here: {refusals[precisions[0]]}")
+    return list(dict.fromkeys([LOSSLESS, *possible]))
+
+
+def admit(
+    evaluator: Evaluator,
+    problems: Sequence[Problem],
+    precisions: Sequence[str],
+    max_error: float,
+    say: Callable[[str], None],
+) -> dict[str, PrecisionError]:
+    """Precisions whose error is within ``max_error`` on every problem, with the largest that it brings."""
+    admitted = {}
+    for name in precisions:
+        each = [evaluator.precision_error(problem, name) for problem in problems]
+        worst = PrecisionError(max(e.relative for e in each), max(e.largest for e in each))
+        if worst.relative <= max_error or name == LOSSLESS:
+            admitted[name] = worst
+        else:
+            say(f"precision {name} is off by {worst.relative:.2g}, more than --max-error {max_error:g}: left out")
+    return admitted
+
+
+def bond_by_precision(results: Sequence[ProblemResult]) -> dict[str, Bond]:
+    """The best bond of every precision that some kernel reads weights in."""
+    names = dict.fromkeys(c.kernel.recipe.precision for result in results for c in result.candidates.values())
+    chosen = {name: choose_bonds(results, precision=name) for name in names}
+    return {name: bonds[0] for name, bonds in chosen.items() if bonds}
+
+
+def left_out(admitted: Iterable[str], points: Sequence[FrontPoint], chosen: Sequence[FrontPoint]) -> list[str]:
+    """Why those of ``admitted`` precisions that no point of the front ``chosen`` from ``points`` uses have no plan."""
+    planned, raced = ({name for p in some for name in p.precision.split("+")} for some in (chosen, points))
+    unraced = "no kernel was tried and right at every size; more --trials may find one"
+    beaten = "another one is as exact and as fast"
+    return [
+        f"precision {name} gets no plan: {beaten if name in raced else unraced}"
+        for name in admitted
+        if name not in planned
+    ]
+
+
+def front(points: Iterable[FrontPoint]) -> list[FrontPoint]:
+    """Points that no other one beats in both time and error, by rising error."""
+    best: list[FrontPoint] = []
+    for point in sorted(points, key=lambda p: (p.error.relative, p.time_us)):
+        if not best or point.time_us < best[-1].time_us:
+            best.append(point)
+    return best

@@ -1,0 +1,59 @@
+"""Which trial speaks for which kernel, and how kernels of one problem rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tilewright.tuner.campaign.loop import FINAL_RACE
+from tilewright.tuning_db.records import Checked, Outcome, ProblemSummary, TrialRecord
+from tilewright.tuning_db.store import Store
+
+
+def right_trials(store: Store, summary: ProblemSummary) -> list[TrialRecord]:
+    """Correct trials of a problem on a device with a thread count, in the order in which they were stored.
+
+    Those that were measured; where nothing was, those that were predicted. The two do not compare.
+    """
+    found = store.trials(
+        problem_key=summary.problem_key, device_key=summary.device_key, threads=summary.threads, outcome=Outcome.OK
+    )
+    measured = [trial for trial in found if trial.timing == "measured"]
+    return measured or [trial for trial in found if trial.timing == "predicted"]
+
+
+def checked(trial: TrialRecord) -> Checked:
+    """How it is known that a correct trial's kernel is right: an interpreter leaves an error, and a device a time."""
+    if trial.timing == "measured":
+        return "device"
+    return "compiled" if trial.error is None else "emulated"
+
+
+def standings(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """One trial per kernel, the best kernel first.
+
+    Those that met in the last race of finalists come first, by that race: its times are of one moment and of many
+    samples. The fastest of hundreds of short races, each at a moment of its own, is fast by luck as much as by merit.
+    """
+    finals = [trial for trial in trials if trial.search == FINAL_RACE]
+    last = {t.kernel_key: t for t in finals if t.run_id == finals[-1].run_id}
+    others: dict[str | None, TrialRecord] = {}
+    for trial in sorted(trials, key=_time_us):
+        if trial.kernel_key not in last:
+            others.setdefault(trial.kernel_key, trial)
+    return [*sorted(last.values(), key=_time_us), *others.values()]
+
+
+def measured_document(measured: Any) -> dict[str, Any]:
+    """What every measured entry of a JSON document says; of a trial or of an evaluation."""
+    return {
+        "median_us": measured.median_us,
+        "low_us": measured.low_us,
+        "high_us": measured.high_us,
+        "samples": len(measured.samples_us),
+        "error": measured.error,
+    }
+
+
+def _time_us(trial: TrialRecord) -> float:
+    return trial.median_us or 0.0

@@ -1,0 +1,197 @@
+"""From configs to built kernels and to the records that the database keeps of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tilewright.codegen.backends.base import Builder, BuiltFile, Source
+from tilewright.codegen.backends.binaries.facts import EntryFacts
+from tilewright.codegen.backends.entry import EntrySpec
+from tilewright.codegen.backends.triton.launch import built_launch
+from tilewright.codegen.hardware.archs import Arch, GpuArch
+from tilewright.codegen.ops.base import OpDeclaration
+from tilewright.codegen.ops.signature import Signature, stable_key
+from tilewright.codegen.recipe.model import Recipe
+from tilewright.codegen.rendering import render
+from tilewright.codegen.space import Config
+from tilewright.tuner.evaluation.outcome import BuiltKernel
+from tilewright.tuner.report.inspection import Inspector, blemishes, spills
+from tilewright.tuning_db.records import ArtifactRecord, Checked, KernelRecord
+
+
+@dataclass(frozen=True, order=True)
+class Bond:
+    """What the kernels of a plan share."""
+
+    layout: str
+    """Weight layout, by its key, and with it the precision; empty for an op without packed weights."""
+    order: str = ""
+    """Order in which they add up; empty where results may depend on the batch."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One config of one signature, rendered; built or not."""
+
+    config: Config
+    source: str
+    entries: tuple[EntrySpec, ...]
+    """What the builder has to know of its entry points; empty for C++."""
+    recipe: Recipe
+    key: str
+    """Identity of the kernel: lists everything that would make another one of it."""
+    bond: Bond | None
+    """What it would share with the others of a plan; None: no plan that is asked for may use it."""
+
+    @property
+    def layout_key(self) -> str:
+        """Name of the weight layout that the kernel reads; empty for an op without weights."""
+        return self.recipe.weight_layout.key if self.recipe.weight_layout else ""
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What became of building a variant."""
+
+    variant: Variant
+    path: Path | None
+    """The shared object, or the folder of a GPU kernel's binaries; None when there is nothing to launch."""
+    message: str
+    build_s: float
+    """CPU seconds of the compiler."""
+    files: tuple[BuiltFile, ...] = ()
+    """The artifacts, in the order of the recipe's launches."""
+    rejected: bool = False
+    """Whether it compiled, but could never be launched."""
+
+    @property
+    def facts(self) -> tuple[EntryFacts, ...]:
+        """Of the binaries of a GPU kernel, by launch."""
+        return tuple(file.facts for file in self.files if file.facts is not None)
+
+    @property
+    def kernel(self) -> BuiltKernel:
+        """The built kernel; only valid with a path."""
+        assert self.path is not None
+        return BuiltKernel(self.variant.key, self.path, self.variant.recipe, self.variant.config, self.facts)
+
+
+class Workshop:
+    """Renders and builds the variants of one signature for one arch; plans may have to be ``batch_invariant``."""
+
+    def __init__(
+        self,
+        op: OpDeclaration[Any, Any],
+        signature: Signature,
+        arch: Arch,
+        builder: Builder,
+        *,
+        batch_invariant: bool = False,
+    ) -> None:
+        self.op = op
+        self._batch_invariant = batch_invariant
+        self.signature = signature
+        self.arch = arch
+        self._builder = builder
+        self._inspector = Inspector()
+        self._blemishes: dict[Config, tuple[str, ...]] = {}
+
+    @property
+    def toolchain(self) -> str:
+        """What builds: compiler and flags."""
+        return self._builder.toolchain
+
+    def bond(self, config: Config) -> Bond | None:
+        """What the config's kernel would share with the others of a plan; see :attr:`Variant.bond`."""
+        layout = self.op.layout_key(self.signature, config, self.arch)
+        if not self._batch_invariant:
+            return Bond(layout)
+        order = self.op.order_key(self.signature, config, self.arch)
+        return None if order is None else Bond(layout, order)
+
+    def variant(self, config: Config) -> Variant:
+        """Render ``config``."""
+        template = self.op.template(config)
+        source = render(template, self.signature, config, self.arch)
+        recipe = template.recipe(self.signature, config, self.arch)
+        identity = {
+            "signature": self.signature.to_dict(),
+            "config": dict(config),
+            "arch": self.arch.name,
+            "toolchain": self.toolchain,
+            "source": hashlib.sha256(source.encode()).hexdigest(),
+            "recipe": recipe.to_dict(),
+        }
+        entries = template.entries(self.signature, config, self.arch) if template.entries else ()
+        return Variant(config, source, entries, recipe, stable_key(identity), self.bond(config))
+
+    def build(self, configs: Sequence[Config], progress: Callable[[int], None] | None = None) -> list[BuildResult]:
+        """Render and build ``configs`` side by side, one result each, in order."""
+        variants = [self.variant(config) for config in configs]
+        builds = self._builder.build_all([Source(v.source, v.entries) for v in variants], progress=progress)
+        return [
+            BuildResult(variant, build.path, build.message, build.cpu_s, build.files, build.rejected)
+            for variant, build in zip(variants, builds, strict=True)
+        ]
+
+    def record(self, built: BuildResult, checked: Checked) -> tuple[KernelRecord, list[ArtifactRecord]]:
+        """What the database keeps of a built kernel.
+
+        Raises:
+            TilewrightError: when a binary does not take what the recipe passes.
+
+        """
+        kernel = built.kernel
+        artifacts = [
+            ArtifactRecord.from_bytes(file.path.read_bytes(), kind=file.kind, abi_version=kernel.recipe.abi_version)
+            for file in built.files
+        ]
+        launches = kernel.recipe.launches
+        if isinstance(self.arch, GpuArch):
+            made = zip(launches, kernel.facts, artifacts, strict=True)
+            launches = tuple(built_launch(at, facts, a.checksum, self.arch.warp_size) for at, facts, a in made)
+        else:
+            launches = tuple(replace(launch, artifact=artifacts[0].checksum) for launch in launches)
+        facts: dict[str, Any] = {
+            "artifact_bytes": sum(len(artifact.data) for artifact in artifacts),
+            "layout": built.variant.layout_key,
+        }
+        if built.facts:
+            mixes = self._inspector.instructions(built.variant.source, built.files)
+            facts["entries"] = [
+                {**told.to_dict(), "instructions": mix.to_dict(), "wide_loads": mix.wide}
+                for told, mix in zip(built.facts, mixes, strict=True)
+            ]
+        record = KernelRecord(
+            key=kernel.key,
+            op=self.op.name,
+            signature_key=self.signature.key,
+            signature=self.signature.to_dict(),
+            template=built.variant.config["template"],
+            config=dict(built.variant.config),
+            arch=self.arch.name,
+            source=built.variant.source,
+            recipe=replace(kernel.recipe, launches=launches).to_dict(),
+            toolchain=self.toolchain,
+            facts=facts,
+            artifacts=tuple(dict.fromkeys(artifact.checksum for artifact in artifacts)),
+            checked=checked,
+        )
+        return record, artifacts
+
+    def blemishes(self, kernel: BuiltKernel) -> tuple[str, ...]:
+        """What speaks against a GPU kernel that was not timed; see tuner/report/inspection.py."""
+        if not kernel.facts:
+            return ()
+        if kernel.config not in self._blemishes:
+            found = ("spills registers",) if spills(kernel.facts) else self._of_instructions(kernel.config)
+            self._blemishes[kernel.config] = found
+        return self._blemishes[kernel.config]
+
+    def _of_instructions(self, config: Config) -> tuple[str, ...]:
+        (built,) = self.build([config])
+        return blemishes(built.facts, self._inspector.instructions(built.variant.source, built.files))

@@ -1,0 +1,1 @@
+"""GPU kernels checked in Triton's interpreter, without a GPU."""

@@ -1,0 +1,309 @@
+"""The parent's side: a rendered source, its recipe and tensors in; the outputs, or why there are none, out."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilewright.codegen.backends.entry import EntrySpec
+from tilewright.codegen.numbers.dtypes import ITEMSIZE, e4m3_bits, round_to
+from tilewright.codegen.ops.base import Arrays
+from tilewright.codegen.recipe.expressions import IntExpr
+from tilewright.codegen.recipe.model import Argument, Recipe, TensorSpec
+from tilewright.codegen.workers.process import ONE_THREAD, start_python
+from tilewright.tuner.evaluation.cpu.protocol import receive, send
+
+EMULATED_SM_COUNT = 3
+"""Multiprocessors that persistent kernels see: few, so that every program goes through several tiles."""
+
+_START_LIMIT_S = 120.0
+_MESSAGE_LIMIT_S = 10.0
+_LOG_TAIL_BYTES = 300
+
+
+class EmulationError(Exception):
+    """A kernel could not be run to its end; the message says why, in one sentence."""
+
+
+@dataclass
+class _Buffers:
+    """What a run's memory consists of: files under ``folder``, named by tensor."""
+
+    folder: Path
+    described: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, name: str, data: bytes | None, nbytes: int) -> None:
+        """A buffer that begins with ``data``, or is poisoned and read back."""
+        path = self.folder / name
+        if data is not None:
+            path.write_bytes(data)
+        self.described[name] = {"path": str(path), "nbytes": nbytes, "written": data is None}
+
+
+class Emulator:
+    """Runs Triton sources in a worker process that has the mended interpreter.
+
+    Use as a context manager. The worker is started with the first run, and again after a kernel took it down.
+
+    Args:
+        limit_s: wall seconds for one run, after which it is killed.
+
+    """
+
+    def __init__(self, limit_s: float = 60.0) -> None:
+        self.limit_s = limit_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: socket.socket | None = None
+        self._ready = False
+        self._log = -1
+        self._stack = ExitStack()
+        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tilewright-emulation-")))
+        self._runs = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._kill()
+        self._stack.close()
+
+    def run(
+        self,
+        source: str,
+        entries: Sequence[EntrySpec],
+        recipe: Recipe,
+        tensors: Arrays,
+        output_sizes: Mapping[str, int] | None = None,
+    ) -> Arrays:
+        """Outputs of a kernel called with ``tensors``, by name: floats as float32 of the outputs' dtype.
+
+        ``tensors`` holds everything but the outputs: floats as float32, the packed weight as bytes (uint8).
+        ``output_sizes`` are those that no input shows (:attr:`Problem.output_sizes`).
+
+        Raises:
+            EmulationError: when the kernel failed, crashed, or took longer than the limit.
+
+        """
+        self._runs += 1
+        with tempfile.TemporaryDirectory(dir=self._folder) as name:
+            folder = Path(name)
+            # A file of its own: Python caches the text of sources by path.
+            path = self._folder / f"kernel_{self._runs}.py"
+            path.write_text(source)
+            sizes = {**_sizes(recipe, tensors), **(output_sizes or {})}
+            buffers = _Buffers(folder)
+            for spec in recipe.tensors:
+                if spec.role == "output":
+                    nbytes = int(np.prod(_shape(spec, sizes))) * ITEMSIZE[spec.dtype]
+                    buffers.add(spec.name, None, nbytes)
+                elif spec.name in tensors:
+                    data = _to_bytes(tensors[spec.name], spec.dtype)
+                    buffers.add(spec.name, data, len(data))
+            buffers.add("workspace", None, recipe.workspace_for(sizes))
+            request = {
+                "source": str(path),
+                "buffers": buffers.described,
+                "launches": [
+                    _launch(launch.entry, launch.arguments, launch.grid, entry, recipe, sizes, buffers)
+                    for launch, entry in zip(recipe.launches, entries, strict=True)
+                ],
+            }
+            answer = self._request(request)
+            path.unlink()
+            if "error" in answer:
+                raise EmulationError(str(answer["error"]))
+            return {
+                spec.name: _from_bytes((folder / spec.name).read_bytes(), spec, _shape(spec, sizes))
+                for spec in recipe.tensors
+                if spec.role == "output"
+            }
+
+    def start(self) -> None:
+        """Start the worker without waiting for it, so that the first run need not wait so long.
+
+        It ends with the thread that started it.
+        """
+        if self._process is None or self._process.poll() is not None or self._channel is None:
+            self._spawn()
+
+    def _request(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        channel = self._start()
+        try:
+            send(channel, dict(request))
+            poll = select.poll()
+            poll.register(channel, select.POLLIN)
+            if not poll.poll(1000 * self.limit_s):
+                self._kill()
+                raise EmulationError(f"no result after {self.limit_s:g} s in the interpreter")
+            channel.settimeout(_MESSAGE_LIMIT_S)
+            answer, _ = receive(channel)
+        except (OSError, EOFError, ValueError) as error:
+            raise EmulationError(self._how_it_ended()) from error
+        return answer
+
+    def _start(self) -> socket.socket:
+        self.start()
+        assert self._channel is not None
+        if not self._ready:
+            self._channel.settimeout(_START_LIMIT_S)
+            try:
+                receive(self._channel)
+            except (OSError, EOFError, ValueError) as error:
+                raise EmulationError(f"the interpreter did not start: {self._how_it_ended()}") from error
+            self._ready = True
+        return self._channel
+
+    def _spawn(self) -> None:
+        self._kill()
+        self._log = os.memfd_create("tilewright-emulation", os.MFD_CLOEXEC)
+        self._channel, theirs = socket.socketpair()
+        with theirs:
+            self._process = start_python(
+                "tilewright.tuner.evaluation.emulated.worker",
+                [os.getpid(), theirs.fileno()],
+                log=self._log,
+                handles=[theirs.fileno()],
+                environment={**os.environ, "TRITON_INTERPRET": "1", **ONE_THREAD},
+            )
+
+    def _how_it_ended(self) -> str:
+        process = self._process
+        assert process is not None
+        try:
+            status = process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            status = None
+        tail = self._log_tail()
+        self._kill()
+        if status is None:
+            reason = "broke its connection to the tuner"
+        elif status < 0:
+            reason = f"killed by {signal.Signals(-status).name}"
+        else:
+            reason = f"ended the process with status {status}"
+        return f"{reason}: {tail}" if tail else reason
+
+    def _log_tail(self) -> str:
+        size = os.fstat(self._log).st_size
+        text = os.pread(self._log, _LOG_TAIL_BYTES, max(0, size - _LOG_TAIL_BYTES)).decode(errors="replace")
+        lines = text.strip().splitlines()
+        return lines[-1].strip() if lines else ""
+
+    def _kill(self) -> None:
+        self._ready = False
+        if self._process is not None:
+            if self._process.poll() is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._log >= 0:
+            os.close(self._log)
+            self._log = -1
+
+
+def _sizes(recipe: Recipe, tensors: Arrays) -> dict[str, int]:
+    """Sizes that recipes' expressions name."""
+    sizes = {"threads": 1, "sm_count": EMULATED_SM_COUNT}
+    for spec in recipe.tensors:
+        if spec.name in tensors and spec.role != "weight":
+            lengths = zip(spec.dims, tensors[spec.name].shape, strict=True)
+            sizes.update({dim: length for dim, length in lengths if isinstance(dim, str)})
+    return sizes
+
+
+def _shape(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims)
+
+
+def _launch(
+    entry: str,
+    arguments: Sequence[Argument],
+    grid: Sequence[str],
+    spec: EntrySpec,
+    recipe: Recipe,
+    sizes: Mapping[str, int],
+    buffers: _Buffers,
+) -> dict[str, Any]:
+    """One launch, with what its entry may touch: every tensor, and every part of workspace and weight by itself."""
+    described: list[dict[str, Any]] = []
+    extents = []
+    packed = next((t.name for t in recipe.tensors if t.role == "weight" and len(t.dims) == 3), "")
+    for argument, (name, kind) in zip(arguments, spec.arguments, strict=True):
+        if argument.kind == "size":
+            described.append({"value": IntExpr(argument.source).evaluate(sizes)})
+            continue
+        buffer = {"tensor": argument.source, "workspace": "workspace", "scales": packed}[argument.kind]
+        offset = 0
+        if argument.kind != "tensor" and argument.source:
+            offset = IntExpr(argument.source).evaluate(sizes)
+        address = {"buffer": buffer, "offset": offset, "type": kind}
+        if argument.map:
+            address["shape"] = [IntExpr(each).evaluate(sizes) for each in argument.map.shape]
+        described.append(address)
+        others = [other for other in _offsets(recipe, argument.kind, sizes) if other > offset]
+        if argument.kind == "tensor" and buffer == packed:
+            others = _offsets(recipe, "scales", sizes)
+        extents.append(
+            {
+                "name": name,
+                "buffer": buffer,
+                "offset": offset,
+                "nbytes": min(others) - offset if others else buffers.described[buffer]["nbytes"] - offset,
+                "writable": buffers.described[buffer]["written"],
+            }
+        )
+    return {
+        "entry": entry,
+        "grid": [IntExpr(each).evaluate(sizes) for each in grid],
+        "arguments": described,
+        "constants": dict(spec.constants),
+        "extents": extents,
+    }
+
+
+def _offsets(recipe: Recipe, kind: str, sizes: Mapping[str, int]) -> list[int]:
+    """Where parts of the workspace, or the scales behind the weight, begin."""
+    return [
+        IntExpr(argument.source).evaluate(sizes) if argument.source else 0
+        for launch in recipe.launches
+        for argument in launch.arguments
+        if argument.kind == kind and kind != "tensor"
+    ]
+
+
+def _to_bytes(array: NDArray[Any], dtype: str) -> bytes:
+    if array.dtype == np.float32 and dtype == "bf16":
+        return (round_to(array, "bf16").view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    if array.dtype == np.float32 and dtype == "fp16":
+        return array.astype(np.float16).tobytes()
+    if array.dtype == np.float32 and dtype == "fp8_e4m3":
+        return e4m3_bits(array).tobytes()
+    return np.ascontiguousarray(array).tobytes()
+
+
+def _from_bytes(data: bytes, spec: TensorSpec, shape: tuple[int, ...]) -> NDArray[Any]:
+    match spec.dtype:
+        case "bf16":
+            array: NDArray[Any] = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+        case "fp16":
+            array = np.frombuffer(data, np.float16).astype(np.float32)
+        case "int32":
+            array = np.frombuffer(data, np.int32)
+        case _:
+            array = np.frombuffer(data, np.float32)
+    return array[: int(np.prod(shape))].reshape(shape)

@@ -1,0 +1,1 @@
+"""GPU kernels judged by what their binaries say."""

@@ -1,0 +1,292 @@
+"""What a plan brings where it is deployed: the runtime's calls raced against the default and plain torch.
+
+Run as ``python -m tilewright.tuner.plan.deployed``, a process of its own, for kernels run in it; requests come on stdin
+and answers go to stdout, all JSON, one a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import select
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.ops.registry import find_op
+from tilewright.tuner.evaluation.cpu.binding import DTYPES, outputs_of, shape_of, sizes_of
+from tilewright.tuner.evaluation.statistics import TOLERATED, Interval, Ratio, median_interval, paired_ratio
+
+_ROUNDS = 25
+_LIMIT_S = 300
+_SETS = 4
+"""Of inputs, in turn."""
+_SETS_BYTES = 1 << 30
+"""Of memory that they may take together, as far as there are several."""
+_SERVED, _TORCH, _DEFAULT = "served", "torch", "default"
+
+
+class RaceLost(Exception):  # noqa: N818  (named for what happened)
+    """A race was not finished; the message says why."""
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """One problem, as an engine would see it: interleaved calls from Python."""
+
+    tokens: int
+    served: Interval
+    """Of the times in us of what the runtime serves; the others likewise."""
+    torch: Interval
+    default: Interval | None
+    """None where it was not in the race."""
+    over_torch: Ratio
+    """Torch's time over that of what is served."""
+    over_default: Ratio | None
+    error: float
+    """Largest difference between what is served and torch, relative to the largest of torch's."""
+
+    @property
+    def slower_than_torch(self) -> bool:
+        """Whether torch is faster, beyond the noise."""
+        return _loses(self.over_torch)
+
+    @property
+    def slower_than_default(self) -> bool:
+        """Whether the default is faster, beyond the noise."""
+        return self.over_default is not None and _loses(self.over_default)
+
+    def document(self) -> dict[str, Any]:
+        """As JSON, with the samples, intervals and error of what was measured."""
+        document = {
+            "torch": self._timed(self.torch, None),
+            "served": self._timed(self.served, self.error),
+            "speedup": _ratio_document(self.over_torch),
+        }
+        if self.default is not None and self.over_default is not None:
+            document |= {
+                "default": self._timed(self.default, None),
+                "speedup_over_default": _ratio_document(self.over_default),
+            }
+        return document
+
+    def _timed(self, times: Interval, error: float | None) -> dict[str, Any]:
+        return {
+            "median_us": times.median,
+            "low_us": times.low,
+            "high_us": times.high,
+            "samples": self.over_torch.pairs,
+            "error_against_torch": error,
+        }
+
+
+class DeployedRaces:
+    """A process that races what the runtime serves against plain torch and the default, as often as it is asked to.
+
+    It starts with the first race, and ends with the context. Kernels run in it, so that it may be lost; the next race
+    starts another one.
+    """
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[str] | None = None
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as this is)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end()
+        self._said.close()
+
+    def race(
+        self,
+        problems: Sequence[Problem],
+        *,
+        served: Path,
+        default: Path | None,
+        threads: int,
+        seed: int,
+        budget_s: float,
+        max_error: float = 0.0,
+        batch_invariant: bool = False,
+    ) -> list[Deployed]:
+        """Race at each of ``problems``.
+
+        Args:
+            problems: of one signature.
+            served: a database that holds the plan in question and no other.
+            default: one whose plan is the default config; None: without it.
+            threads: of a call.
+            seed: of weights, inputs and the order of calls.
+            budget_s: wall seconds for all races together; every contender is called at least seven times.
+            max_error: see :meth:`tilewright.runtime.PreparedCall.prepare`, as the next one.
+            batch_invariant: of the plan in question.
+
+        Raises:
+            RaceLost: when the process ended, or took too long.
+
+        """
+        request = {
+            "op": problems[0].signature.op,
+            "problems": [problem.to_dict() for problem in problems],
+            "served": str(served),
+            "default": None if default is None else str(default),
+            "threads": threads,
+            "seed": seed,
+            "budget_s": budget_s,
+            "max_error": max_error,
+            "batch_invariant": batch_invariant,
+        }
+        answer = self._ask(json.dumps(request), _LIMIT_S + budget_s)
+        return [_from_document(row) for row in json.loads(answer)]
+
+    def _ask(self, request: str, limit_s: float) -> str:
+        """One line for another."""
+        if self._child is None:
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "tilewright.tuner.plan.deployed"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._said,
+                text=True,
+            )
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        answer = ""
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.write(request + "\n")
+            self._child.stdin.flush()
+            ready, _, _ = select.select([self._child.stdout], [], [], limit_s)
+            answer = self._child.stdout.readline() if ready else ""
+        if not answer:
+            self._end()
+            self._said.seek(0)
+            last = self._said.read().strip().splitlines()[-1:]
+            raise RaceLost(last[0] if last else "its process ended, or took too long")
+        return answer
+
+    def _end(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.communicate()
+            self._child = None
+
+
+def _from_document(row: Mapping[str, Any]) -> Deployed:
+    intervals = {name: row[name] and Interval(**row[name]) for name in (_SERVED, _TORCH, _DEFAULT)}
+    ratios = {name: row[name] and Ratio(**row[name]) for name in ("over_torch", "over_default")}
+    return Deployed(**{**row, **intervals, **ratios})
+
+
+def _loses(ratio: Ratio) -> bool:
+    """Whether a contender is faster than what is served, by a ratio of its time to that."""
+    return ratio.high * (1 + TOLERATED) < 1
+
+
+def _ratio_document(ratio: Ratio) -> dict[str, float]:
+    return {"median": ratio.median, "low": ratio.low, "high": ratio.high}
+
+
+def _answer(request: dict[str, Any]) -> list[Deployed]:
+    import torch
+
+    from tilewright.runtime import PreparedCall
+
+    threads = request["threads"]
+    torch.set_num_threads(threads)
+    op = find_op(request["op"])
+    problems = [op.problem_from_dict(fields) for fields in request["problems"]]
+    signature = problems[0].signature
+    weights = {name: torch.from_numpy(array) for name, array in op.weights(signature, request["seed"]).items()}
+    promises = {"max_error": request["max_error"], "batch_invariant": request["batch_invariant"]}
+    contenders: dict[str, Callable[..., Any]] = {
+        _SERVED: PreparedCall.prepare(signature, weights, threads=threads, database=request["served"], **promises)
+    }
+    if request["default"] is not None:
+        contenders[_DEFAULT] = PreparedCall.prepare(signature, weights, threads=threads, database=request["default"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the torch side has no database on purpose
+        contenders[_TORCH] = PreparedCall.prepare(signature, weights, threads=threads, database="/dev/null/no-database")
+    budget_s = request["budget_s"] / len(problems)
+    return [_race(op, problem, contenders, request["seed"], budget_s) for problem in problems]
+
+
+def _race(
+    op: Any, problem: Problem, contenders: Mapping[str, Callable[..., Any]], seed: int, budget_s: float
+) -> Deployed:
+    """Call one after the other, on several routings so that weights do not stay in the cache."""
+    import torch
+
+    calls, all_outputs = [], []
+    # Large inputs are in no cache, and take their memory as often.
+    sets = max(1, min(_SETS, _SETS_BYTES // max(1, op.input_bytes(problem))))
+    for routing_seed in range(seed, seed + sets):
+        inputs = {name: torch.from_numpy(array) for name, array in op.inputs(problem, routing_seed).items()}
+        specs = op.tensors(problem.signature)
+        sizes = sizes_of(specs, {name: tuple(tensor.shape) for name, tensor in inputs.items()})
+        sizes.update(problem.output_sizes)
+        outputs = {
+            spec.name: torch.from_numpy(np.empty(shape_of(spec, sizes), DTYPES[spec.dtype]))
+            for spec in outputs_of(specs)
+        }
+        all_outputs.append(outputs)
+        tensors = {**inputs, **outputs}
+        calls.append([tensors.get(spec.name) for spec in specs if spec.role != "weight"])
+    contenders[_SERVED](*calls[0])
+    results = {name: tensor.clone() for name, tensor in all_outputs[0].items()}
+    contenders[_TORCH](*calls[0])
+    error = max(_difference(results[name], expected) for name, expected in all_outputs[0].items())
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    order, draw = list(contenders), random.Random(seed)
+    deadline = time.perf_counter() + budget_s
+    for round_ in range(-1, _ROUNDS):
+        draw.shuffle(order)
+        for name in order:
+            begin = time.perf_counter_ns()
+            contenders[name](*calls[round_ % len(calls)])
+            if round_ >= 0:
+                times[name].append((time.perf_counter_ns() - begin) / 1e3)
+        if round_ >= 5 and time.perf_counter() > deadline:
+            break
+    intervals = {name: median_interval(taken) for name, taken in times.items()}
+    return Deployed(
+        tokens=problem.dynamic_size,
+        served=intervals[_SERVED],
+        torch=intervals[_TORCH],
+        default=intervals.get(_DEFAULT),
+        over_torch=paired_ratio(times[_TORCH], times[_SERVED]),
+        over_default=paired_ratio(times[_DEFAULT], times[_SERVED]) if _DEFAULT in times else None,
+        error=error,
+    )
+
+
+def _difference(result: Any, expected: Any) -> float:
+    """Largest difference relative to the largest value; 0 where there is nothing to compare."""
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    return float((result - expected).abs().max()) / scale if scale else 0.0
+
+
+def _serve() -> None:
+    """Answer requests, one a line, until there are no more."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what kernels print is no answer
+    for request in sys.stdin:
+        print(json.dumps([asdict(row) for row in _answer(json.loads(request))]), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

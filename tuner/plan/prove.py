@@ -1,0 +1,217 @@
+"""A frozen plan put to the test: served as it is stored, at sizes drawn at random and with fresh data.
+
+It is raced against the default and plain torch. Where one of them is faster beyond the noise, it serves around that
+size instead, and the mended plan is put to the test again, at further sizes.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tilewright.codegen.hardware.cpu_info import read_cpu_info
+from tilewright.codegen.numbers.precisions import LOSSLESS
+from tilewright.codegen.ops.base import OpDeclaration, Problem
+from tilewright.tuner.evaluation.cpu.weights import declared_bytes
+from tilewright.tuner.plan.deployed import Deployed, DeployedRaces, RaceLost
+from tilewright.tuner.plan.distil import probe_sizes
+from tilewright.tuner.plan.entries import Substitute, substituted
+from tilewright.tuning_db.pack import write_pack
+from tilewright.tuning_db.records import PlanEntry, PlanRecord
+from tilewright.tuning_db.store import Store
+
+ROUNDS = 3
+"""Most rounds of probes: after one that finds the plan slower, it is mended, and fresh sizes are probed."""
+_MEMORY_SHARE = 0.6
+"""Of this machine's memory, that three copies of the weights may take."""
+_FRESH_SEED = 7919
+"""Between the seeds of rounds, so that none repeats the data of the search or of another round."""
+
+
+@dataclass(frozen=True)
+class Default:
+    """The default config's kernel, which is in the store."""
+
+    kernel_key: str
+    layout: str
+    joins: bool
+    """Whether the plan may use it, too: it shares the plan's weight layout, and order of sums where there is one."""
+
+
+@dataclass(frozen=True)
+class Mend:
+    """What serves around a size since a race there found it faster: ``torch``, ``default`` or ``tuned``."""
+
+    tokens: int
+    by: str
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How a plan stood the test, and what it became by it."""
+
+    plan: PlanRecord
+    rows: tuple[Deployed, ...] = ()
+    """The last race at every size, ascending."""
+    rounds: tuple[tuple[int, ...], ...] = ()
+    """Sizes that were drawn, round by round; the plan was the same in the last one as it is now."""
+    mends: tuple[Mend, ...] = ()
+
+    @property
+    def last(self) -> tuple[Deployed, ...]:
+        """Races at the sizes drawn last: of the plan as it is."""
+        drawn = self.rounds[-1] if self.rounds else ()
+        return tuple(row for row in self.rows if row.tokens in drawn)
+
+    @property
+    def drawn(self) -> int:
+        """Sizes drawn in all rounds."""
+        return sum(map(len, self.rounds))
+
+
+class Prover:
+    """Puts plans of one op to the test.
+
+    Args:
+        op: the op.
+        store: holds the kernels of the plans.
+        races: in which plans are raced.
+        threads: of a call.
+        seed: of the sizes and of all data.
+        budget_s: wall seconds for the races of the first round.
+        say: told of what is raced and mended.
+
+    """
+
+    def __init__(
+        self,
+        op: OpDeclaration[Any, Any],
+        store: Store,
+        races: DeployedRaces,
+        *,
+        threads: int,
+        seed: int,
+        budget_s: float,
+        say: Callable[[str], None],
+    ) -> None:
+        self._op = op
+        self._store = store
+        self._races = races
+        self._threads = threads
+        self._seed = seed
+        self._budget_s = budget_s
+        self._say = say
+
+    def prove(self, plan: PlanRecord, grid: Sequence[Problem], default: Default, probes: int) -> Proof:
+        """Race ``plan`` at the problems of ``grid``, on which it rests, and at ``probes`` fresh sizes; mend it.
+
+        The first round races both, later ones what was mended and fresh sizes. The plan that comes out is not stored.
+        """
+        draw = random.Random(self._seed + _FRESH_SEED)
+        known = {problem.dynamic_size for problem in grid}
+        largest = max(known)
+        rows: dict[int, Deployed] = {}
+        substitutes: dict[int, Substitute] = {}
+        rounds: list[tuple[int, ...]] = []
+        mends: list[Mend] = []
+        todo, base, count = list(grid), plan.entries, len(grid) + probes
+        for round_ in range(ROUNDS):
+            fresh = probe_sizes(largest, known, probes, draw)
+            known |= set(fresh)
+            problems = [*todo, *(grid[0].with_size(size) for size in fresh)]
+            try:
+                raced = self._race(plan, problems, default, round_, self._budget_s * len(problems) / count)
+            except RaceLost as lost:
+                self._say(f"the plan could not be raced as it is served: {lost}")
+                break
+            rounds.append(tuple(fresh))
+            rows |= {row.tokens: row for row in raced}
+            mended = [] if round_ == ROUNDS - 1 else self._mend(plan, base, raced, default, substitutes)
+            if not mended:
+                break
+            self._say(", ".join(f"{each.by} serves around {each.tokens}" for each in mended) + ", being faster there")
+            mends += mended
+            plan = replace(plan, entries=substituted(base, rows, substitutes))
+            if not probes:
+                break
+            sizes = {each.tokens for each in mended}
+            todo = [problem for problem in problems if problem.dynamic_size in sizes]
+        return Proof(plan, tuple(rows[size] for size in sorted(rows)), tuple(rounds), tuple(mends))
+
+    def _mend(
+        self,
+        plan: PlanRecord,
+        base: Sequence[PlanEntry],
+        raced: Sequence[Deployed],
+        default: Default,
+        substitutes: dict[int, Substitute],
+    ) -> list[Mend]:
+        """Choose what serves around sizes at which the plan is slower beyond the noise, where there is a choice."""
+        mended = []
+        for row in raced:
+            if not (row.slower_than_torch or row.slower_than_default):
+                continue
+            choices: list[tuple[float, Mend, Substitute]] = []
+            # Torch adds up in other orders for other batches, so it has no part in a plan that must not.
+            if row.slower_than_torch and not plan.batch_invariant:
+                torch_us = row.torch.median
+                default_us = row.default.median if row.default else None
+                choices.append((torch_us, Mend(row.tokens, "torch"), Substitute(None, torch_us, default_us)))
+            if row.slower_than_default and default.joins and row.default:
+                default_us = row.default.median
+                by_default = Substitute(default.kernel_key, default_us, default_us)
+                choices.append((default_us, Mend(row.tokens, "default"), by_default))
+            if choices:
+                _, mend, substitute = min(choices, key=lambda choice: choice[0])
+                substitutes[row.tokens] = substitute
+                mended.append(mend)
+            elif _serving(plan.entries, row.tokens) != _serving(base, row.tokens):
+                # Torch had come to serve here from the next size, and is slower than the default.
+                substitutes[row.tokens] = Substitute(_serving(base, row.tokens))
+                mended.append(Mend(row.tokens, "tuned"))
+        return mended
+
+    def _race(
+        self, plan: PlanRecord, problems: Sequence[Problem], default: Default, round_: int, budget_s: float
+    ) -> list[Deployed]:
+        with tempfile.TemporaryDirectory(prefix="tilewright-") as folder:
+            served, by_default = Path(folder, "served.pack"), Path(folder, "default.pack")
+            write_pack(self._store, [plan], served)
+            weights = declared_bytes(problems[0].signature.tensors())
+            room = 3 * weights <= _MEMORY_SHARE * read_cpu_info().memory_bytes
+            if room:
+                write_pack(self._store, [_plan_of(default, plan)], by_default)
+            else:
+                self._say("the memory holds no third copy of the weights, so that the default is left out")
+            return self._races.race(
+                problems,
+                served=served,
+                default=by_default if room else None,
+                threads=self._threads,
+                seed=(self._seed + _FRESH_SEED * (round_ + 1)) % 2**32,
+                budget_s=budget_s,
+                max_error=plan.error,
+                batch_invariant=plan.batch_invariant,
+            )
+
+
+def _serving(entries: Sequence[PlanEntry], size: int) -> str | None:
+    """Key of the kernel that serves ``size``; None for torch."""
+    return next(entry.kernel_key for entry in entries if entry.max_tokens is None or size <= entry.max_tokens)
+
+
+def _plan_of(default: Default, plan: PlanRecord) -> PlanRecord:
+    """The default at all sizes, as if it were a plan."""
+    return replace(
+        plan,
+        layout=default.layout,
+        entries=(PlanEntry(None, default.kernel_key),),
+        precision=LOSSLESS,
+        error=0.0,
+        batch_invariant=False,
+        facts={},
+    )

@@ -1,0 +1,206 @@
+"""Two kernels side by side: knobs, facts of binaries, predicted terms, source, intermediate forms, machine code."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tilewright.codegen.backends.base import Source
+from tilewright.codegen.backends.binaries.facts import EntryFacts
+from tilewright.codegen.backends.binaries.instructions import disassemble
+from tilewright.codegen.backends.triton.builder import TritonBuilder
+from tilewright.codegen.hardware.archs import GPU_ARCHS
+from tilewright.codegen.hardware.devices import DEVICES
+from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.space import Config
+from tilewright.errors import TilewrightError
+from tilewright.tuner.prediction.predict import predict_config
+from tilewright.tuner.report.text import format_us, table
+from tilewright.tuning_db.records import KernelRecord
+from tilewright.tuning_db.store import Store
+
+Pairs = dict[str, list[Any]]
+"""By name: what the one has and what the other has."""
+
+
+@dataclass(frozen=True)
+class KernelComparison:
+    """What sets two kernels apart."""
+
+    a: KernelRecord
+    b: KernelRecord
+    knobs: Pairs
+    facts: Pairs
+    """Of GPU binaries, by entry and name."""
+    terms_us: dict[str, Pairs]
+    """Predicted, by problem; of those for which both were evaluated."""
+    source: list[str]
+    disassembly: list[str]
+    forms: dict[str, list[str]] = field(default_factory=dict)
+    """Differences of intermediate forms, by name."""
+
+    def document(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "kernels": [self.a.key, self.b.key],
+            "knobs": self.knobs,
+            "facts": self.facts,
+            "predicted_terms_us": self.terms_us,
+            "source": self.source,
+            "forms": self.forms,
+            "disassembly": self.disassembly,
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        names = (self.a.key[:8], self.b.key[:8])
+        lines = table(("knob", *names), ((n, str(x), str(y)) for n, (x, y) in self.knobs.items()))
+        if self.facts:
+            lines += ["", *table(("fact", *names), ((n, str(x), str(y)) for n, (x, y) in self.facts.items()))]
+        for problem, terms in self.terms_us.items():
+            rows = ((n, format_us(x), format_us(y)) for n, (x, y) in terms.items())
+            lines += ["", f"predicted for {problem}", *table(("term", *names), rows)]
+        for name, form in self.forms.items():
+            lines += ["", f"{name}:" if form else f"{name}: the same", *form]
+        return [*lines, "", *self.source, *self.disassembly]
+
+
+def compare_kernels(
+    store: Store, a: KernelRecord, b: KernelRecord, *, ir: bool = False, disassembly: bool = False
+) -> KernelComparison:
+    """Compare two kernels of the store.
+
+    Args:
+        store: that holds their bytes and trials.
+        a: the one.
+        b: the other.
+        ir: whether to compare intermediate forms, too: GPU kernels are compiled again for that.
+        disassembly: whether to compare machine code, too.
+
+    Raises:
+        TilewrightError: when a tool is missing, bytes are not there, or ``ir`` is asked for of CPU kernels.
+
+    """
+    knobs = _differing(a.config, b.config)
+    forms: dict[str, list[str]] = {}
+    if ir:
+        old, new = _forms(a), _forms(b)
+        forms = {name: _diff(old.get(name, ""), new.get(name, ""), a, b) for name in {**old, **new}}
+    code = _diff(_disassemble(store, a), _disassemble(store, b), a, b) if disassembly else []
+    return KernelComparison(
+        a, b, knobs, _differing(_facts(a), _facts(b)), _terms(store, a, b), _diff(a.source, b.source, a, b), code, forms
+    )
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> Pairs:
+    names = sorted(old.keys() | new.keys())
+    return {name: [old.get(name), new.get(name)] for name in names if old.get(name) != new.get(name)}
+
+
+def _facts(kernel: KernelRecord) -> dict[str, Any]:
+    """Facts of all entries, each by ``entry.name``."""
+    found: dict[str, Any] = {"artifact_bytes": kernel.facts.get("artifact_bytes")}
+    for entry in kernel.facts.get("entries", ()):
+        for name, value in entry.items():
+            nested = value if isinstance(value, dict) else {"": value}
+            for inner, item in nested.items():
+                found[".".join(filter(None, (entry["entry"], name, inner)))] = item
+    return found
+
+
+def _terms(store: Store, a: KernelRecord, b: KernelRecord) -> dict[str, Pairs]:
+    """Predicted terms at every problem and device at which both were evaluated."""
+    if a.signature_key != b.signature_key or a.arch not in GPU_ARCHS or b.arch not in GPU_ARCHS:
+        return {}
+    op = find_op(a.op)
+    both: dict[str, Pairs] = {}
+    others = {(trial.problem_key, trial.device_key) for trial in store.trials(kernel_key=b.key)}
+    for trial in store.trials(kernel_key=a.key):
+        device = DEVICES.get(trial.device_key)
+        if device is None or (trial.problem_key, trial.device_key) not in others:
+            continue
+        problem = op.problem_from_dict(trial.problem)
+        predictions = []
+        for kernel in (a, b):
+            config = Config(kernel.config)
+            facts = [EntryFacts.from_dict(entry) for entry in kernel.facts["entries"]]
+            predictions.append(predict_config(op.template(config), problem.signature, problem, config, device, facts))
+        old, new = predictions
+        terms = {name: [old.terms[name], new.terms[name]] for name in old.terms}
+        both[f"{problem.title.strip()} on {device.name}"] = {**terms, "all": [old.us, new.us]}
+    return both
+
+
+def _forms(kernel: KernelRecord) -> dict[str, str]:
+    """Intermediate forms of all entries, by ``entry form``."""
+    arch = GPU_ARCHS.get(kernel.arch)
+    if arch is None:
+        raise TilewrightError(f"kernel {kernel.key[:8]} is for {kernel.arch}; only GPU kernels have intermediate forms")
+    op, config = find_op(kernel.op), Config(kernel.config)
+    template, signature = op.template(config), op.signature_from_dict(kernel.signature)
+    assert template.entries is not None
+    source = Source(kernel.source, template.entries(signature, config, arch))
+    found = {}
+    with closing(TritonBuilder(arch)) as builder:
+        if builder.toolchain != kernel.toolchain:
+            raise TilewrightError(
+                f"kernel {kernel.key[:8]} was made by {kernel.toolchain}, and here is {builder.toolchain}: "
+                "its intermediate forms cannot be made again"
+            )
+        names = ("ttgir", "ptx") if arch.family == "cuda" else ("ttgir", "amdgcn")
+        for index, entry in enumerate(source.entries):
+            for name in names:
+                # Where the source stood is no difference of the kernels.
+                text = builder.form(source, index, name)
+                found[f"{entry.entry} {name}"] = re.sub(r'"[^"]*/kernel\.py"|#loc\d*.*| loc\(#loc\d*\)', "", text)
+    return found
+
+
+def _diff(old: str, new: str, a: KernelRecord, b: KernelRecord) -> list[str]:
+    return list(difflib.unified_diff(old.splitlines(), new.splitlines(), a.key[:8], b.key[:8], lineterm=""))
+
+
+def _disassemble(store: Store, kernel: KernelRecord) -> str:
+    """Machine code as text, without addresses, so that only differing instructions differ."""
+    if kernel.arch in GPU_ARCHS:
+        return _disassemble_gpu(store, kernel)
+    tool = shutil.which("objdump") or shutil.which("llvm-objdump")
+    if tool is None:
+        raise TilewrightError("no objdump was found; install binutils (Debian: apt install binutils)")
+    data = _bytes(store, kernel, kernel.artifacts[0])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.so"
+        path.write_bytes(data)
+        done = subprocess.run(
+            [tool, "-d", "--no-show-raw-insn", str(path)], capture_output=True, text=True, check=False
+        )
+    if done.returncode != 0:
+        raise TilewrightError(f"{tool} cannot read kernel {kernel.key}: {done.stderr.strip()}")
+    # The first lines name the temporary file.
+    code = done.stdout.partition("Disassembly of section")[2]
+    text = re.sub(r"^\s*[0-9a-f]+:\s*", "", code, flags=re.MULTILINE)
+    return re.sub(r"\b[0-9a-f]{3,}\b(?= <)|<[^>]*>|# [0-9a-f]+", "", text)
+
+
+def _disassemble_gpu(store: Store, kernel: KernelRecord) -> str:
+    """SASS of every launch's binary; of AMD kernels the assembly, made again."""
+    if GPU_ARCHS[kernel.arch].family == "hip":
+        return "\n".join(text for name, text in _forms(kernel).items() if name.endswith("amdgcn"))
+    checksums: Sequence[str] = list(dict.fromkeys(launch["artifact"] for launch in kernel.recipe["launches"]))
+    codes = [disassemble(_bytes(store, kernel, checksum)) for checksum in checksums]
+    return re.sub(r"/\*[0-9a-f]{4,}\*/", "", "\n".join(codes))
+
+
+def _bytes(store: Store, kernel: KernelRecord, checksum: str) -> bytes:
+    artifact = store.artifact(checksum)
+    if artifact is None:
+        raise TilewrightError(f"the bytes of kernel {kernel.key} are not in the database; tune the problem again")
+    return artifact.data
