@@ -69,7 +69,7 @@ def bind_idle(idle_kernel: tuple[int, ctypes.CDLL]):
         signature.tensors(),
         {"weight": torch.ones(1)},
         variants,
-        dynamic_size=signature.dynamic_size,
+        size_name=signature.size_name,
         threads=1,
         fallback=unexpected,
         name="moe_gemm down",

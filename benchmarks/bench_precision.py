@@ -27,7 +27,7 @@ from tilewright.codegen.numbers.precisions import LOSSLESS, find_precision
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.routing.spec import RoutingSpec
-from tilewright.tuner.campaign.variants import Workshop
+from tilewright.tuner.campaign.variants import VariantBuilder
 from tilewright.tuner.evaluation.cpu.evaluator import CpuEvaluator
 from tilewright.tuner.evaluation.statistics import paired_ratio
 from tilewright.tuner.report.roofline import measure_roofline
@@ -79,16 +79,16 @@ def built_variants(signature: MoeGemmSignature, precision: str, tokens: int) -> 
         and (config["block_rows"] <= tokens if few else config["block_rows"] >= FEW)
     ]
     chosen = random.Random(0).sample(configs, min(TRIALS, len(configs)))
-    return [b for b in Workshop(OP, signature, ARCH, CppBuilder(ARCH)).build(chosen) if b.path]
+    return [b for b in VariantBuilder(OP, signature, ARCH, CppBuilder(ARCH)).build(chosen) if b.path]
 
 
 def cached_us(config, signature: MoeGemmSignature, threads: int) -> float:
     """Time of one row on a matrix whose 16 copies fit the last-level cache, per weight, in microseconds."""
     small = MoeGemmSignature(stage="plain", experts=1, n=256 * threads, k=signature.k)
     own = {**config, "combine": "none", "gate_up": "none", "chunk_groups": 1}
-    workshop = Workshop(OP, small, ARCH, CppBuilder(ARCH))
+    variant_builder = VariantBuilder(OP, small, ARCH, CppBuilder(ARCH))
     space = OP.space(small, ARCH, precisions=(config["precision"],))
-    (built,) = workshop.build([space[space.index_of(own)]])
+    (built,) = variant_builder.build([space[space.index_of(own)]])
     problem = OP.problem(small, 1, RoutingSpec.parse("balanced"))
     with CpuEvaluator(OP, small, threads=threads) as evaluator:
         (evaluation,) = evaluator.evaluate([built.kernel], problem, budget_s=0.5)

@@ -115,7 +115,7 @@ class KernelMaker:
         recipe = Recipe(
             tensors=OP.tensors(SIGNATURE),
             launches=(Launch("", entry, (*arguments, Argument("size", "rows"), Argument("workspace"))),),
-            dynamic_size=SIGNATURE.dynamic_size,
+            size_name=SIGNATURE.size_name,
             workspace_bytes=workspace_bytes,
             workspace_zeroed=workspace_zeroed,
             guards=guards,

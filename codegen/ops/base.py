@@ -41,7 +41,7 @@ class Problem:
     """Name of the field that plans pick a kernel by."""
 
     @property
-    def dynamic_size(self) -> int:
+    def size(self) -> int:
         """The size by which plans pick a kernel."""
         return int(getattr(self, self.size_field))
 
@@ -72,7 +72,7 @@ class Problem:
     @property
     def title(self) -> str:
         """Short name for progress lines."""
-        return f"{self.signature.title} {self.signature.dynamic_size}={self.dynamic_size:<5d}"
+        return f"{self.signature.title} {self.signature.size_name}={self.size:<5d}"
 
     @property
     def key(self) -> str:

@@ -28,7 +28,7 @@ class Signature:
         raise NotImplementedError
 
     @property
-    def dynamic_size(self) -> str:
+    def size_name(self) -> str:
         """Name of the size by which plans pick a kernel."""
         raise NotImplementedError
 

@@ -126,13 +126,13 @@ class Guard:
 class Recipe:
     """Everything needed to call a kernel, besides the artifacts' bytes.
 
-    ``dynamic_size`` names the size by which plans pick a kernel. ``workspace_bytes`` is an :class:`IntExpr` over the
+    ``size_name`` names the size by which plans pick a kernel. ``workspace_bytes`` is an :class:`IntExpr` over the
     sizes and ``threads``. Grids may name ``sm_count``, the device's multiprocessors, too.
     """
 
     tensors: tuple[TensorSpec, ...]
     launches: tuple[Launch, ...]
-    dynamic_size: str
+    size_name: str
     workspace_bytes: str = "0"
     workspace_zeroed: bool = False
     guards: tuple[Guard, ...] = ()
@@ -200,7 +200,7 @@ class Recipe:
                 )
                 for launch in data["launches"]
             ),
-            dynamic_size=data["dynamic_size"],
+            size_name=data["size_name"],
             workspace_bytes=data["workspace_bytes"],
             workspace_zeroed=data["workspace_zeroed"],
             guards=tuple(Guard(**g) for g in data["guards"]),

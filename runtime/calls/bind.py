@@ -63,7 +63,7 @@ def bind_call(
     bound: Mapping[str, Tensor | int | None],
     variants: Sequence[CallVariant],
     *,
-    dynamic_size: str,
+    size_name: str,
     threads: int | None = None,
     fallback: Callable[..., None],
     name: str,
@@ -75,7 +75,7 @@ def bind_call(
         bound: the tensors that are passed now, by name: contiguous CPU tensors (kept alive, and not looked at again),
             addresses, or None for an absent optional one. A weight may be packed: its shape is the kernels' business.
         variants: what serves which sizes. Sizes that none of them serves go to the fallback, with one warning.
-        dynamic_size: the size that picks a variant.
+        size_name: the size that picks a variant.
         threads: most threads of a call; None: ``torch.get_num_threads()``.
         fallback: called with the tensors of a call, after they were checked, where no kernel may run: a variant without
             launches, tensors that are not contiguous or aligned, a failed guard. It must write the output.
@@ -85,9 +85,7 @@ def bind_call(
         TilewrightError: when the parts do not fit together.
 
     """
-    binding = make_binding(
-        tensors, bound, variants, dynamic_size=dynamic_size, threads=threads, fallback=fallback, name=name
-    )
+    binding = make_binding(tensors, bound, variants, size_name=size_name, threads=threads, fallback=fallback, name=name)
     call: BoundCall = PureCall(binding) if _NATIVE is None else native_call(_NATIVE, binding)
     return call
 

@@ -72,7 +72,7 @@ class Binding:
     tensors: tuple[TensorSpec, ...]
     bound: Mapping[str, Tensor | int | None]
     variants: tuple[CallVariant, ...]
-    dynamic_size: str
+    size_name: str
     threads: int
     fallback: Callable[..., None]
     addresses: Mapping[str, int] = field(init=False, repr=False)
@@ -105,7 +105,7 @@ class Binding:
             if spec.values == "pages":
                 self._require_lengths(spec)
         required = {dim for spec in self.positional if not spec.optional for dim in spec.dims}
-        if unset := [s for s in (*self.symbols, self.dynamic_size) if s not in required and s != THREADS]:
+        if unset := [s for s in (*self.symbols, self.size_name) if s not in required and s != THREADS]:
             raise TilewrightError(f"{self.name}: no tensor of a call tells the size {unset[0]!r}")
         self._require_known_arguments()
 
@@ -180,7 +180,7 @@ def make_binding(
     bound: Mapping[str, Any],
     variants: Sequence[CallVariant],
     *,
-    dynamic_size: str,
+    size_name: str,
     threads: int | None,
     fallback: Callable[..., None],
     name: str,
@@ -192,7 +192,7 @@ def make_binding(
         tensors=tuple(tensors),
         bound=dict(bound),
         variants=tuple(ordered),
-        dynamic_size=dynamic_size,
+        size_name=size_name,
         threads=torch.get_num_threads() if threads is None else threads,
         fallback=fallback,
     )

@@ -53,7 +53,7 @@ def describe(binding: Binding) -> tuple[Any, ...]:
     bound_tensors = [tensor for tensor in binding.bound.values() if isinstance(tensor, Tensor)]
     return (
         len(binding.symbols),
-        binding.symbols.index(binding.dynamic_size),
+        binding.symbols.index(binding.size_name),
         binding.symbols.index(THREADS),
         binding.outputs,
         binding.threads,

@@ -61,7 +61,7 @@ class PureCall:
         self._check_values(unwrapped, sizes)
         self._check_overlap(unwrapped)
         if any(output is not None and output.numel() > 0 for output in map(unwrapped.__getitem__, binding.outputs)):
-            variant = binding.variant_for(sizes[binding.dynamic_size])
+            variant = binding.variant_for(sizes[binding.size_name])
             reason = self._refusal(variant, unwrapped, sizes)
             if reason:
                 warn_once(f"{binding.name}: {reason}; plain torch serves such calls")
@@ -163,7 +163,7 @@ class PureCall:
         """Why no kernel may run on these tensors; empty when one may, or when the plan says torch."""
         if variant is None:
             largest = self.binding.variants[-1].max_size if self.binding.variants else 0
-            return f"there is no kernel for {self.binding.dynamic_size} above {largest}"
+            return f"there is no kernel for {self.binding.size_name} above {largest}"
         if not variant.launches:
             return ""
         for spec, tensor in zip(self.binding.positional, tensors, strict=True):

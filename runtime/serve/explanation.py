@@ -74,7 +74,7 @@ class Explanation:
                 lines.append(
                     f"  precision {plan.precision}: results are off by {plan.error:.2g} (relative, when tuned)"
                 )
-        size = resolution.signature.dynamic_size
+        size = resolution.signature.size_name
         above = 0
         for part in self.ranges:
             sizes = f"{size} > {above}" if part.max_size is None else f"{size} <= {part.max_size}"

@@ -215,7 +215,7 @@ def _load_kernel(reader: Reader, key: str, signature: Signature) -> LoadedKernel
     if arch is None or not runs_on(arch, read_cpu_info()):
         raise KernelRefused(f"kernel {key[:16]} was built for {record.arch}, which this CPU does not run; tune here")
     recipe = _read_recipe(record)
-    if recipe.tensors != signature.tensors() or recipe.dynamic_size != signature.dynamic_size:
+    if recipe.tensors != signature.tensors() or recipe.size_name != signature.size_name:
         raise KernelRefused(f"kernel {key[:16]} takes other tensors than this tilewright's {signature.op}; tune again")
     artifacts = {
         checksum: load_artifact(checksum, partial(reader.artifact, checksum))

@@ -108,7 +108,7 @@ class PreparedCall:
             tuple(
                 _variant(part, bound) for part in resolution.ranges if part.entry is not None or resolution.plan is None
             ),
-            dynamic_size=signature.dynamic_size,
+            size_name=signature.size_name,
             threads=threads,
             fallback=_refusing(signature) if batch_invariant else bound.fallback,
             name=signature.title,

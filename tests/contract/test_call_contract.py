@@ -28,7 +28,7 @@ SCALE = torch.tensor([2.0, -1.0, 0.5])
 def bind(*variants: CallVariant, fallback=None, threads=2, scale=SCALE):
     fallback = fallback or Fallback(scale)
     return bind_call(
-        TENSORS, {"scale": scale}, variants, dynamic_size="rows", threads=threads, fallback=fallback, name="demo"
+        TENSORS, {"scale": scale}, variants, size_name="rows", threads=threads, fallback=fallback, name="demo"
     )
 
 

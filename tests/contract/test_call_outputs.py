@@ -66,7 +66,7 @@ def call(request, monkeypatch, library):
     arguments = (*(Argument("tensor", spec.name) for spec in TENSORS), Argument("size", "tokens"))
     address = ctypes.cast(library.best, ctypes.c_void_p).value
     variants = [CallVariant(None, ((address, arguments),), owner=library)]
-    return bind_call(TENSORS, {}, variants, dynamic_size="tokens", threads=1, fallback=fallback, name="demo")
+    return bind_call(TENSORS, {}, variants, size_name="tokens", threads=1, fallback=fallback, name="demo")
 
 
 def outputs(tokens):

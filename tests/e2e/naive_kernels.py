@@ -165,8 +165,8 @@ def build(
     arguments = [Argument("tensor", name) if name else Argument("size", "0") for name in names]
     recipe = Recipe(
         tensors=signature.tensors(),
-        launches=(Launch(artifact.checksum, "naive", (*arguments, Argument("size", signature.dynamic_size))),),
-        dynamic_size=signature.dynamic_size,
+        launches=(Launch(artifact.checksum, "naive", (*arguments, Argument("size", signature.size_name))),),
+        size_name=signature.size_name,
         guards=guards,
         weight_layout=layout,
     )

@@ -20,7 +20,7 @@ from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.errors import TilewrightError
 from tilewright.runtime import Experts, TilewrightWarning, prepare
-from tilewright.tuner.campaign.variants import Workshop
+from tilewright.tuner.campaign.variants import VariantBuilder
 from tilewright.tuner.cli import main
 from tilewright.tuner.evaluation.cpu.evaluator import CpuEvaluator
 from tilewright.tuning_db.records import DeviceRecord, Outcome, PlanEntry, PlanRecord
@@ -37,7 +37,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Plans of several precisions, the fewer bits the faster, with kernels of all their templates."""
     arch = native_arch()
     try:
-        workshop = Workshop(OP, SIGNATURE, arch, CppBuilder(arch))
+        variant_builder = VariantBuilder(OP, SIGNATURE, arch, CppBuilder(arch))
     except TilewrightError as error:
         pytest.skip(str(error))
     path = tmp_path_factory.mktemp("precision") / "tuning.db"
@@ -52,10 +52,10 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 fitting = [c for c in space if c["template"] == template.name]
                 first = next((b.variant.layout_key for b in built), None)
                 config = next(c for c in fitting if first in (None, OP.layout_key(SIGNATURE, c, arch)))
-                built += workshop.build([config])
+                built += variant_builder.build([config])
             entries = []
             for bound, each in zip((2, None)[-len(built) :], built, strict=True):
-                record, artifacts = workshop.record(each, "device")
+                record, artifacts = variant_builder.record(each, "device")
                 store.add_kernel(record, artifacts)
                 entries.append(PlanEntry(bound, record.key, 100.0 - rank, 200.0, bound or 8))
             store.put_plan(

@@ -18,7 +18,7 @@ from tilewright.errors import TilewrightError
 from tilewright.runtime import TilewrightWarning
 from tilewright.runtime.notices import forget_warnings
 from tilewright.runtime.transformers import disable, enable
-from tilewright.tuner.campaign.variants import Workshop
+from tilewright.tuner.campaign.variants import VariantBuilder
 from tilewright.tuning_db.records import PlanEntry, PlanRecord
 from tilewright.tuning_db.store import Store
 
@@ -147,11 +147,11 @@ def store_int8_plans(path, error: float):
             MoeGemmSignature(stage="down", n=32, k=24, **common),
         ):
             try:
-                workshop = Workshop(op, signature, arch, CppBuilder(arch))
+                variant_builder = VariantBuilder(op, signature, arch, CppBuilder(arch))
             except TilewrightError as failure:
                 pytest.skip(str(failure))
-            (built,) = workshop.build([next(iter(op.space(signature, arch, precisions=("int8",))))])
-            record, artifacts = workshop.record(built, "device")
+            (built,) = variant_builder.build([next(iter(op.space(signature, arch, precisions=("int8",))))])
+            record, artifacts = variant_builder.record(built, "device")
             store.add_kernel(record, artifacts)
             plan = PlanRecord(
                 op=op.name,

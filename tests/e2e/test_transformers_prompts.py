@@ -13,7 +13,7 @@ from tilewright.runtime.notices import forget_warnings
 from tilewright.runtime.serve.attention import VarlenPrefill
 from tilewright.runtime.transformers import disable, enable
 from tilewright.runtime.transformers.prompts import prompts_forward
-from tilewright.tuner.campaign.variants import Workshop
+from tilewright.tuner.campaign.variants import VariantBuilder
 
 transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
 
@@ -66,9 +66,9 @@ def make_model(kind: str, more: dict, **options):
 def store_prefill(path, **fields) -> None:
     """A plan of the default config for attention over prompts."""
     signature, op, arch = AttentionSignature(stage="prefill", heads=4, **fields), find_op("attention"), native_arch()
-    workshop = Workshop(op, signature, arch, CppBuilder(arch))
-    (built,) = workshop.build([op.default_config(signature, arch)])
-    record, (artifact,) = workshop.record(built, "device")
+    variant_builder = VariantBuilder(op, signature, arch, CppBuilder(arch))
+    (built,) = variant_builder.build([op.default_config(signature, arch)])
+    record, (artifact,) = variant_builder.record(built, "device")
     store_plan(path, signature, [(None, Built(record, artifact))], threads=1)
 
 

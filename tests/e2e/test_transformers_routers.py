@@ -16,7 +16,7 @@ from tilewright.runtime.transformers import disable, enable
 from tilewright.runtime.transformers.norms import RowsNorm, serve_norms
 from tilewright.runtime.transformers.routers import TunedRouter
 from tilewright.runtime.transformers.specialised import Specialised, restore
-from tilewright.tuner.campaign.variants import Workshop
+from tilewright.tuner.campaign.variants import VariantBuilder
 
 transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
 
@@ -85,9 +85,9 @@ def store_gate(path, name: str) -> None:
     """A plan of the default config for the router of a model."""
     signature = GatingSignature(**{"experts": 8, "top_k": 2, "order": "rows", **MODELS[name][2]})
     op, arch = find_op("gating"), native_arch()
-    workshop = Workshop(op, signature, arch, CppBuilder(arch))
-    (built,) = workshop.build([op.default_config(signature, arch)])
-    record, (artifact,) = workshop.record(built, "device")
+    variant_builder = VariantBuilder(op, signature, arch, CppBuilder(arch))
+    (built,) = variant_builder.build([op.default_config(signature, arch)])
+    record, (artifact,) = variant_builder.record(built, "device")
     store_plan(path, signature, [(None, Built(record, artifact))], threads=torch.get_num_threads())
 
 

@@ -25,7 +25,7 @@ TORCH_ONLY = (CallVariant(None),)
 
 
 def bind(tensors=TENSORS, bound=None, variants=TORCH_ONLY, **changes):
-    keywords = {"dynamic_size": "rows", "threads": 1, "fallback": Fallback(SCALE), "name": "demo", **changes}
+    keywords = {"size_name": "rows", "threads": 1, "fallback": Fallback(SCALE), "name": "demo", **changes}
     return bind_call(tensors, {"scale": SCALE} if bound is None else bound, variants, **keywords)
 
 
@@ -49,7 +49,7 @@ def run_python(code: str, **environment: str) -> str:
     ("changes", "said"),
     [
         ({"threads": 0}, "threads is 0; at least 1 is needed"),
-        ({"dynamic_size": "lines"}, "no tensor of a call tells the size 'lines'"),
+        ({"size_name": "lines"}, "no tensor of a call tells the size 'lines'"),
         ({"bound": {"scale": SCALE, "weight": SCALE}}, "it has no tensor 'weight' to bind"),
         ({"bound": {"scale": None}}, "scale is None, but it is not optional"),
         ({"bound": {"scale": SCALE.double()}}, "scale is torch.float64 on cpu"),

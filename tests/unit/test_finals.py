@@ -18,7 +18,7 @@ from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.codegen.space import Config
 from tilewright.tuner.campaign.loop import Candidate, ProblemResult, ProblemTuner
 from tilewright.tuner.campaign.progress import Progress
-from tilewright.tuner.campaign.variants import Bond, BuildResult, Workshop
+from tilewright.tuner.campaign.variants import BuildResult, PlanConstraint, VariantBuilder
 from tilewright.tuner.evaluation.cpu.evaluator import CpuEvaluator
 from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation
 from tilewright.tuner.evaluation.statistics import Ratio
@@ -40,21 +40,23 @@ Times = Callable[[Config, int], float]
 class MadeUpTimes:
     """A problem's tuner whose kernels take the times that a function gives."""
 
-    def __init__(self, problem: Problem, workshop: Workshop, time_us: Times, configs: Sequence[Config]) -> None:
-        self._workshop = workshop
+    def __init__(
+        self, problem: Problem, variant_builder: VariantBuilder, time_us: Times, configs: Sequence[Config]
+    ) -> None:
+        self._variant_builder = variant_builder
         self._time_us = time_us
         self.result = ProblemResult(problem, DEFAULT)
         for config in configs:
-            variant = workshop.variant(config)
+            variant = variant_builder.variant(config)
             kernel = BuiltKernel(variant.key, Path("never-loaded"), variant.recipe)
-            taken = time_us(config, problem.dynamic_size)
-            self.result.candidates[config] = Candidate(config, kernel, taken, variant.bond)
+            taken = time_us(config, problem.size)
+            self.result.candidates[config] = Candidate(config, kernel, taken, variant.constraint)
 
     def race_again(self, configs: Sequence[Config], _budget_s: float) -> list[tuple[BuildResult, Evaluation]]:
         raced = []
         for config in configs:
-            variant = self._workshop.variant(config)
-            taken = self._time_us(config, self.result.problem.dynamic_size)
+            variant = self._variant_builder.variant(config)
+            taken = self._time_us(config, self.result.problem.size)
             samples = tuple(taken * (1 + 0.001 * (index % 3)) for index in range(20))
             evaluation = Evaluation(variant.key, Outcome.OK, samples_us=samples, median_us=taken)
             raced.append((BuildResult(variant, Path("never-loaded"), "", 0.0), evaluation))
@@ -69,20 +71,22 @@ class Quiet:
 
 
 @pytest.fixture
-def workshop(tmp_path: Path) -> Workshop:
-    return Workshop(OP, SIGNATURE, ARCH, CppBuilder(ARCH, Compiler("no-compiler", "none"), tmp_path))
+def variant_builder(tmp_path: Path) -> VariantBuilder:
+    return VariantBuilder(OP, SIGNATURE, ARCH, CppBuilder(ARCH, Compiler("no-compiler", "none"), tmp_path))
 
 
-def run(workshop: Workshop, time_us: Times, config: Config, seed: int) -> tuple[Verdict, Probed]:
+def run(variant_builder: VariantBuilder, time_us: Times, config: Config, seed: int) -> tuple[Verdict, Probed]:
     """Last races of ``config`` and the default, and probes."""
 
     def make_tuner(problem: Problem) -> ProblemTuner:
-        return cast("ProblemTuner", MadeUpTimes(problem, workshop, time_us, [DEFAULT, config]))
+        return cast("ProblemTuner", MadeUpTimes(problem, variant_builder, time_us, [DEFAULT, config]))
 
     tuners = [make_tuner(OP.problem(SIGNATURE, size, RoutingSpec.parse("balanced"))) for size in TUNED]
     finals = Finals(make_tuner, cast("CpuEvaluator", Quiet()), Progress(None), copies=1, until=math.inf)
-    variant = workshop.variant(config)
-    verdict = finals.run(tuners, [bond for bond in (variant.bond, Bond(LAYOUT)) if bond])
+    variant = variant_builder.variant(config)
+    verdict = finals.run(
+        tuners, [constraint for constraint in (variant.constraint, PlanConstraint(LAYOUT)) if constraint]
+    )
     assert verdict is not None
     return finals.probe(verdict, 4, seed)
 
@@ -101,47 +105,49 @@ def fast_but_for(config: Config, first: int, last: int) -> Times:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_plan_that_no_probe_finds_slower_stays(workshop: Workshop, seed: int) -> None:
-    verdict, probed = run(workshop, fast_but_for(SAME_LAYOUT, 1, 0), SAME_LAYOUT, seed)
+def test_a_plan_that_no_probe_finds_slower_stays(variant_builder: VariantBuilder, seed: int) -> None:
+    verdict, probed = run(variant_builder, fast_but_for(SAME_LAYOUT, 1, 0), SAME_LAYOUT, seed)
     assert [len(each) for each in probed.rounds] == [4]
     assert probed.mended_sizes == []
-    assert {entry.kernel_key for entry in verdict.entries} == {workshop.variant(SAME_LAYOUT).key}
+    assert {entry.kernel_key for entry in verdict.entries} == {variant_builder.variant(SAME_LAYOUT).key}
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_default_serves_where_a_probe_finds_the_plan_slower(workshop: Workshop, seed: int) -> None:
-    verdict, probed = run(workshop, fast_but_for(SAME_LAYOUT, 9, 20), SAME_LAYOUT, seed)
+def test_the_default_serves_where_a_probe_finds_the_plan_slower(variant_builder: VariantBuilder, seed: int) -> None:
+    verdict, probed = run(variant_builder, fast_but_for(SAME_LAYOUT, 9, 20), SAME_LAYOUT, seed)
     for size in probed.mended_sizes:
         assert 9 <= size <= 20
-        assert served(verdict, size) == workshop.variant(DEFAULT).key
-    assert {served(verdict, size) for size in TUNED} == {workshop.variant(SAME_LAYOUT).key}
+        assert served(verdict, size) == variant_builder.variant(DEFAULT).key
+    assert {served(verdict, size) for size in TUNED} == {variant_builder.variant(SAME_LAYOUT).key}
     assert verdict.settled.layout == LAYOUT
 
 
-def test_a_bond_that_few_sizes_searched_has_a_kernel_for_all(workshop: Workshop) -> None:
+def test_a_constraint_that_few_sizes_searched_has_a_kernel_for_all(variant_builder: VariantBuilder) -> None:
     """A precision whose layout the search tried at one size alone still gets its plan."""
 
     def make_tuner(problem: Problem) -> ProblemTuner:
-        tried = [DEFAULT, OTHER_LAYOUT] if problem.dynamic_size == TUNED[0] else [DEFAULT, SAME_LAYOUT]
-        return cast("ProblemTuner", MadeUpTimes(problem, workshop, fast_but_for(SAME_LAYOUT, 1, 0), tried))
+        tried = [DEFAULT, OTHER_LAYOUT] if problem.size == TUNED[0] else [DEFAULT, SAME_LAYOUT]
+        return cast("ProblemTuner", MadeUpTimes(problem, variant_builder, fast_but_for(SAME_LAYOUT, 1, 0), tried))
 
     tuners = [make_tuner(OP.problem(SIGNATURE, size, RoutingSpec.parse("balanced"))) for size in TUNED]
     finals = Finals(make_tuner, cast("CpuEvaluator", Quiet()), Progress(None), copies=1, until=math.inf)
-    other = workshop.variant(OTHER_LAYOUT).bond
+    other = variant_builder.variant(OTHER_LAYOUT).constraint
     assert other is not None
-    verdict = finals.run(tuners, [Bond(LAYOUT), other])
+    verdict = finals.run(tuners, [PlanConstraint(LAYOUT), other])
     assert verdict is not None
     assert verdict.settled.layout == LAYOUT
     within = finals.within(other)
     assert within is not None
-    assert [final.problem.dynamic_size for final in within.finals] == list(TUNED)
-    assert {entry.kernel_key for entry in within.entries} == {workshop.variant(OTHER_LAYOUT).key}
+    assert [final.problem.size for final in within.finals] == list(TUNED)
+    assert {entry.kernel_key for entry in within.entries} == {variant_builder.variant(OTHER_LAYOUT).key}
 
 
-def test_a_layout_in_which_nothing_is_as_fast_as_the_default_gives_way_to_the_default_s(workshop: Workshop) -> None:
+def test_a_layout_in_which_nothing_is_as_fast_as_the_default_gives_way_to_the_default_s(
+    variant_builder: VariantBuilder,
+) -> None:
     found = []
     for seed in range(6):
-        verdict, probed = run(workshop, fast_but_for(OTHER_LAYOUT, 9, 20), OTHER_LAYOUT, seed)
+        verdict, probed = run(variant_builder, fast_but_for(OTHER_LAYOUT, 9, 20), OTHER_LAYOUT, seed)
         found.append(probed.mended_sizes)
         layout = LAYOUT if probed.mended_sizes else OP.layout_key(SIGNATURE, OTHER_LAYOUT, ARCH)
         assert verdict.settled.layout == layout

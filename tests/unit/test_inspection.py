@@ -13,9 +13,9 @@ from tilewright.codegen.recipe.model import Recipe
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.codegen.space import Config
 from tilewright.tuner.campaign.loop import Candidate, ProblemResult
-from tilewright.tuner.campaign.variants import Bond
+from tilewright.tuner.campaign.variants import PlanConstraint
 from tilewright.tuner.evaluation.outcome import BuiltKernel
-from tilewright.tuner.report.inspection import blemishes
+from tilewright.tuner.report.inspection import performance_warnings
 
 FACTS = EntryFacts("product", 128, 0, 0, 0, 0, 49152, 0, 4, 1, (8, 8, 8, 4, 8, 8))
 WIDE = InstructionMix({}, {}, loop_load_bytes=4, streamed_load_bytes=16)
@@ -52,25 +52,25 @@ def test_loads_of_what_is_streamed_are_told_by_the_sources_lines() -> None:
     assert (narrow.loop_load_bytes, narrow.streamed_load_bytes, narrow.wide) == (4, 8, False)
 
 
-def test_spills_and_narrow_loads_are_blemishes() -> None:
-    assert blemishes([FACTS], [WIDE]) == ()
-    assert blemishes([FACTS, replace(FACTS, spill_load_bytes=8)], [WIDE, WIDE]) == ("spills registers",)
-    assert blemishes([FACTS], [replace(WIDE, streamed_load_bytes=4)]) == ("loads 4 bytes at a time",)
+def test_spills_and_narrow_loads_are_performance_warnings() -> None:
+    assert performance_warnings([FACTS], [WIDE]) == ()
+    assert performance_warnings([FACTS, replace(FACTS, spill_load_bytes=8)], [WIDE, WIDE]) == ("spills registers",)
+    assert performance_warnings([FACTS], [replace(WIDE, streamed_load_bytes=4)]) == ("loads 4 bytes at a time",)
 
 
-def found(blemished: set[int]) -> ProblemResult:
+def found(performance_warninged: set[int]) -> ProblemResult:
     """Six candidates, the first the fastest."""
     signature = MoeGemmSignature(stage="plain", experts=4, n=64, k=64)
     problem = MoeGemmProblem(signature, 8, RoutingSpec.parse("balanced"), 4)
 
     def spoken(kernel: BuiltKernel) -> tuple[str, ...]:
-        return ("spills registers",) if kernel.config["number"] in blemished else ()
+        return ("spills registers",) if kernel.config["number"] in performance_warninged else ()
 
-    result = ProblemResult(problem, Config({"number": 0}), blemishes=spoken)
+    result = ProblemResult(problem, Config({"number": 0}), performance_warnings=spoken)
     for number in range(6):
         config = Config({"number": number})
         kernel = BuiltKernel(str(number), Path("never-loaded"), Recipe((), (), "rows"), config)
-        result.candidates[config] = Candidate(config, kernel, 10.0 + number, Bond(""))
+        result.candidates[config] = Candidate(config, kernel, 10.0 + number, PlanConstraint(""))
     return result
 
 
@@ -82,10 +82,10 @@ def test_finalists_are_clean_where_enough_are() -> None:
     result = found({0, 2})
     assert numbers(result.finalists(3)) == [1, 3, 4]
     assert numbers(result.set_aside(3)) == [0, 2]
-    assert numbers(result.finalists(3, Bond("other"))) == []
+    assert numbers(result.finalists(3, PlanConstraint("other"))) == []
 
 
-def test_blemished_ones_follow_where_nothing_else_is_left() -> None:
+def test_performance_warninged_ones_follow_where_nothing_else_is_left() -> None:
     result = found({0, 1, 2, 3})
     assert numbers(result.finalists(3)) == [4, 5, 0]
     assert numbers(result.set_aside(3)) == [1, 2, 3]

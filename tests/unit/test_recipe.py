@@ -36,7 +36,7 @@ GPU_RECIPE = Recipe(
         ),
         Launch(artifact="cd34", entry="multiply", arguments=()),
     ),
-    dynamic_size="tokens",
+    size_name="tokens",
     workspace_bytes="4 * rows + threads * tokens",
     workspace_zeroed=True,
     guards=(Guard("tokens", 8),),
@@ -74,7 +74,7 @@ def test_recipes_of_an_op_agree_with_its_signatures(op, arch) -> None:
             assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
             assert recipe.tensors == op.tensors(signature)
             assert recipe.abi_version == ABI_VERSION
-            assert recipe.dynamic_size in recipe.sizes
+            assert recipe.size_name in recipe.sizes
             known = {*recipe.sizes, "threads"}
             assert IntExpr(recipe.workspace_bytes).symbols <= known
             names = [tensor.name for tensor in recipe.tensors]

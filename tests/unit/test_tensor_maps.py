@@ -17,7 +17,7 @@ from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature as MoeGem
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.recipe.model import Recipe
 from tilewright.errors import TilewrightError
-from tilewright.tuner.campaign.variants import BuildResult, Workshop
+from tilewright.tuner.campaign.variants import BuildResult, VariantBuilder
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     return tmp_path_factory.mktemp("cache")
 
 
-def build(signature: MoeGemm, arch_name: str, folder: Path, **knobs: Any) -> tuple[Workshop, BuildResult]:
+def build(signature: MoeGemm, arch_name: str, folder: Path, **knobs: Any) -> tuple[VariantBuilder, BuildResult]:
     arch = GPU_ARCHS[arch_name]
     template = next(t for t in OP.templates if t.name == PERSISTENT)
     precision = knobs.get("precision", "bf16")
@@ -43,15 +43,15 @@ def build(signature: MoeGemm, arch_name: str, folder: Path, **knobs: Any) -> tup
     config = OP.space(signature, arch, precisions=(precision,)).lift(PERSISTENT, own)
     assert {name: config[name] for name in (*TILE, *knobs)} == {**TILE, **knobs}
     with TritonBuilder(arch, folder) as builder:
-        workshop = Workshop(OP, signature, arch, builder)
-        (built,) = workshop.build([config])
+        variant_builder = VariantBuilder(OP, signature, arch, builder)
+        (built,) = variant_builder.build([config])
     assert built.path is not None, built.message
-    return workshop, built
+    return variant_builder, built
 
 
 def test_a_stored_recipe_holds_all_that_a_tensor_map_needs(folder: Path) -> None:
-    workshop, built = build(PLAIN, "sm_90", folder)
-    record, _ = workshop.record(built, "compiled")
+    variant_builder, built = build(PLAIN, "sm_90", folder)
+    record, _ = variant_builder.record(built, "compiled")
     recipe = Recipe.from_dict(json.loads(json.dumps(record.recipe)))
     x, weight, *others = (argument.map for argument in recipe.launches[0].arguments)
     assert x is not None
@@ -71,19 +71,19 @@ def test_a_stored_recipe_holds_all_that_a_tensor_map_needs(folder: Path) -> None
 
 
 def test_binaries_copy_by_the_maps_and_count_as_wide(folder: Path) -> None:
-    workshop, built = build(PLAIN, "sm_90", folder)
-    (entry,) = workshop.record(built, "compiled")[0].facts["entries"]
+    variant_builder, built = build(PLAIN, "sm_90", folder)
+    (entry,) = variant_builder.record(built, "compiled")[0].facts["entries"]
     assert entry["instructions"]["streamed_load_bytes"] == 0
     assert entry["wide_loads"]
     assert any(name.startswith("UTMALDG") for name in entry["instructions"]["copies"])
     assert any(name.startswith("HGMMA") for name in entry["instructions"]["mma"])
-    assert workshop.blemishes(built.kernel) == ()
+    assert variant_builder.performance_warnings(built.kernel) == ()
 
 
 @pytest.mark.parametrize("overlap", ["none", "warp_specialize"])
 def test_rows_of_tokens_are_gathered_by_the_map(folder: Path, overlap: str) -> None:
-    workshop, built = build(UP, "sm_100", folder, overlap=overlap)
-    record, _ = workshop.record(built, "compiled")
+    variant_builder, built = build(UP, "sm_100", folder, overlap=overlap)
+    record, _ = variant_builder.record(built, "compiled")
     (entry,) = record.facts["entries"]
     assert "UTMALDG.2D.GATHER4" in entry["instructions"]["copies"]
     assert any(name.startswith("UTCHMMA") for name in entry["instructions"]["mma"])
@@ -97,8 +97,8 @@ def test_rows_of_tokens_are_gathered_by_the_map(folder: Path, overlap: str) -> N
 
 
 def test_elements_of_four_bits_are_mapped_as_bytes(folder: Path) -> None:
-    workshop, built = build(PLAIN, "sm_90", folder, precision="int4g64", x_loads="pointers", block_k=128)
-    launch = Recipe.from_dict(workshop.record(built, "compiled")[0].recipe).launches[0]
+    variant_builder, built = build(PLAIN, "sm_90", folder, precision="int4g64", x_loads="pointers", block_k=128)
+    launch = Recipe.from_dict(variant_builder.record(built, "compiled")[0].recipe).launches[0]
     x, weight = (argument.map for argument in launch.arguments[:2])
     assert x is None
     assert weight is not None

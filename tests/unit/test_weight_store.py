@@ -11,7 +11,7 @@ from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.ops.moe_gemm.declaration import MoeGemm
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.errors import TilewrightError
-from tilewright.tuner.evaluation.cpu.arena import SharedRegion
+from tilewright.tuner.evaluation.cpu.shared_memory import SharedRegion
 from tilewright.tuner.evaluation.cpu.weights import WeightStore, declared_bytes
 
 SIGNATURE = MoeGemmSignature(stage="plain", experts=3, n=16, k=8, bias=True)

@@ -24,13 +24,13 @@ from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.space import Config, Space
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.loop import Budget, Origin, ProblemResult, ProblemTuner
-from tilewright.tuner.campaign.precision import FrontPoint, admit, bond_by_precision, front, left_out, storable
+from tilewright.tuner.campaign.precision import FrontPoint, admit, constraint_by_precision, front, left_out, storable
 from tilewright.tuner.campaign.progress import Progress
 from tilewright.tuner.campaign.target import Target
-from tilewright.tuner.campaign.variants import Bond, Workshop
+from tilewright.tuner.campaign.variants import PlanConstraint, VariantBuilder
 from tilewright.tuner.evaluation.checking import PrecisionError
 from tilewright.tuner.evaluation.interface import Evaluator
-from tilewright.tuner.plan.constraint import Final, Settled, choose_bonds, kept
+from tilewright.tuner.plan.constraint import Final, Settled, choose_constraints, kept
 from tilewright.tuner.plan.facts import costs_document
 from tilewright.tuner.plan.finals import Finals, Probed, Verdict
 from tilewright.tuner.plan.prove import Default, Proof
@@ -118,7 +118,7 @@ class SignatureReport:
         variant = self.verdict.grid[0].default.built.variant
         joins = variant.layout_key in plan.layout.split("+")
         if plan.batch_invariant:  # the verdict knows the order of sums of the plan that it led to, and of no other
-            joins = plan is self.plan and variant.bond in self.verdict.settled.bonds
+            joins = plan is self.plan and variant.constraint in self.verdict.settled.constraints
         return Default(variant.key, variant.layout_key, joins)
 
 
@@ -196,7 +196,9 @@ class Campaign:
         request = self._request
         mine = SignatureReport(signature)
         target = self._target
-        workshop = Workshop(request.op, signature, target.arch, target.builder, batch_invariant=request.batch_invariant)
+        variant_builder = VariantBuilder(
+            request.op, signature, target.arch, target.builder, batch_invariant=request.batch_invariant
+        )
         origin = Origin(run_id, target.device.key, target.threads, request.seed, request.search)
         self._progress.say(format_shape(signature.to_dict()))
         precisions = storable(request.precisions, request.op.precisions(signature, target.arch), self._progress.say)
@@ -206,7 +208,7 @@ class Campaign:
             self._progress.say(space.summary())
             make_tuner = partial(
                 ProblemTuner,
-                workshop=workshop,
+                variant_builder=variant_builder,
                 evaluator=evaluator,
                 store=self._store,
                 origin=origin,
@@ -217,25 +219,25 @@ class Campaign:
             until = time.monotonic() + (deadline - time.monotonic()) * len(problems) / left
             for tuner in tuners:
                 if request.resume:
-                    tuner.replay(self._earlier(tuner.result.problem, space, workshop))
+                    tuner.replay(self._earlier(tuner.result.problem, space, variant_builder))
             explore = ceil(request.trials * _EXPLORE_SHARE)
             self._search(tuners, space, explore, _share(until, 1 - _REFINE_SHARE - _FINAL_SHARE))
-            bonds = choose_bonds(mine.results, request.weight_copies)
-            if request.batch_invariant and not bonds and any(tuner.result.candidates for tuner in tuners):
+            constraints = choose_constraints(mine.results, request.weight_copies)
+            if request.batch_invariant and not constraints and any(tuner.result.candidates for tuner in tuners):
                 raise TilewrightError(
                     f"no kernel of {signature.describe()} adds up in an order that is its own whatever the batch; "
                     "leave out --batch-invariant"
                 )
-            if bonds:
-                layouts = " and ".join(dict.fromkeys(bond.layout for bond in bonds))
+            if constraints:
+                layouts = " and ".join(dict.fromkeys(constraint.layout for constraint in constraints))
                 if layouts:
                     self._progress.say(f"searching on in the weight layout {layouts}")
                 # The default alone may read that layout, where its template is not searched.
-                within = self._with_bonds(space, workshop, bonds) or space
+                within = self._with_constraints(space, variant_builder, constraints) or space
                 remaining = _REFINE_SHARE / (_REFINE_SHARE + _FINAL_SHARE)
                 self._search(tuners, within, request.trials, _share(until, remaining))
                 finals = Finals(make_tuner, evaluator, self._progress, copies=request.weight_copies, until=until)
-                self._finish(mine, bonds, tuners, finals, workshop, evaluator)
+                self._finish(mine, constraints, tuners, finals, variant_builder, evaluator)
             spent = evaluator.spent
         report.build_s += sum(tuner.build_s for tuner in tuners)
         report.check_s += spent.checking_s
@@ -260,29 +262,31 @@ class Campaign:
             siblings = [other.result for other in tuners if other is not tuner]
             tuner.search(space, budget, self._priors(problem, space, siblings))
 
-    def _with_bonds(self, space: Space, workshop: Workshop, bonds: Sequence[Bond]) -> Space:
-        """The part of ``space`` whose kernels have one of ``bonds``."""
-        chosen = [workshop.bond(config) in bonds for config in space]
+    def _with_constraints(
+        self, space: Space, variant_builder: VariantBuilder, constraints: Sequence[PlanConstraint]
+    ) -> Space:
+        """The part of ``space`` whose kernels have one of ``constraints``."""
+        chosen = [variant_builder.constraint(config) in constraints for config in space]
         return Space(space.parameters, space.indices[np.array(chosen)])
 
     def _finish(
         self,
         mine: SignatureReport,
-        bonds: Sequence[Bond],
+        constraints: Sequence[PlanConstraint],
         tuners: Sequence[ProblemTuner],
         finals: Finals,
-        workshop: Workshop,
+        variant_builder: VariantBuilder,
         evaluator: Evaluator,
     ) -> None:
         """Race the finalists, store the plan and the kernels that are worth keeping, and probe the plan."""
         self._progress.say(self._target.finals)
-        keep = partial(self._keep, workshop, evaluator)
+        keep = partial(self._keep, variant_builder, evaluator)
         op, signature, arch = self._request.op, mine.signature, self._target.arch
         # The default's layout is the one in which no size can be slower than the default.
-        default = workshop.bond(op.default_config(signature, arch))
+        default = variant_builder.constraint(op.default_config(signature, arch))
         defaults = [op.default_for(tuner.result.problem, arch) for tuner in tuners]
-        of_precisions = bond_by_precision(mine.results)
-        in_question = [*bonds, *([default] if default else []), *of_precisions.values()]
+        of_precisions = constraint_by_precision(mine.results)
+        in_question = [*constraints, *([default] if default else []), *of_precisions.values()]
         mine.verdict = finals.run(tuners, list(dict.fromkeys(in_question)))
         decided = {final.problem.key: final for final in mine.finals}
         for tuner in tuners:
@@ -299,8 +303,8 @@ class Campaign:
         keep([*served, *defaults])
         mine.plan = self._plan(mine.verdict)
         self._store.put_plan(mine.plan)
-        others = [bond for name, bond in of_precisions.items() if name != mine.plan.precision]
-        verdicts = [verdict for bond in others if (verdict := finals.within(bond)) and verdict.finals]
+        others = [constraint for name, constraint in of_precisions.items() if name != mine.plan.precision]
+        verdicts = [verdict for constraint in others if (verdict := finals.within(constraint)) and verdict.finals]
         points = [self._point(mine.verdict, mine.plan), *(self._point(v, self._plan(v)) for v in verdicts)]
         mine.front = front(points)
         exact = op.lossless(signature)
@@ -342,29 +346,31 @@ class Campaign:
             facts=costs_document(verdict),
         )
 
-    def _keep(self, workshop: Workshop, evaluator: Evaluator, configs: Sequence[Config]) -> None:
+    def _keep(self, variant_builder: VariantBuilder, evaluator: Evaluator, configs: Sequence[Config]) -> None:
         """Store kernels, source and bytes, so that they can be served and compared."""
-        for built in workshop.build(list(dict.fromkeys(configs))):
+        for built in variant_builder.build(list(dict.fromkeys(configs))):
             if built.path is None:
                 continue  # a default that cannot be launched
-            record, artifacts = workshop.record(built, evaluator.checked(built.variant.key))
+            record, artifacts = variant_builder.record(built, evaluator.checked(built.variant.key))
             self._store.add_kernel(record, artifacts)
 
-    def _earlier(self, problem: Problem, space: Space, workshop: Workshop) -> list[TrialRecord]:
+    def _earlier(self, problem: Problem, space: Space, variant_builder: VariantBuilder) -> list[TrialRecord]:
         """Trials of earlier runs on this problem, oldest first: of kernels that would be built from the same text.
 
         A template or compiler that changed since makes other kernels of the same configs.
         """
         target = self._target
         known = self._store.trials(problem_key=problem.key, device_key=target.device.key, threads=target.threads)
-        same = {config: workshop.variant(config).key for trial in known if (config := Config(trial.config)) in space}
+        same = {
+            config: variant_builder.variant(config).key for trial in known if (config := Config(trial.config)) in space
+        }
         return [trial for trial in known if same.get(Config(trial.config)) == trial.kernel_key]
 
     def _priors(self, problem: Problem, space: Space, siblings: Sequence[ProblemResult]) -> Iterator[Prior]:
         """What is known beforehand: by a model, of this run's other sizes, nearest first, then of the database's."""
         yield from self._target.priors(self._request.op, problem, space)
-        size = problem.dynamic_size
-        for result in sorted(siblings, key=lambda r: abs(log(r.problem.dynamic_size / size))):
+        size = problem.size
+        for result in sorted(siblings, key=lambda r: abs(log(r.problem.size / size))):
             best = result.ranked()[:_PRIOR_CONFIGS]
             yield Prior(result.problem.title, tuple((c.config, c.time_us) for c in best))
         seen = {result.problem.key for result in siblings}
@@ -394,4 +400,4 @@ def _by_signature(problems: Sequence[Problem]) -> Iterator[tuple[Signature, list
     for problem in problems:
         groups.setdefault(problem.signature.key, []).append(problem)
     for group in groups.values():
-        yield group[0].signature, sorted(group, key=lambda p: p.dynamic_size)
+        yield group[0].signature, sorted(group, key=lambda p: p.size)

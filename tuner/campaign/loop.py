@@ -14,7 +14,7 @@ from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.base import Problem
 from tilewright.codegen.space import Config, Space
 from tilewright.tuner.campaign.progress import Progress
-from tilewright.tuner.campaign.variants import Bond, BuildResult, Workshop
+from tilewright.tuner.campaign.variants import BuildResult, PlanConstraint, VariantBuilder
 from tilewright.tuner.evaluation.interface import Evaluator
 from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation
 from tilewright.tuner.search import Prior, SearchExhausted, ToldTrial, TuningStudy, make_search
@@ -64,8 +64,8 @@ class Candidate:
     kernel: BuiltKernel
     time_us: float
     """Median, corrected for the machine's drift; of several races, their geometric mean."""
-    bond: Bond | None
-    """See :attr:`tilewright.tuner.campaign.variants.Variant.bond`."""
+    constraint: PlanConstraint | None
+    """See :attr:`tilewright.tuner.campaign.variants.Variant.constraint`."""
     races: int = 1
 
     def raced_again(self, time_us: float) -> Candidate:
@@ -83,7 +83,7 @@ class ProblemResult:
     candidates: dict[Config, Candidate] = field(default_factory=dict)
     told: list[ToldTrial] = field(default_factory=list)
     """Every trial, with the time that the search was told."""
-    blemishes: Callable[[BuiltKernel], Sequence[str]] = lambda _kernel: ()
+    performance_warnings: Callable[[BuiltKernel], Sequence[str]] = lambda _kernel: ()
     """What speaks against a kernel that was not timed; nothing against one that was."""
 
     @property
@@ -96,14 +96,14 @@ class ProblemResult:
         """How many trials ended in which way."""
         return Counter(trial.outcome for trial in self.told)
 
-    def ranked(self, bond: Bond | None = None) -> list[Candidate]:
-        """Candidates, fastest first; with one bond if named."""
-        chosen = [c for c in self.candidates.values() if bond is None or c.bond == bond]
+    def ranked(self, constraint: PlanConstraint | None = None) -> list[Candidate]:
+        """Candidates, fastest first; with one constraint if named."""
+        chosen = [c for c in self.candidates.values() if constraint is None or c.constraint == constraint]
         return sorted(chosen, key=lambda c: c.time_us)
 
-    def finalists(self, count: int, bond: Bond | None = None) -> list[Candidate]:
+    def finalists(self, count: int, constraint: PlanConstraint | None = None) -> list[Candidate]:
         """The fastest ``count`` against which nothing speaks; where there are fewer, the fastest of the others, too."""
-        clean, others = self._sifted(count, bond)
+        clean, others = self._sifted(count, constraint)
         return (clean + others)[:count]
 
     def set_aside(self, count: int) -> list[Candidate]:
@@ -111,14 +111,14 @@ class ProblemResult:
         clean, others = self._sifted(count)
         return others if len(clean) == count else others[count - len(clean) :]
 
-    def _sifted(self, count: int, bond: Bond | None = None) -> tuple[list[Candidate], list[Candidate]]:
+    def _sifted(self, count: int, constraint: PlanConstraint | None = None) -> tuple[list[Candidate], list[Candidate]]:
         """The fastest ``count`` clean candidates, and those that were passed over to find them."""
         clean: list[Candidate] = []
         others: list[Candidate] = []
-        for candidate in self.ranked(bond):
+        for candidate in self.ranked(constraint):
             if len(clean) == count:
                 break
-            (others if self.blemishes(candidate.kernel) else clean).append(candidate)
+            (others if self.performance_warnings(candidate.kernel) else clean).append(candidate)
         return clean, others
 
 
@@ -129,20 +129,22 @@ class ProblemTuner:
         self,
         problem: Problem,
         *,
-        workshop: Workshop,
+        variant_builder: VariantBuilder,
         evaluator: Evaluator,
         store: Store,
         origin: Origin,
         progress: Progress,
     ) -> None:
         self._problem = problem
-        self._workshop = workshop
+        self._variant_builder = variant_builder
         self._evaluator = evaluator
         self._store = store
         self._origin = origin
         self._progress = progress
         self.result = ProblemResult(
-            problem, workshop.op.default_for(problem, workshop.arch), blemishes=workshop.blemishes
+            problem,
+            variant_builder.op.default_for(problem, variant_builder.arch),
+            performance_warnings=variant_builder.performance_warnings,
         )
         self.build_s = 0.0
         """Wall seconds spent building."""
@@ -166,7 +168,7 @@ class ProblemTuner:
         for b in built:
             config = b.variant.config
             if config in now:
-                self.result.candidates[config] = Candidate(config, b.kernel, now[config], b.variant.bond)
+                self.result.candidates[config] = Candidate(config, b.kernel, now[config], b.variant.constraint)
         for trial in searched:
             config = Config(trial.config)
             time_us = now.get(config, drift * trial.median_us) if trial.median_us is not None else None
@@ -174,7 +176,7 @@ class ProblemTuner:
 
     def _worth_racing(self, times: Mapping[Config, float], finals: Sequence[TrialRecord]) -> list[Config]:
         """The default, the fastest of earlier last races, and the fastest of the search in each weight layout."""
-        op, signature, arch = self._workshop.op, self._workshop.signature, self._workshop.arch
+        op, signature, arch = self._variant_builder.op, self._variant_builder.signature, self._variant_builder.arch
         by_layout: dict[str, list[Config]] = {}
         for config in sorted(times, key=lambda config: times[config]):
             by_layout.setdefault(op.layout_key(signature, config, arch), []).append(config)
@@ -214,7 +216,7 @@ class ProblemTuner:
     def _next_batch(self, study: TuningStudy, space: Space, count: int) -> list[Config]:
         """What the search asks for, after the default and the op's starting configs where they have not been tried."""
         tried = {trial.config for trial in self.result.told}
-        op, signature, arch = self._workshop.op, self._workshop.signature, self._workshop.arch
+        op, signature, arch = self._variant_builder.op, self._variant_builder.signature, self._variant_builder.arch
         precisions = next((p.values for p in space.parameters if p.name == "precision"), (LOSSLESS,))
         starts = op.starting_configs(signature, arch, [str(name) for name in precisions if name is not None])
         first = [self.result.default, *(config for config in starts if space.find(config) is not None)]
@@ -230,7 +232,7 @@ class ProblemTuner:
 
     def _build(self, configs: Sequence[Config]) -> list[BuildResult]:
         begin = time.monotonic()
-        built = self._workshop.build(configs, self._progress.built)
+        built = self._variant_builder.build(configs, self._progress.built)
         self.build_s += time.monotonic() - begin
         return built
 
@@ -255,7 +257,7 @@ class ProblemTuner:
             study.tell(build.variant.config, told_us, outcome=trial.outcome.value)
             if told_us is not None:
                 result.candidates[build.variant.config] = Candidate(
-                    build.variant.config, build.kernel, told_us, build.variant.bond
+                    build.variant.config, build.kernel, told_us, build.variant.constraint
                 )
         self._store.add_trials(trials)
 
@@ -308,8 +310,8 @@ class ProblemTuner:
             }
         return TrialRecord(
             run_id=self._origin.run_id,
-            op=self._workshop.op.name,
-            signature_key=self._workshop.signature.key,
+            op=self._variant_builder.op.name,
+            signature_key=self._variant_builder.signature.key,
             problem_key=self._problem.key,
             problem=self._problem.to_dict(),
             device_key=self._origin.device_key,

@@ -10,10 +10,10 @@ from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.base import Problem
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.loop import ProblemResult
-from tilewright.tuner.campaign.variants import Bond
+from tilewright.tuner.campaign.variants import PlanConstraint
 from tilewright.tuner.evaluation.checking import PrecisionError
 from tilewright.tuner.evaluation.interface import Evaluator
-from tilewright.tuner.plan.constraint import Final, choose_bonds
+from tilewright.tuner.plan.constraint import Final, choose_constraints
 from tilewright.tuning_db.records import PlanRecord
 
 DEFAULT_MAX_ERROR = 0.01
@@ -85,11 +85,11 @@ def admit(
     return admitted
 
 
-def bond_by_precision(results: Sequence[ProblemResult]) -> dict[str, Bond]:
-    """The best bond of every precision that some kernel reads weights in."""
+def constraint_by_precision(results: Sequence[ProblemResult]) -> dict[str, PlanConstraint]:
+    """The best constraint of every precision that some kernel reads weights in."""
     names = dict.fromkeys(c.kernel.recipe.precision for result in results for c in result.candidates.values())
-    chosen = {name: choose_bonds(results, precision=name) for name in names}
-    return {name: bonds[0] for name, bonds in chosen.items() if bonds}
+    chosen = {name: choose_constraints(results, precision=name) for name in names}
+    return {name: constraints[0] for name, constraints in chosen.items() if constraints}
 
 
 def left_out(admitted: Iterable[str], points: Sequence[FrontPoint], chosen: Sequence[FrontPoint]) -> list[str]:

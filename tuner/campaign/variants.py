@@ -19,12 +19,12 @@ from tilewright.codegen.recipe.model import Recipe
 from tilewright.codegen.rendering import render
 from tilewright.codegen.space import Config
 from tilewright.tuner.evaluation.outcome import BuiltKernel
-from tilewright.tuner.report.inspection import Inspector, blemishes, spills
+from tilewright.tuner.report.inspection import Inspector, performance_warnings, spills
 from tilewright.tuning_db.records import ArtifactRecord, Checked, KernelRecord
 
 
 @dataclass(frozen=True, order=True)
-class Bond:
+class PlanConstraint:
     """What the kernels of a plan share."""
 
     layout: str
@@ -44,7 +44,7 @@ class Variant:
     recipe: Recipe
     key: str
     """Identity of the kernel: lists everything that would make another one of it."""
-    bond: Bond | None
+    constraint: PlanConstraint | None
     """What it would share with the others of a plan; None: no plan that is asked for may use it."""
 
     @property
@@ -80,7 +80,7 @@ class BuildResult:
         return BuiltKernel(self.variant.key, self.path, self.variant.recipe, self.variant.config, self.facts)
 
 
-class Workshop:
+class VariantBuilder:
     """Renders and builds the variants of one signature for one arch; plans may have to be ``batch_invariant``."""
 
     def __init__(
@@ -98,20 +98,20 @@ class Workshop:
         self.arch = arch
         self._builder = builder
         self._inspector = Inspector()
-        self._blemishes: dict[Config, tuple[str, ...]] = {}
+        self._performance_warnings: dict[Config, tuple[str, ...]] = {}
 
     @property
     def toolchain(self) -> str:
         """What builds: compiler and flags."""
         return self._builder.toolchain
 
-    def bond(self, config: Config) -> Bond | None:
-        """What the config's kernel would share with the others of a plan; see :attr:`Variant.bond`."""
+    def constraint(self, config: Config) -> PlanConstraint | None:
+        """What the config's kernel would share with the others of a plan; see :attr:`Variant.constraint`."""
         layout = self.op.layout_key(self.signature, config, self.arch)
         if not self._batch_invariant:
-            return Bond(layout)
+            return PlanConstraint(layout)
         order = self.op.order_key(self.signature, config, self.arch)
-        return None if order is None else Bond(layout, order)
+        return None if order is None else PlanConstraint(layout, order)
 
     def variant(self, config: Config) -> Variant:
         """Render ``config``."""
@@ -127,7 +127,7 @@ class Workshop:
             "recipe": recipe.to_dict(),
         }
         entries = template.entries(self.signature, config, self.arch) if template.entries else ()
-        return Variant(config, source, entries, recipe, stable_key(identity), self.bond(config))
+        return Variant(config, source, entries, recipe, stable_key(identity), self.constraint(config))
 
     def build(self, configs: Sequence[Config], progress: Callable[[int], None] | None = None) -> list[BuildResult]:
         """Render and build ``configs`` side by side, one result each, in order."""
@@ -183,15 +183,15 @@ class Workshop:
         )
         return record, artifacts
 
-    def blemishes(self, kernel: BuiltKernel) -> tuple[str, ...]:
+    def performance_warnings(self, kernel: BuiltKernel) -> tuple[str, ...]:
         """What speaks against a GPU kernel that was not timed; see tuner/report/inspection.py."""
         if not kernel.facts:
             return ()
-        if kernel.config not in self._blemishes:
+        if kernel.config not in self._performance_warnings:
             found = ("spills registers",) if spills(kernel.facts) else self._of_instructions(kernel.config)
-            self._blemishes[kernel.config] = found
-        return self._blemishes[kernel.config]
+            self._performance_warnings[kernel.config] = found
+        return self._performance_warnings[kernel.config]
 
     def _of_instructions(self, config: Config) -> tuple[str, ...]:
         (built,) = self.build([config])
-        return blemishes(built.facts, self._inspector.instructions(built.variant.source, built.files))
+        return performance_warnings(built.facts, self._inspector.instructions(built.variant.source, built.files))

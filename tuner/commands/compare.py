@@ -99,7 +99,7 @@ def _variants(store: Store, summary: ProblemSummary, top: int) -> dict[str, Any]
     return {
         "problem": summary.problem_key,
         "signature": problem.signature.to_dict(),
-        "tokens": problem.dynamic_size,
+        "tokens": problem.size,
         "threads": summary.threads,
         "device": summary.device_key,
         "roofline_us": bound_us,

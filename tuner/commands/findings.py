@@ -146,7 +146,7 @@ class Findings:
 
     def _row(self, final: Final, served: Deployed | None) -> Sequence[str]:
         return (
-            str(final.problem.dynamic_size),
+            str(final.problem.size),
             format_us(served.torch.median) if served else "-",
             format_us(final.default_us.median_us or 0),
             format_us(final.winner_us.median_us or 0),
@@ -161,7 +161,7 @@ class Findings:
         """The plan at ``problem`` raced against plain torch, where it was."""
         mine = next(each for each in self.report.signatures if each.signature == problem.signature)
         rows = mine.proof.rows if mine.proof else ()
-        return next((row for row in rows if row.tokens == problem.dynamic_size), None)
+        return next((row for row in rows if row.tokens == problem.size), None)
 
     def _roofline_share(self, final: Final) -> float:
         request = self.request
@@ -191,7 +191,7 @@ class Findings:
     def _final_document(self, final: Final) -> dict[str, Any]:
         served = self.served(final.problem)
         return {
-            "tokens": final.problem.dynamic_size,
+            "tokens": final.problem.size,
             "kernel": final.winner.variant.key,
             "config": dict(final.winner.variant.config),
             "timing": "measured",
@@ -218,7 +218,7 @@ def _point_document(point: FrontPoint) -> dict[str, Any]:
         **point_document(point),
         "problems": [
             {
-                "tokens": final.problem.dynamic_size,
+                "tokens": final.problem.size,
                 "kernel": final.winner.variant.key,
                 **measured_document(final.winner_us),
             }

@@ -106,7 +106,7 @@ class PredictedFindings:
         spilled = "!" if any(facts.spills for facts in final.winner.facts) else ""
         same = final.winner.variant.key == final.default.variant.key
         return (
-            str(final.problem.dynamic_size),
+            str(final.problem.size),
             format_us(final.default_us.median_us or 0),
             format_us(tuned.median_us or 0),
             format_interval(tuned.median_us or 0, tuned.low_us, tuned.high_us),
@@ -153,8 +153,8 @@ class PredictedFindings:
             "plan": [asdict(entry) for entry in mine.plan.entries] if mine.plan else [],
             "binaries": dict(
                 zip(
-                    ("kept", "blemished", "set_aside", "blemished_defaults"),
-                    (sum(column) for column in zip(*map(_blemished, mine.results), strict=True)),
+                    ("kept", "warned", "set_aside", "warned_defaults"),
+                    (sum(column) for column in zip(*map(_warned, mine.results), strict=True)),
                     strict=True,
                 )
             ),
@@ -164,7 +164,7 @@ class PredictedFindings:
     def _final_document(self, final: Final) -> dict[str, Any]:
         prediction = self._prediction(final.problem, final.winner)
         return {
-            "tokens": final.problem.dynamic_size,
+            "tokens": final.problem.size,
             "kernel": final.winner.variant.key,
             "config": dict(final.winner.variant.config),
             "timing": final.winner_us.timing,
@@ -199,23 +199,23 @@ def _plan(mine: SignatureReport) -> list[str]:
 
 def _binaries(mine: SignatureReport) -> list[str]:
     """How many of the kernels that were kept spill or load narrowly; and how many that seem faster were not."""
-    told = [_blemished(result) for result in mine.results if result.candidates]
+    told = [_warned(result) for result in mine.results if result.candidates]
     if not told:
         return []
-    kept, blemished, aside, defaults = (sum(column) for column in zip(*told, strict=True))
-    text = f"binaries: of the fastest {KEPT_PER_PROBLEM} of each size {blemished} of {kept} spill registers or load "
+    kept, warned, aside, defaults = (sum(column) for column in zip(*told, strict=True))
+    text = f"binaries: of the fastest {KEPT_PER_PROBLEM} of each size {warned} of {kept} spill registers or load "
     text += f"less than 16 bytes of weights or keys at a time, and of the defaults {defaults} of {len(told)}; "
     text += f"{aside} that are predicted faster were set aside for that"
     return wrapped(text, terminal_width())
 
 
-def _blemished(result: ProblemResult) -> tuple[int, int, int, int]:
-    """Kernels kept, those of them with blemishes, those set aside, and whether the default has any."""
+def _warned(result: ProblemResult) -> tuple[int, int, int, int]:
+    """Kernels kept, those of them with performance_warnings, those set aside, and whether the default has any."""
     kept = result.finalists(KEPT_PER_PROBLEM)
     default = result.candidates.get(result.default)
     return (
         len(kept),
-        sum(bool(result.blemishes(each.kernel)) for each in kept),
+        sum(bool(result.performance_warnings(each.kernel)) for each in kept),
         len(result.set_aside(KEPT_PER_PROBLEM)),
-        bool(default and result.blemishes(default.kernel)),
+        bool(default and result.performance_warnings(default.kernel)),
     )

@@ -69,7 +69,7 @@ class _KnownProblem:
     """One problem, and its correct trials."""
 
     summary: ProblemSummary
-    dynamic_size: int
+    size: int
     trials: list[TrialRecord]
 
     @property
@@ -95,14 +95,14 @@ def _everything(store: Store) -> list[_Known]:
             (summary.signature_key, summary.device_key, summary.threads),
             _Known(problem.signature.to_dict(), summary.device_key, summary.threads),
         )
-        group.problems.append(_KnownProblem(summary, problem.dynamic_size, right_trials(store, summary)))
+        group.problems.append(_KnownProblem(summary, problem.size, right_trials(store, summary)))
     for plan in store.plans():
         group = known.setdefault(
             (plan.signature_key, plan.device_key, plan.threads), _Known(plan.signature, plan.device_key, plan.threads)
         )
         group.plans.append(plan)
     for group in known.values():
-        group.problems.sort(key=lambda problem: problem.dynamic_size)
+        group.problems.sort(key=lambda problem: problem.size)
     return list(known.values())
 
 
@@ -146,7 +146,7 @@ def _plan_document(plan: PlanRecord, problems: Sequence[_KnownProblem]) -> dict[
 
 def _entry_document(entry: PlanEntry, problems: Sequence[_KnownProblem]) -> dict[str, Any]:
     """One row of a plan, with the trials that its times come from; None for those that are not in the database."""
-    sized = [problem for problem in problems if problem.dynamic_size == entry.tuned_tokens]
+    sized = [problem for problem in problems if problem.size == entry.tuned_tokens]
 
     def trial(median_us: float | None) -> dict[str, Any] | None:
         found = next((t for problem in sized if median_us and (t := problem.timed(median_us))), None)
@@ -176,7 +176,7 @@ _HEAD = ("problem", "tokens", "trials", "best", "interval", "n", "error", "timin
 def _row(problem: _KnownProblem) -> tuple[str, ...]:
     best, summary = problem.best, problem.summary
     trials = f"{summary.trials} ({problem.failed} failed)" if problem.failed else str(summary.trials)
-    counts = (summary.problem_key[:8], str(problem.dynamic_size), trials)
+    counts = (summary.problem_key[:8], str(problem.size), trials)
     if best is None or best.median_us is None:
         return (*counts, *("-",) * 4, "none", "none")
     return (
@@ -248,7 +248,7 @@ def _kernel_lines(kernel: KernelRecord, trials: Sequence[TrialRecord]) -> list[s
     rows = [
         (
             trial.problem_key[:8],
-            str(find_op(trial.op).problem_from_dict(trial.problem).dynamic_size),
+            str(find_op(trial.op).problem_from_dict(trial.problem).size),
             str(trial.threads),
             trial.search,
             trial.outcome.value,

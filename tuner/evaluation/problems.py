@@ -11,8 +11,8 @@ import numpy as np
 
 from tilewright.codegen.ops.base import Arrays, OpDeclaration, Problem
 from tilewright.codegen.recipe.model import TensorSpec
-from tilewright.tuner.evaluation.cpu.arena import Block, SharedRegion, share
 from tilewright.tuner.evaluation.cpu.binding import DTYPES, outputs_of, shape_of, sizes_of
+from tilewright.tuner.evaluation.cpu.shared_memory import Block, SharedRegion, share
 
 _REFERENCE_ITEMSIZE = 8
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tilewright.codegen.ops.base import Problem
 from tilewright.codegen.space import Config
 from tilewright.tuner.campaign.loop import Candidate, ProblemResult, ProblemTuner
-from tilewright.tuner.campaign.variants import Bond, BuildResult
+from tilewright.tuner.campaign.variants import BuildResult, PlanConstraint
 from tilewright.tuner.evaluation.outcome import Evaluation
 from tilewright.tuner.evaluation.statistics import MIN_SAMPLES, TOLERATED, Ratio, clearly_slower
 from tilewright.tuning_db.records import Outcome
@@ -25,10 +25,10 @@ _WORTH_A_COPY = 0.02
 class Settled:
     """What the kernels of a plan may share, and what the restriction costs."""
 
-    bonds: tuple[Bond, ...]
+    constraints: tuple[PlanConstraint, ...]
     """One, unless more copies of the weights are allowed; all of one order."""
     cost: float
-    """Geometric mean, over the tuned sizes, of the best time with these bonds against the best time with any."""
+    """Geometric mean, over the tuned sizes, of the best time with these constraints against the best time with any."""
     order_cost: float = 1.0
     """The same against as many weight layouts with any order of sums."""
     another: Settled | None = None
@@ -37,12 +37,12 @@ class Settled:
     @property
     def layout(self) -> str:
         """The weight layouts."""
-        return "+".join(dict.fromkeys(bond.layout for bond in self.bonds))
+        return "+".join(dict.fromkeys(constraint.layout for constraint in self.constraints))
 
     @property
     def order(self) -> str:
         """The order of sums; empty where results may depend on the batch."""
-        return self.bonds[0].order
+        return self.constraints[0].order
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Finalist:
         return self.built.variant.key
 
     @property
-    def bond(self) -> Bond | None:
+    def constraint(self) -> PlanConstraint | None:
         """What it would share with others."""
-        return self.built.variant.bond
+        return self.built.variant.constraint
 
     @property
     def samples_us(self) -> NDArray[np.float64]:
@@ -86,16 +86,16 @@ class Raced:
     @property
     def size(self) -> int:
         """Dynamic size of the problem."""
-        return self.problem.dynamic_size
+        return self.problem.size
 
     @property
     def best(self) -> Finalist:
         """The fastest of all."""
         return min(self.right, key=lambda finalist: finalist.median_us)
 
-    def with_bonds(self, bonds: Collection[Bond]) -> list[Finalist]:
-        """Those with one of ``bonds``, fastest first."""
-        return sorted((each for each in self.right if each.bond in bonds), key=lambda each: each.median_us)
+    def with_constraints(self, constraints: Collection[PlanConstraint]) -> list[Finalist]:
+        """Those with one of ``constraints``, fastest first."""
+        return sorted((each for each in self.right if each.constraint in constraints), key=lambda each: each.median_us)
 
     def of(self, kernel_key: str) -> Finalist | None:
         """How one kernel did."""
@@ -123,14 +123,16 @@ class Final:
 
 @dataclass(frozen=True)
 class _Standing:
-    """The best with one bond at one size."""
+    """The best with one constraint at one size."""
 
     time_us: float
     slower: bool
     """Than the default."""
 
 
-def choose_bonds(results: Sequence[ProblemResult], copies: int = 1, precision: str | None = None) -> tuple[Bond, ...]:
+def choose_constraints(
+    results: Sequence[ProblemResult], copies: int = 1, precision: str | None = None
+) -> tuple[PlanConstraint, ...]:
     """What to search on in, of one precision if named; empty where no problem has a candidate.
 
     Those come first with which every problem has a candidate, then those with which none is slower than the default,
@@ -141,10 +143,10 @@ def choose_bonds(results: Sequence[ProblemResult], copies: int = 1, precision: s
     for result in solved:
         default = result.candidates.get(result.default)
         limit_us = default.time_us * (1 + TOLERATED) if default else math.inf
-        standings: dict[Bond, _Standing] = {}
+        standings: dict[PlanConstraint, _Standing] = {}
         for candidate in reversed(result.ranked()):
-            if candidate.bond is not None and precision in (None, candidate.kernel.recipe.precision):
-                standings[candidate.bond] = _Standing(candidate.time_us, candidate.time_us > limit_us)
+            if candidate.constraint is not None and precision in (None, candidate.kernel.recipe.precision):
+                standings[candidate.constraint] = _Standing(candidate.time_us, candidate.time_us > limit_us)
         sizes.append(standings)
     return _pick(sizes, [result.ranked()[0].time_us for result in solved], copies)
 
@@ -156,38 +158,38 @@ def settle(raced: Sequence[Raced], copies: int = 1) -> Settled:
     default's is always such another.
     """
 
-    def standings(each: Raced, *, ordered: bool) -> dict[Bond, _Standing]:
-        found: dict[Bond, _Standing] = {}
+    def standings(each: Raced, *, ordered: bool) -> dict[PlanConstraint, _Standing]:
+        found: dict[PlanConstraint, _Standing] = {}
         for finalist in sorted(each.right, key=lambda finalist: -finalist.median_us):
-            bond = finalist.bond if ordered else Bond(finalist.built.variant.layout_key)
-            if bond is not None:
-                found[bond] = _Standing(finalist.median_us, each.slower_than_default(finalist))
+            constraint = finalist.constraint if ordered else PlanConstraint(finalist.built.variant.layout_key)
+            if constraint is not None:
+                found[constraint] = _Standing(finalist.median_us, each.slower_than_default(finalist))
         return found
 
     best_us = [each.best.median_us for each in raced]
-    bonds = _pick([standings(each, ordered=True) for each in raced], best_us, copies)
-    if not bonds:
+    constraints = _pick([standings(each, ordered=True) for each in raced], best_us, copies)
+    if not constraints:
         return Settled((), 1.0)
-    settled = priced(bonds, raced)
+    settled = priced(constraints, raced)
     more = _pick([standings(each, ordered=True) for each in raced], best_us, copies + 1)
-    if len(more) > len(bonds):
+    if len(more) > len(constraints):
         settled = replace(settled, another=priced(more, raced))
     if not settled.order:
         return settled
     free = [standings(each, ordered=False) for each in raced]
-    free_bonds = _pick(free, best_us, copies)
+    free_constraints = _pick(free, best_us, copies)
     ratios = [
-        mine[0].median_us / min(each[bond].time_us for bond in free_bonds if bond in each)
-        for mine, each in zip([each.with_bonds(bonds) for each in raced], free, strict=True)
-        if mine and any(bond in each for bond in free_bonds)
+        mine[0].median_us / min(each[constraint].time_us for constraint in free_constraints if constraint in each)
+        for mine, each in zip([each.with_constraints(constraints) for each in raced], free, strict=True)
+        if mine and any(constraint in each for constraint in free_constraints)
     ]
     return replace(settled, order_cost=geometric_mean(ratios))
 
 
-def priced(bonds: Sequence[Bond], raced: Sequence[Raced]) -> Settled:
-    """The bonds with what they cost in the last races."""
-    losses = [mine[0].median_us / each.best.median_us for each in raced if (mine := each.with_bonds(bonds))]
-    return Settled(tuple(bonds), geometric_mean(losses))
+def priced(constraints: Sequence[PlanConstraint], raced: Sequence[Raced]) -> Settled:
+    """The constraints with what they cost in the last races."""
+    losses = [mine[0].median_us / each.best.median_us for each in raced if (mine := each.with_constraints(constraints))]
+    return Settled(tuple(constraints), geometric_mean(losses))
 
 
 def race_configs(tuner: ProblemTuner, configs: Sequence[Config], budget_s: float) -> Raced | None:
@@ -211,22 +213,26 @@ def geometric_mean(ratios: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0
 
 
-def _pick(sizes: Sequence[Mapping[Bond, _Standing]], best_us: Sequence[float], copies: int) -> tuple[Bond, ...]:
-    """The best bond, then, up to ``copies`` of one order, those that are worth their memory."""
+def _pick(
+    sizes: Sequence[Mapping[PlanConstraint, _Standing]], best_us: Sequence[float], copies: int
+) -> tuple[PlanConstraint, ...]:
+    """The best constraint, then, up to ``copies`` of one order, those that are worth their memory."""
 
-    def loss(bonds: tuple[Bond, ...]) -> tuple[int, int, float]:
-        served = [[each[bond] for bond in bonds if bond in each] for each in sizes]
+    def loss(constraints: tuple[PlanConstraint, ...]) -> tuple[int, int, float]:
+        served = [[each[constraint] for constraint in constraints if constraint in each] for each in sizes]
         fastest = [min(some, key=lambda s: s.time_us) if some else None for some in served]
         ratios = [mine.time_us / best for mine, best in zip(fastest, best_us, strict=True) if mine]
         return fastest.count(None), sum(mine.slower for mine in fastest if mine), geometric_mean(ratios)
 
-    known = sorted({bond for each in sizes for bond in each})
+    known = sorted({constraint for each in sizes for constraint in each})
     if not known:
         return ()
-    picked: tuple[Bond, ...] = (min(known, key=lambda bond: loss((bond,))),)
+    picked: tuple[PlanConstraint, ...] = (min(known, key=lambda constraint: loss((constraint,))),)
     while len(picked) < copies:
-        others = [bond for bond in known if bond not in picked and bond.order == picked[0].order]
-        better = min(((*picked, bond) for bond in others), key=loss, default=picked)
+        others = [
+            constraint for constraint in known if constraint not in picked and constraint.order == picked[0].order
+        ]
+        better = min(((*picked, constraint) for constraint in others), key=loss, default=picked)
         missing, slower, cost = loss(picked)
         if loss(better) >= (missing, slower, cost * (1 - _WORTH_A_COPY)):
             break

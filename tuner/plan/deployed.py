@@ -264,7 +264,7 @@ def _race(
             break
     intervals = {name: median_interval(taken) for name, taken in times.items()}
     return Deployed(
-        tokens=problem.dynamic_size,
+        tokens=problem.size,
         served=intervals[_SERVED],
         torch=intervals[_TORCH],
         default=intervals.get(_DEFAULT),

@@ -8,7 +8,7 @@ import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from tilewright.tuner.campaign.variants import Bond
+from tilewright.tuner.campaign.variants import PlanConstraint
 from tilewright.tuner.evaluation.statistics import TOLERATED, clearly_slower, paired_ratio
 from tilewright.tuner.plan.constraint import Finalist, Raced, geometric_mean
 
@@ -26,13 +26,13 @@ def equals_best(finalist: Finalist, best: Finalist) -> bool:
     return loss <= _NOISY and not clearly_slower(finalist.samples_us, best.samples_us, 0.0)
 
 
-def distil(grid: Sequence[Raced], bonds: Collection[Bond]) -> list[str]:
+def distil(grid: Sequence[Raced], constraints: Collection[PlanConstraint]) -> list[str]:
     """Keys of few kernels of which one is as good as the best at every size of ``grid``.
 
     Greedy: the next kernel is the one that is as good as the best at most of the sizes that are left, and of several
     such ones that which loses least over all sizes where it was raced.
     """
-    points = {each.size: each.with_bonds(bonds) for each in grid if each.with_bonds(bonds)}
+    points = {each.size: each.with_constraints(constraints) for each in grid if each.with_constraints(constraints)}
     good = {size: {f.key for f in ranked if equals_best(f, ranked[0])} for size, ranked in points.items()}
     loss: dict[str, float] = {}
     for key in sorted({key for keys in good.values() for key in keys}):
@@ -44,19 +44,19 @@ def distil(grid: Sequence[Raced], bonds: Collection[Bond]) -> list[str]:
     return chosen
 
 
-def assign(grid: Sequence[Raced], keys: Collection[str], bonds: Collection[Bond]) -> list[Finalist]:
+def assign(grid: Sequence[Raced], keys: Collection[str], constraints: Collection[PlanConstraint]) -> list[Finalist]:
     """Who serves at each size of ``grid``: of ``keys``, with as few switches as cost nothing.
 
     Nobody serves where it was slower than the default, as long as there is a choice; where none of ``keys`` was right,
-    the best with ``bonds`` serves.
+    the best with ``constraints`` serves.
 
     Raises:
-        ValueError: when nothing with these bonds was right at some size.
+        ValueError: when nothing with these constraints was right at some size.
 
     """
     choices: list[list[Finalist]] = []
     for each in grid:
-        fitting = each.with_bonds(bonds)
+        fitting = each.with_constraints(constraints)
         mine = [f for f in fitting if f.key in keys] or fitting
         choices.append([f for f in mine if not each.slower_than_default(f)] or mine[:1])
         if not choices[-1]:
@@ -85,10 +85,10 @@ def assign(grid: Sequence[Raced], keys: Collection[str], bonds: Collection[Bond]
     return path[::-1]
 
 
-def cost_of(grid: Sequence[Raced], chosen: Sequence[Finalist], bonds: Collection[Bond]) -> float:
-    """Geometric mean of the times of who serves, against the best with the same bonds at each size."""
+def cost_of(grid: Sequence[Raced], chosen: Sequence[Finalist], constraints: Collection[PlanConstraint]) -> float:
+    """Geometric mean of the times of who serves, against the best with the same constraints at each size."""
     pairs = zip(grid, chosen, strict=True)
-    return geometric_mean([mine.median_us / each.with_bonds(bonds)[0].median_us for each, mine in pairs])
+    return geometric_mean([mine.median_us / each.with_constraints(constraints)[0].median_us for each, mine in pairs])
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def _packed_bytes(layout: WeightLayout | RowLayout | None, dims: Sequence[int]) 
 
 def probed_document(rehearsed: Probed, proof: Proof) -> Document:
     """How the plan did at sizes drawn at random: in the worker while it was made, then frozen, as it is served."""
-    made = [size for each in rehearsed.rounds for size in (probe.problem.dynamic_size for probe in each)]
+    made = [size for each in rehearsed.rounds for size in (probe.problem.size for probe in each)]
     return {
         "sizes": [*made, *(size for drawn in proof.rounds for size in drawn)],
         "frozen": [row.tokens for row in proof.last],

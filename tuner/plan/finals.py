@@ -12,7 +12,7 @@ from tilewright.codegen.space import Config
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.loop import ProblemTuner
 from tilewright.tuner.campaign.progress import Progress
-from tilewright.tuner.campaign.variants import Bond
+from tilewright.tuner.campaign.variants import PlanConstraint
 from tilewright.tuner.evaluation.interface import Evaluator
 from tilewright.tuner.evaluation.statistics import Ratio, paired_ratio
 from tilewright.tuner.plan.constraint import Final, Finalist, Raced, Settled, priced, race_configs, settle
@@ -21,7 +21,7 @@ from tilewright.tuner.plan.entries import plan_entries
 from tilewright.tuning_db.records import CHECKED_LEVELS, TIMINGS, Checked, PlanEntry, Timing
 
 FINALISTS = 3
-"""Fastest candidates of a problem, with each bond in question, that are raced again at their own size."""
+"""Fastest candidates of a problem, with each constraint in question, that are raced again at their own size."""
 _TUNED_SHARE = 0.5
 """Of the time for the finals, for races at the tuned sizes."""
 _BETWEEN_SHARE = 0.6
@@ -69,12 +69,12 @@ class Verdict:
         """Rows of the plan."""
         changes = [a.size for a, b, c in zip(self.grid, self.chosen, self.chosen[1:], strict=False) if b.key != c.key]
         switches = {size: crossing.last_below for size, crossing in zip(changes, self.crossings, strict=True)}
-        return plan_entries(self.grid, self.chosen, switches, {final.problem.dynamic_size for final in self.finals})
+        return plan_entries(self.grid, self.chosen, switches, {final.problem.size for final in self.finals})
 
     @property
     def distilling_cost(self) -> float:
         """Geometric mean of the times of who serves, against the best at each size."""
-        return cost_of(self.grid, self.chosen, self.settled.bonds)
+        return cost_of(self.grid, self.chosen, self.settled.constraints)
 
     @property
     def sizes(self) -> set[int]:
@@ -108,7 +108,7 @@ class Probed:
     @property
     def mended_sizes(self) -> list[int]:
         """At which an earlier plan was slower than the default."""
-        return [probe.problem.dynamic_size for each in self.rounds[:-1] for probe in each if probe.slower]
+        return [probe.problem.size for each in self.rounds[:-1] for probe in each if probe.slower]
 
 
 class Finals:
@@ -139,31 +139,31 @@ class Finals:
         self._until = until
         self._tuned: list[Raced] = []
 
-    def run(self, tuners: Sequence[ProblemTuner], bonds: Sequence[Bond]) -> Verdict | None:
-        """Race the best with every bond in question, settle which, distil, decide; None when nothing was right."""
+    def run(self, tuners: Sequence[ProblemTuner], constraints: Sequence[PlanConstraint]) -> Verdict | None:
+        """Race the best with every constraint in question, settle which, distil, decide; None: nothing was right."""
         solved = [tuner for tuner in tuners if tuner.result.candidates]
         until = self._share(_TUNED_SHARE)
         for done, tuner in enumerate(solved):
-            contenders = _contenders(tuner, solved, bonds, bonds[: self._copies])
+            contenders = _contenders(tuner, solved, constraints, constraints[: self._copies])
             raced = self._race(tuner, contenders, until, len(solved) - done, _MOST_S)
             if raced is not None:
                 self._tuned.append(raced)
         self._tuned.sort(key=lambda each: each.size)
-        if not self._tuned or not (settled := settle(self._tuned, self._copies)).bonds:
+        if not self._tuned or not (settled := settle(self._tuned, self._copies)).constraints:
             return None
-        tuned = [each for each in self._tuned if each.with_bonds(settled.bonds)]
-        winners = _winners(tuned, settled.bonds)
+        tuned = [each for each in self._tuned if each.with_constraints(settled.constraints)]
+        winners = _winners(tuned, settled.constraints)
         grid = sorted([*tuned, *self._raced_between(tuned, winners)], key=lambda each: each.size)
-        grid = [each for each in grid if each.with_bonds(settled.bonds)]
-        candidates = len({each.with_bonds(settled.bonds)[0].key for each in tuned})
-        return self._decided(grid, tuned, settled, distil(grid, settled.bonds), candidates)
+        grid = [each for each in grid if each.with_constraints(settled.constraints)]
+        candidates = len({each.with_constraints(settled.constraints)[0].key for each in tuned})
+        return self._decided(grid, tuned, settled, distil(grid, settled.constraints), candidates)
 
-    def within(self, bond: Bond) -> Verdict | None:
-        """What the races of :meth:`run` say of another bond; None where it has no right kernel for some size."""
-        if not all(each.with_bonds([bond]) for each in self._tuned):
+    def within(self, constraint: PlanConstraint) -> Verdict | None:
+        """What the races of :meth:`run` say of another constraint; None where it has no right kernel for some size."""
+        if not all(each.with_constraints([constraint]) for each in self._tuned):
             return None
-        settled = priced([bond], self._tuned)
-        return self._decided(self._tuned, self._tuned, settled, distil(self._tuned, [bond]), 0, steps=0)
+        settled = priced([constraint], self._tuned)
+        return self._decided(self._tuned, self._tuned, settled, distil(self._tuned, [constraint]), 0, steps=0)
 
     def probe(self, verdict: Verdict, count: int, seed: int) -> tuple[Verdict, Probed]:
         """Race what the plan serves at ``count`` sizes drawn at random against the default; mend it where it is slower.
@@ -181,7 +181,7 @@ class Finals:
                     raced.append(each)
             probes = tuple(probe for each in raced if (probe := _probe(verdict, each)))
             rounds.append(probes)
-            slower = {probe.problem.dynamic_size for probe in probes if probe.slower}
+            slower = {probe.problem.size for probe in probes if probe.slower}
             if not slower or round_ == _ROUNDS - 1:
                 break
             self._progress.say(f"slower than the default at {', '.join(map(str, sorted(slower)))}: the plan is mended")
@@ -196,10 +196,10 @@ class Finals:
         grid = sorted([*verdict.grid, *raced], key=lambda each: each.size)
         settled = verdict.settled
         keys = [finalist.key for finalist in verdict.chosen] + [each.default.key for each in raced]
-        if any(all(map(each.slower_than_default, each.with_bonds(settled.bonds))) for each in raced):
+        if any(all(map(each.slower_than_default, each.with_constraints(settled.constraints))) for each in raced):
             settled = settle(grid, self._copies)
-            keys = distil(grid, settled.bonds)
-        tuned = [each for each in grid if each.size in {f.problem.dynamic_size for f in verdict.finals}]
+            keys = distil(grid, settled.constraints)
+        tuned = [each for each in grid if each.size in {f.problem.size for f in verdict.finals}]
         return self._decided(grid, tuned, settled, keys, verdict.candidates, finals=verdict.finals)
 
     def _decided(
@@ -213,10 +213,10 @@ class Finals:
         finals: Sequence[Final] = (),
         steps: int = _STEPS,
     ) -> Verdict:
-        chosen = assign(grid, keys, settled.bonds)
+        chosen = assign(grid, keys, settled.constraints)
         crossings = tuple(self._crossings(grid, chosen, steps))
         by_size = {each.size: finalist for each, finalist in zip(grid, chosen, strict=True)}
-        noises = {final.problem.dynamic_size: final.noise for final in finals}
+        noises = {final.problem.size: final.noise for final in finals}
         made = tuple(self._final(each, by_size[each.size], noises.get(each.size)) for each in tuned)
         return Verdict(settled, tuple(grid), tuple(chosen), crossings, made, candidates)
 
@@ -297,24 +297,27 @@ class Finals:
 
 
 def _contenders(
-    tuner: ProblemTuner, solved: Sequence[ProblemTuner], bonds: Sequence[Bond], likely: Sequence[Bond]
+    tuner: ProblemTuner,
+    solved: Sequence[ProblemTuner],
+    constraints: Sequence[PlanConstraint],
+    likely: Sequence[PlanConstraint],
 ) -> list[Config]:
-    """A size's own fastest with each bond and of all, and the fastest of every other size with each likely one.
+    """A size's own fastest with each constraint and of all, and the fastest of every other size with each likely one.
 
     Also with one in which this size has none: a plan within it needs a kernel for every size.
     """
-    own = [c.config for bond in bonds for c in tuner.result.finalists(FINALISTS, bond)]
+    own = [c.config for constraint in constraints for c in tuner.result.finalists(FINALISTS, constraint)]
     of_all = [c.config for c in tuner.result.finalists(1)]
-    shared = [bond for bond in bonds if bond in likely or not tuner.result.ranked(bond)]
-    others = [c.config for bond in shared for other in solved for c in other.result.finalists(1, bond)]
+    shared = [constraint for constraint in constraints if constraint in likely or not tuner.result.ranked(constraint)]
+    others = [c.config for constraint in shared for other in solved for c in other.result.finalists(1, constraint)]
     return list(dict.fromkeys([*own, *of_all, *others]))
 
 
-def _winners(tuned: Sequence[Raced], bonds: Sequence[Bond]) -> list[Config]:
+def _winners(tuned: Sequence[Raced], constraints: Sequence[PlanConstraint]) -> list[Config]:
     """Those that are as good as the best at several sizes, and the best of each."""
     found: dict[Config, int] = {}
     for each in tuned:
-        ranked = each.with_bonds(bonds)
+        ranked = each.with_constraints(constraints)
         for finalist in ranked:
             if equals_best(finalist, ranked[0]):
                 config = finalist.built.variant.config

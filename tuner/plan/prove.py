@@ -112,7 +112,7 @@ class Prover:
         The first round races both, later ones what was mended and fresh sizes. The plan that comes out is not stored.
         """
         draw = random.Random(self._seed + _FRESH_SEED)
-        known = {problem.dynamic_size for problem in grid}
+        known = {problem.size for problem in grid}
         largest = max(known)
         rows: dict[int, Deployed] = {}
         substitutes: dict[int, Substitute] = {}
@@ -139,7 +139,7 @@ class Prover:
             if not probes:
                 break
             sizes = {each.tokens for each in mended}
-            todo = [problem for problem in problems if problem.dynamic_size in sizes]
+            todo = [problem for problem in problems if problem.size in sizes]
         return Proof(plan, tuple(rows[size] for size in sorted(rows)), tuple(rounds), tuple(mends))
 
     def _mend(

@@ -49,7 +49,7 @@ def spills(facts: Sequence[EntryFacts]) -> bool:
     return any(each.spills for each in facts)
 
 
-def blemishes(facts: Sequence[EntryFacts], mixes: Sequence[InstructionMix]) -> tuple[str, ...]:
+def performance_warnings(facts: Sequence[EntryFacts], mixes: Sequence[InstructionMix]) -> tuple[str, ...]:
     """What a measurement would have to excuse, each in a few words; empty for a clean kernel."""
     narrow = [mix.streamed_load_bytes for mix in mixes if not mix.wide and mix.streamed_load_bytes]
     return (

@@ -121,7 +121,7 @@ def recipe_of(
     return Recipe(
         tensors=signature.tensors(),
         launches=tuple(step.launch(warp_size) for step in steps),
-        dynamic_size=signature.dynamic_size,
+        size_name=signature.size_name,
         workspace_bytes=workspace.size_bytes,
         guards=guards(steps),
         weight_layout=weight_layout,

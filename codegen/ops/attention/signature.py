@@ -286,7 +286,7 @@ class AttentionSignature(Signature):
         )
 
     @property
-    def dynamic_size(self) -> str:
+    def size_name(self) -> str:
         """The size by which plans pick a kernel: tokens of a call, which under ``decode`` are its sequences."""
         return "tokens"
 

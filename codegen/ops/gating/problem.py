@@ -32,7 +32,7 @@ class GatingProblem(Problem):
             raise TilewrightError(f"tokens={tokens!r} is impossible; give a whole number from 1 to {MAX_TOKENS}")
 
     @property
-    def dynamic_size(self) -> int:
+    def size(self) -> int:
         """Tokens."""
         return self.tokens
 

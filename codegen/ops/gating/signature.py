@@ -181,6 +181,6 @@ class GatingSignature(Signature):
         return tuple(specs)
 
     @property
-    def dynamic_size(self) -> str:
+    def size_name(self) -> str:
         """The size by which plans pick a kernel."""
         return "tokens"

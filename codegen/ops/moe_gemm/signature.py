@@ -163,6 +163,6 @@ class MoeGemmSignature(Signature):
         )
 
     @property
-    def dynamic_size(self) -> str:
+    def size_name(self) -> str:
         """The size by which plans pick a kernel."""
         return "rows" if self.stage == "plain" else "tokens"

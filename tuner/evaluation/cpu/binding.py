@@ -9,8 +9,8 @@ import numpy as np
 from tilewright.codegen.recipe.expressions import IntExpr
 from tilewright.codegen.recipe.model import Argument, Recipe, TensorSpec
 from tilewright.errors import TilewrightError
-from tilewright.tuner.evaluation.cpu.arena import Block
 from tilewright.tuner.evaluation.cpu.session import Program
+from tilewright.tuner.evaluation.cpu.shared_memory import Block
 from tilewright.tuner.evaluation.outcome import BuiltKernel
 
 DTYPES: dict[str, type[np.generic]] = {

@@ -18,12 +18,12 @@ from tilewright.codegen.ops.base import Arrays, OpDeclaration, Problem
 from tilewright.codegen.ops.signature import Signature
 from tilewright.errors import TilewrightError
 from tilewright.tuner.evaluation.checking import PrecisionError, compare_precisions
-from tilewright.tuner.evaluation.cpu.arena import huge_pages
 from tilewright.tuner.evaluation.cpu.binding import broken_guard
-from tilewright.tuner.evaluation.cpu.contest import Contest
+from tilewright.tuner.evaluation.cpu.kernel_race import KernelRace
+from tilewright.tuner.evaluation.cpu.kernel_runner import KernelRunner, Mode, failed
 from tilewright.tuner.evaluation.cpu.session import KernelFaultError, Session
+from tilewright.tuner.evaluation.cpu.shared_memory import huge_pages
 from tilewright.tuner.evaluation.cpu.weights import WeightStore, declared_bytes
-from tilewright.tuner.evaluation.cpu.workbench import Mode, Workbench, failed
 from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation, TimeSpent
 from tilewright.tuner.evaluation.problems import ProblemData, expected_bytes, share_inputs
 from tilewright.tuner.evaluation.racing import RaceRules
@@ -97,7 +97,7 @@ class CpuEvaluator:
                     capacity_bytes=int(room / (2 if huge_pages(advised=True) else 1)),
                     release=self._session.release,
                 )
-                self._workbench = Workbench(self._session, weights, op.tolerance(signature))
+                self._kernel_runner = KernelRunner(self._session, weights, op.tolerance(signature))
                 self._awkward = tuple(self._make_data(each, rotate=False) for each in op.awkward_problems(signature))
             undo.pop_all()
 
@@ -111,7 +111,7 @@ class CpuEvaluator:
 
     def close(self) -> None:
         """End the worker and free all memory."""
-        self._workbench.close()
+        self._kernel_runner.close()
         for data in (*self._awkward, *self._problems.values()):
             self._session.release(data.regions)
 
@@ -151,7 +151,7 @@ class CpuEvaluator:
         data = self._data(problem)
         evaluations = [self._check(kernel, data) for kernel in kernels]
         racers = [index for index, evaluation in enumerate(evaluations) if evaluation.outcome is Outcome.OK]
-        for group in self._workbench.weights.groups([kernels[index].recipe.panels for index in racers]):
+        for group in self._kernel_runner.weights.groups([kernels[index].recipe.panels for index in racers]):
             members = [racers[position] for position in group]
             raced = self._race(
                 [kernels[index] for index in members],
@@ -208,10 +208,10 @@ class CpuEvaluator:
         rules: RaceRules,
     ) -> list[Evaluation]:
         with self._clock("preparing_s"):
-            self._workbench.reserve(kernels, data, self._deployed.threads)
+            self._kernel_runner.reserve(kernels, data, self._deployed.threads)
         with self._clock("measuring_s"):
-            contest = Contest(self._workbench, kernels, data, self._deployed, self._order)
-            evaluations = contest.run(checked, budget_s=budget_s, rules=rules)
+            kernel_race = KernelRace(self._kernel_runner, kernels, data, self._deployed, self._order)
+            evaluations = kernel_race.run(checked, budget_s=budget_s, rules=rules)
         self._session.forget_programs()
         return evaluations
 
@@ -234,14 +234,14 @@ class CpuEvaluator:
         return evaluation
 
     def _check_on(self, kernel: BuiltKernel, data: ProblemData, modes: Sequence[Mode]) -> Evaluation:
-        where = f"{kernel.recipe.dynamic_size}={data.problem.dynamic_size}"
+        where = f"{kernel.recipe.size_name}={data.problem.size}"
         errors = []
         for mode in modes:
             with self._clock("preparing_s"):
-                self._workbench.reserve([kernel], data, mode.threads)
+                self._kernel_runner.reserve([kernel], data, mode.threads)
             with self._clock("checking_s"):
                 try:
-                    errors.append(self._workbench.checked_run(kernel, data, mode))
+                    errors.append(self._kernel_runner.checked_run(kernel, data, mode))
                 except KernelFaultError as fault:
                     return failed(kernel.key, fault, f"{where}, {mode}")
         return Evaluation(kernel.key, Outcome.OK, error=max(errors))
@@ -261,7 +261,7 @@ class CpuEvaluator:
 
     def _make_data(self, problem: Problem, *, rotate: bool) -> ProblemData:
         """Inputs, outputs and reference; with ``rotate``, enough sets of them to exceed the cache."""
-        what, weight_bytes = f"{problem.dynamic_size} tokens", declared_bytes(self._op.tensors(self._signature))
+        what, weight_bytes = f"{problem.size} tokens", declared_bytes(self._op.tensors(self._signature))
         # Twice before anything is drawn: the inputs, and their copy that the worker shares.
         self._refuse_if_too_large(what, weight_bytes + 2 * self._op.input_bytes(problem))
         first = self._op.inputs(problem, self._seed)
@@ -276,7 +276,7 @@ class CpuEvaluator:
         """What must come out in ``precision``."""
         if precision not in data.references:
             with self._clock("preparing_s"):
-                weights = self._workbench.weights.rounded(precision)
+                weights = self._kernel_runner.weights.rounded(precision)
                 inputs = data.sets[0].inputs(self._op.tensors(self._signature))
                 inputs = self._op.rounded_inputs(self._signature, inputs, precision)
                 data.references[precision] = self._op.reference(self._signature, weights, inputs)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tilewright.errors import TilewrightError
-from tilewright.tuner.evaluation.cpu.arena import Block, SharedRegion
 from tilewright.tuner.evaluation.cpu.protocol import Message
+from tilewright.tuner.evaluation.cpu.shared_memory import Block, SharedRegion
 from tilewright.tuner.evaluation.cpu.supervisor import WorkerHungError, WorkerLostError, WorkerProcess, openmp_library
 from tilewright.tuning_db.records import Outcome
 

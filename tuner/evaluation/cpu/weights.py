@@ -14,8 +14,8 @@ from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.base import Arrays, packable
 from tilewright.codegen.recipe.model import TensorSpec
 from tilewright.runtime.weights.packing import packed_dtype, packed_shape
-from tilewright.tuner.evaluation.cpu.arena import Block, SharedRegion, share
 from tilewright.tuner.evaluation.cpu.binding import DTYPES
+from tilewright.tuner.evaluation.cpu.shared_memory import Block, SharedRegion, share
 
 Release = Callable[[Iterable[SharedRegion]], None]
 Copies = Callable[[int], int]

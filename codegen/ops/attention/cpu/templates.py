@@ -212,7 +212,7 @@ def _recipe(signature: AttentionSignature, config: Config, arch: CpuArch) -> Rec
     return Recipe(
         tensors=tensors,
         launches=(Launch(artifact="", entry=ENTRY, arguments=arguments),),
-        dynamic_size=signature.dynamic_size,
+        size_name=signature.size_name,
         workspace_bytes=workspace(signature, config, arch),
     )
 

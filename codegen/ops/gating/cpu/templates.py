@@ -119,7 +119,7 @@ def _recipe(signature: GatingSignature, config: Config, arch: CpuArch) -> Recipe
     return Recipe(
         tensors=tensors,
         launches=(Launch(artifact="", entry=ENTRY, arguments=arguments),),
-        dynamic_size=signature.dynamic_size,
+        size_name=signature.size_name,
         workspace_bytes=workspace,
     )
 

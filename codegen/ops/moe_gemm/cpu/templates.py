@@ -364,7 +364,7 @@ def _recipe(signature: MoeGemmSignature, config: Config, arch: CpuArch) -> Recip
     return Recipe(
         tensors=tensors,
         launches=(Launch(artifact="", entry=ENTRY, arguments=arguments),),
-        dynamic_size=signature.dynamic_size,
+        size_name=signature.size_name,
         workspace_bytes=" + ".join(parts),
         weight_layout=_layout(signature, config, arch),
     )

@@ -11,8 +11,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from tilewright.tuner.evaluation.cpu.kernel_runner import CRASHES_TO_BLAME, KernelRunner, Mode, failed
 from tilewright.tuner.evaluation.cpu.session import KernelFaultError, Program
-from tilewright.tuner.evaluation.cpu.workbench import CRASHES_TO_BLAME, Mode, Workbench, failed
 from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation
 from tilewright.tuner.evaluation.problems import ProblemData
 from tilewright.tuner.evaluation.racing import RaceRules, race
@@ -27,11 +27,11 @@ Programs = Mapping[tuple[int, int], Program]
 """By (contestant, input set)."""
 
 
-class Contest:
+class KernelRace:
     """Kernels that were right when checked, to be timed on one problem.
 
     Args:
-        workbench: where they run.
+        kernel_runner: where they run.
         kernels: the contestants, each with its own index; the same kernel may come twice.
         data: of the problem.
         mode: how they are called.
@@ -40,9 +40,14 @@ class Contest:
     """
 
     def __init__(
-        self, workbench: Workbench, kernels: Sequence[BuiltKernel], data: ProblemData, mode: Mode, order: random.Random
+        self,
+        kernel_runner: KernelRunner,
+        kernels: Sequence[BuiltKernel],
+        data: ProblemData,
+        mode: Mode,
+        order: random.Random,
     ) -> None:
-        self._workbench = workbench
+        self._kernel_runner = kernel_runner
         self._kernels = kernels
         self._data = data
         self._mode = mode
@@ -55,12 +60,12 @@ class Contest:
         A race that a kernel spoils (by a second crash, a hang, an error code) begins again without it, with the same
         budget.
         """
-        self._workbench.reserve(self._kernels, self._data, self._mode.threads)
+        self._kernel_runner.reserve(self._kernels, self._data, self._mode.threads)
         results = list(checked)
         racers = list(range(len(results)))
         while racers:
             programs = {
-                (racer, index): self._workbench.program(self._kernels[racer], self._data, index, self._mode)
+                (racer, index): self._kernel_runner.program(self._kernels[racer], self._data, index, self._mode)
                 for racer in racers
                 for index in range(len(self._data.sets))
             }
@@ -85,7 +90,7 @@ class Contest:
         calls = rotation.lap(order)
         # Where calls are short, what the first one waits for (sleeping threads) would be much of its time.
         warm_up = programs[calls[-1]] if rotation.sets > 1 else None
-        times_ns = self._workbench.session.run([programs[call] for call in calls], warm_up=warm_up)
+        times_ns = self._kernel_runner.session.run([programs[call] for call in calls], warm_up=warm_up)
         times_us = {racer: np.empty(rotation.sets) for racer in order}
         for (racer, index), time_ns in zip(calls, times_ns, strict=True):
             times_us[racer][index] = time_ns / 1e3
@@ -103,7 +108,7 @@ class Contest:
     def _check_again(self, racer: int, checked: Evaluation) -> Evaluation:
         """Whether a kernel is still right after its many calls."""
         try:
-            error = self._workbench.checked_run(self._kernels[racer], self._data, self._mode)
+            error = self._kernel_runner.checked_run(self._kernels[racer], self._data, self._mode)
         except KernelFaultError as fault:
             return failed(self._kernels[racer].key, fault, "after it was timed; it was right before")
         return replace(checked, error=max(error, checked.error or 0.0))

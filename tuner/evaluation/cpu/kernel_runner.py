@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tilewright.tuner.evaluation.checking import compare_all
-from tilewright.tuner.evaluation.cpu.arena import Block, SharedRegion
 from tilewright.tuner.evaluation.cpu.binding import bind
 from tilewright.tuner.evaluation.cpu.session import KernelFaultError, Program, Session
+from tilewright.tuner.evaluation.cpu.shared_memory import Block, SharedRegion
 from tilewright.tuner.evaluation.cpu.weights import WeightStore
 from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation
 from tilewright.tuner.evaluation.problems import ProblemData
@@ -31,7 +31,7 @@ class Mode:
         return threads if self.fork else f"{threads} asked for, none given"
 
 
-class Workbench:
+class KernelRunner:
     """The worker, the weights and one workspace for all kernels, as long as the largest that was asked for."""
 
     def __init__(self, session: Session, weights: WeightStore, tolerance: float) -> None:

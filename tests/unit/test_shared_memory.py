@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tilewright.tuner.evaluation.cpu.arena import Block, SharedRegion, share
 from tilewright.tuner.evaluation.cpu.mapping import ALIGNMENT, PAGE, GuardedMapping, round_up
+from tilewright.tuner.evaluation.cpu.shared_memory import Block, SharedRegion, share
 
 
 @pytest.fixture
