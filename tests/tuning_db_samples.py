@@ -93,7 +93,7 @@ def plan(kernel_key: str | None, **changes: Any) -> PlanRecord:
         timing="measured",
         checked="device",
         entries=(
-            PlanEntry(16, kernel_key, median_us=61.25, default_us=112.0, tuned_tokens=16),
+            PlanEntry(16, kernel_key, median_us=61.25, default_us=112.0, tuned_size=16),
             PlanEntry(None, None),
         ),
         facts={"probed": {"sizes": 4, "rounds": 1, "mended": [], "slower": []}, "layout_cost": 1.25},

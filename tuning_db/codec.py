@@ -188,11 +188,11 @@ def encode_plan(plan: PlanRecord) -> Columns:
 def encode_plan_entry(entry: PlanEntry) -> Columns:
     """Make columns of ``plan_entries``, without the plan and the position."""
     return {
-        "max_tokens": _optional(int, entry.max_tokens),
+        "max_size": _optional(int, entry.max_size),
         "kernel_key": entry.kernel_key,
         "median_us": _optional(float, entry.median_us),
         "default_us": _optional(float, entry.default_us),
-        "tuned_tokens": _optional(int, entry.tuned_tokens),
+        "tuned_size": _optional(int, entry.tuned_size),
     }
 
 
@@ -214,11 +214,11 @@ def decode_plan(row: Row, entries: Iterable[Row]) -> PlanRecord:
             checked=row["checked"],
             entries=tuple(
                 PlanEntry(
-                    max_tokens=entry["max_tokens"],
+                    max_size=entry["max_size"],
                     kernel_key=entry["kernel_key"],
                     median_us=entry["median_us"],
                     default_us=entry["default_us"],
-                    tuned_tokens=entry["tuned_tokens"],
+                    tuned_size=entry["tuned_size"],
                 )
                 for entry in entries
             ),

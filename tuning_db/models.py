@@ -167,14 +167,14 @@ class Plan(Base):
 
 
 class PlanEntry(Base):
-    """One row of a plan: which kernel serves sizes up to ``max_tokens``."""
+    """One row of a plan: which kernel serves sizes up to ``max_size``."""
 
     __tablename__ = "plan_entries"
 
     plan_id: Mapped[int] = mapped_column(_RowId, ForeignKey("plans.id", ondelete="CASCADE"), primary_key=True)
     position: Mapped[int] = mapped_column(primary_key=True)
-    max_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    max_size: Mapped[int | None] = mapped_column(BigInteger)
     kernel_key: Mapped[str | None] = mapped_column(ForeignKey("kernels.key"))
     median_us: Mapped[float | None]
     default_us: Mapped[float | None]
-    tuned_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    tuned_size: Mapped[int | None] = mapped_column(BigInteger)

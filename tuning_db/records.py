@@ -126,17 +126,17 @@ class TrialRecord:
 
 @dataclass(frozen=True, slots=True)
 class PlanEntry:
-    """Which kernel serves dynamic sizes up to ``max_tokens``, inclusive (None: any larger size).
+    """Which kernel serves dynamic sizes up to ``max_size``, inclusive (None: any larger size).
 
-    ``kernel_key`` None means the torch fallback. ``tuned_tokens`` is the size that ``median_us`` and ``default_us``
+    ``kernel_key`` None means the torch fallback. ``tuned_size`` is the size that ``median_us`` and ``default_us``
     (the default config's time) were taken at.
     """
 
-    max_tokens: int | None
+    max_size: int | None
     kernel_key: str | None
     median_us: float | None = None
     default_us: float | None = None
-    tuned_tokens: int | None = None
+    tuned_size: int | None = None
 
 
 LOSSLESS = "fp32"
@@ -177,14 +177,14 @@ class PlanRecord:
         _require("checked", self.checked, CHECKED_LEVELS)
         if not 0 <= self.error < math.inf:
             raise ValueError(f"a plan's error is a finite number of at least 0, not {self.error}")
-        bounds = [math.inf if entry.max_tokens is None else entry.max_tokens for entry in self.entries]
+        bounds = [math.inf if entry.max_size is None else entry.max_size for entry in self.entries]
         if not bounds or any(left >= right for left, right in itertools.pairwise(bounds)):
             raise ValueError(f"a plan's entries have rising sizes and at least one entry, not {bounds}")
 
-    def entry_for(self, tokens: int) -> PlanEntry | None:
-        """Return the entry that serves ``tokens``, or None where the plan ends below it."""
+    def entry_for(self, size: int) -> PlanEntry | None:
+        """Return the entry that serves ``size``, or None where the plan ends below it."""
         for entry in self.entries:
-            if entry.max_tokens is None or tokens <= entry.max_tokens:
+            if entry.max_size is None or size <= entry.max_size:
                 return entry
         return None
 

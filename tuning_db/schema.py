@@ -8,7 +8,7 @@ from urllib.parse import quote
 from tilewright.errors import TilewrightError
 from tilewright.tuning_db.faults import damaged
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """What this release reads and writes; ``PRAGMA user_version`` of a SQLite file, set by the migrations."""
 
 APPLICATION_ID = int.from_bytes(b"TWdb")

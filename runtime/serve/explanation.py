@@ -104,6 +104,6 @@ def _describe(part: SizeRange) -> str:
     line = f"{record.template} {record.key[:16]} for {record.arch}, checked: {record.checked}"
     if part.entry is not None and part.entry.median_us is not None:
         line += f", {part.entry.median_us:.1f} us"
-        line += f" at {part.entry.tuned_tokens}" if part.entry.tuned_tokens is not None else ""
+        line += f" at {part.entry.tuned_size}" if part.entry.tuned_size is not None else ""
         line += f" (default config {part.entry.default_us:.1f} us)" if part.entry.default_us is not None else ""
     return line

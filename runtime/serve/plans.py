@@ -161,7 +161,7 @@ def _choose_plan(plans: Sequence[PlanRecord], device_key: str, threads: int, max
 
 def _fastest(plans: Sequence[PlanRecord]) -> PlanRecord:
     """The plan with the least geometric mean of times over the sizes that all of them were tuned at."""
-    times = [{e.tuned_tokens: e.median_us for e in plan.entries if e.tuned_tokens and e.median_us} for plan in plans]
+    times = [{e.tuned_size: e.median_us for e in plan.entries if e.tuned_size and e.median_us} for plan in plans]
     common = set.intersection(*(set(each) for each in times))
 
     def cost(pair: tuple[PlanRecord, dict[int, float]]) -> tuple[float, float]:
@@ -184,10 +184,10 @@ def _load_ranges(reader: Reader, plan: PlanRecord, signature: Signature) -> tupl
                 layouts.add(kernel.recipe.panels)
             except TilewrightError as error:
                 kernel, why_torch = None, str(error)
-                sizes = f"{above + 1} to {entry.max_tokens}" if entry.max_tokens else f"above {above}"
+                sizes = f"{above + 1} to {entry.max_size}" if entry.max_size else f"above {above}"
                 warn_once(f"{signature.describe()} is served by plain torch for sizes {sizes}: {error}")
-        ranges.append(SizeRange(entry.max_tokens, kernel, entry, "" if kernel else why_torch))
-        above = entry.max_tokens or above
+        ranges.append(SizeRange(entry.max_size, kernel, entry, "" if kernel else why_torch))
+        above = entry.max_size or above
     if ranges[-1].max_size is not None:
         ranges.append(SizeRange(None, None, None, "the plan ends below these sizes"))
     return tuple(ranges)

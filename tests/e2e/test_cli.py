@@ -81,7 +81,7 @@ def test_tune_then_read_then_serve(database: Path, capsys: pytest.CaptureFixture
         assert main([*words, "--trials", "9", "--time", "20s", "--db", str(database), "--json"]) == 0
         document = json.loads(capsys.readouterr().out)
         entries = document["signatures"][0]["problems"]
-        assert [entry["tokens"] for entry in entries] == [1, 9]
+        assert [entry["size"] for entry in entries] == [1, 9]
         assert all(entry["tuned"]["samples"] and entry["tuned"]["low_us"] for entry in entries)
     for command in ("show", "compare", "doctor"):
         assert main([command, "--db", str(database), "--json"]) == 0

@@ -86,7 +86,7 @@ def test_tune_prints_one_document(tuned: tuple[Path, str, str]) -> None:
     assert document["roofline"]["bandwidth_gbps"] > 0
     (signature,) = document["signatures"]
     assert signature["unsolved"] == 0
-    assert [problem["tokens"] for problem in signature["problems"]] == [1, 9]
+    assert [problem["size"] for problem in signature["problems"]] == [1, 9]
     for problem in signature["problems"]:
         assert (problem["timing"], problem["checked"]) == ("measured", "device")
         assert_measured(problem["tuned"])
@@ -178,7 +178,7 @@ def test_show_as_a_document(run: Run, tuned: tuple[Path, str, str]) -> None:
         assert (problem["best"]["timing"], problem["best"]["checked"]) == ("measured", "device")
     (plan,) = document["plans"]
     assert (plan["timing"], plan["checked"]) == ("measured", "device")
-    assert plan["entries"][-1]["max_tokens"] is None
+    assert plan["entries"][-1]["max_size"] is None
     for entry in plan["entries"]:
         assert_measured(entry["tuned"])
         assert_measured(entry["default"])
@@ -221,7 +221,7 @@ def test_show_a_kernel(run: Run) -> None:
 
 def test_compare_as_a_document(run: Run) -> None:
     problems = json.loads(run("compare", "--json"))
-    assert {1, 9} <= {problem["tokens"] for problem in problems}
+    assert {1, 9} <= {problem["size"] for problem in problems}
     for problem in problems:
         assert problem["signature"]["stage"] == "down"
         assert problem["threads"] == 1
@@ -235,7 +235,7 @@ def test_compare_as_a_document(run: Run) -> None:
             assert variant["roofline_share"] == pytest.approx(problem["roofline_us"] / variant["median_us"])
             assert set(variant["config"]) == set(best["config"])
             assert (variant["timing"], variant["checked"]) == ("measured", "device")
-        if problem["tokens"] in (1, 9):
+        if problem["size"] in (1, 9):
             (default,) = [variant for variant in problem["variants"] if variant["is_default"]]
             assert default["against_default"] == 1
             assert best["against_default"] == pytest.approx(best["median_us"] / default["median_us"])

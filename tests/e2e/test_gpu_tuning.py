@@ -63,7 +63,7 @@ def test_it_says_what_it_did_not_do(tuned: tuple[Path, dict[str, Any], str]) -> 
 
 def test_every_size_has_a_tuned_kernel_beside_the_default(tuned: tuple[Path, dict[str, Any], str]) -> None:
     (signature,) = tuned[1]["signatures"]
-    assert [each["tokens"] for each in signature["problems"]] == list(TOKENS)
+    assert [each["size"] for each in signature["problems"]] == list(TOKENS)
     for each in signature["problems"]:
         assert (each["timing"], each["checked"]) == ("predicted", "emulated")
         assert each["low_us"] < each["tuned_us"] < each["high_us"]

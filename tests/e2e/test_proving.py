@@ -71,7 +71,7 @@ def test_a_plan_that_is_fast_everywhere_stays_as_it_is(prove: Prove) -> None:
     assert [entry.kernel_key for entry in proof.plan.entries] == [kernel.record.key]
     assert (len(proof.rounds), proof.drawn, len(proof.last)) == (1, 6, 6)
     assert not set(proof.rounds[0]) & set(TUNED)
-    assert {row.tokens for row in proof.rows} == {*TUNED, *proof.rounds[0]}
+    assert {row.size for row in proof.rows} == {*TUNED, *proof.rounds[0]}
 
 
 def test_what_is_slow_between_tuned_sizes_is_caught_and_the_default_serves_there(prove: Prove) -> None:
@@ -79,11 +79,11 @@ def test_what_is_slow_between_tuned_sizes_is_caught_and_the_default_serves_there
     proof = prove(kernel, default)
     assert proof.mends
     assert len(proof.rounds) > 1
-    assert all(SLOW[0] <= mend.tokens <= SLOW[1] for mend in proof.mends)
+    assert all(SLOW[0] <= mend.size <= SLOW[1] for mend in proof.mends)
     assert "default" in {mend.by for mend in proof.mends}
     for row in proof.rows:
-        if SLOW[0] <= row.tokens <= SLOW[1] and row.tokens not in proof.rounds[-1]:
-            assert served(proof.plan, row.tokens) != kernel.record.key
+        if SLOW[0] <= row.size <= SLOW[1] and row.size not in proof.rounds[-1]:
+            assert served(proof.plan, row.size) != kernel.record.key
             assert row.served.median < 10_000  # raced again, since it was mended
     for size in TUNED:
         assert served(proof.plan, size) == kernel.record.key
@@ -104,7 +104,7 @@ def test_nothing_is_drawn_unless_it_is_asked_for(prove: Prove) -> None:
     kernel, default = build(SIGNATURE, layout=LAYOUT, slow_sizes=SLOW), build(SIGNATURE, layout=LAYOUT, salt=1)
     proof = prove(kernel, default, probes=0)
     assert (proof.mends, proof.drawn) == ((), 0)
-    assert [row.tokens for row in proof.rows] == list(TUNED)
+    assert [row.size for row in proof.rows] == list(TUNED)
 
 
 def test_a_kernel_that_fails_loses_the_race_alone(folder: Path) -> None:

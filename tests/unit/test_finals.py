@@ -92,7 +92,7 @@ def run(variant_builder: VariantBuilder, time_us: Times, config: Config, seed: i
 
 
 def served(verdict: Verdict, size: int) -> str | None:
-    return next(e.kernel_key for e in verdict.entries if e.max_tokens is None or size <= e.max_tokens)
+    return next(e.kernel_key for e in verdict.entries if e.max_size is None or size <= e.max_size)
 
 
 def fast_but_for(config: Config, first: int, last: int) -> Times:

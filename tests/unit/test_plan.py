@@ -194,7 +194,7 @@ def test_a_plan_switches_where_it_was_measured_and_keeps_the_evidence_of_tuned_s
     keys = [variant_builder.variant(config).key for config in (one, two)]
     chosen = [each.of(key) for each, key in zip(grid, [keys[0], keys[0], keys[1], keys[1]], strict=True)]
     entries = plan_entries(grid, [each for each in chosen if each], {16: 21}, {4, 16, 64})
-    assert [(e.max_tokens, e.tuned_tokens, e.kernel_key) for e in entries] == [
+    assert [(e.max_size, e.tuned_size, e.kernel_key) for e in entries] == [
         (8, 4, keys[0]),
         (21, 16, keys[0]),
         (None, 64, keys[1]),
@@ -205,13 +205,13 @@ def test_a_plan_switches_where_it_was_measured_and_keeps_the_evidence_of_tuned_s
 def test_a_substitute_serves_around_its_sizes() -> None:
     entries = [PlanEntry(20, "a", 5.0, 9.0, 4), PlanEntry(None, "b", 50.0, 90.0, 64)]
     made = substituted(entries, [1, 4, 16, 64], {16: Substitute(None, 7.0, 8.0)})
-    assert [(e.max_tokens, e.kernel_key, e.median_us, e.default_us) for e in made] == [
+    assert [(e.max_size, e.kernel_key, e.median_us, e.default_us) for e in made] == [
         (8, "a", 5.0, 9.0),
         (32, None, 7.0, 8.0),
         (None, "b", 50.0, 90.0),
     ]
     assert substituted(entries, [1, 4, 16, 64], {}) == tuple(entries)
     last = substituted(entries, [1, 4, 16, 64], {64: Substitute("c", 40.0)})
-    assert [(e.max_tokens, e.kernel_key) for e in last] == [(20, "a"), (32, "b"), (None, "c")]
+    assert [(e.max_size, e.kernel_key) for e in last] == [(20, "a"), (32, "b"), (None, "c")]
     first = substituted(entries, [1, 4], {1: Substitute(None, 1.0)})
-    assert [(e.max_tokens, e.kernel_key) for e in first] == [(2, None), (20, "a"), (None, "b")]
+    assert [(e.max_size, e.kernel_key) for e in first] == [(2, None), (20, "a"), (None, "b")]

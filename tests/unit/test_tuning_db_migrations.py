@@ -60,9 +60,8 @@ def test_opening_an_old_database_keeps_every_row(stored: Path, tmp_path: Path) -
     for table, old_rows in before.items():
         assert len(after[table]) == len(old_rows)
         for old, new in zip(old_rows, after[table], strict=True):
-            assert {name: new[name] for name in old.keys() & new.keys()} == {
-                name: old[name] for name in old.keys() & new.keys()
-            }
+            kept = (old.keys() & new.keys()) - {"seal"}  # over other names since version 5
+            assert {name: new[name] for name in kept} == {name: old[name] for name in kept}
     assert Reader.open(path).plan("moe_gemm", "signature-1", DEVICE.key, 2) is not None
 
 

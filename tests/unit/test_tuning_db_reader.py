@@ -165,7 +165,7 @@ def test_a_changed_kernel_is_refused(path: Path, filled: Filled, statement: str)
     [
         "UPDATE plans SET layout = 'rows'",
         "UPDATE plans SET batch_invariant = 1",
-        "UPDATE plan_entries SET max_tokens = 17 WHERE position = 0",
+        "UPDATE plan_entries SET max_size = 17 WHERE position = 0",
         "UPDATE plan_entries SET median_us = 'fast'",
         "DELETE FROM plan_entries",
         "DROP TABLE plan_entries",

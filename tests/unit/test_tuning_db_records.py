@@ -86,7 +86,7 @@ def test_a_kernel_whose_artifacts_were_swapped_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "entry_change", [{"max_tokens": 17}, {"kernel_key": "c"}, {"kernel_key": None}, {"median_us": None}]
+    "entry_change", [{"max_size": 17}, {"kernel_key": "c"}, {"kernel_key": None}, {"median_us": None}]
 )
 def test_a_plan_that_was_changed_is_refused(entry_change: dict[str, Any]) -> None:
     record = plan("k")

@@ -31,7 +31,8 @@ def _trials(store: Store, summary: ProblemSummary) -> list[TrialRecord]:
 
 def _study(summary: ProblemSummary, trials: Sequence[TrialRecord]) -> optuna.Study:
     problem = find_op(summary.op).problem_from_dict(summary.problem)
-    shape = f"{format_shape(problem.signature.to_dict())} tokens={problem.size} threads={summary.threads}"
+    size = f"{problem.signature.size_name}={problem.size}"
+    shape = f"{format_shape(problem.signature.to_dict())} {size} threads={summary.threads}"
     # Problems may differ in their routing alone: hence the key.
     name = f"{shape} on {summary.device_key} ({summary.problem_key[:8]})"
     study = optuna.create_study(study_name=name, direction="minimize")

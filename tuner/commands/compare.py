@@ -99,7 +99,8 @@ def _variants(store: Store, summary: ProblemSummary, top: int) -> dict[str, Any]
     return {
         "problem": summary.problem_key,
         "signature": problem.signature.to_dict(),
-        "tokens": problem.size,
+        "size_name": problem.signature.size_name,
+        "size": problem.size,
         "threads": summary.threads,
         "device": summary.device_key,
         "roofline_us": bound_us,
@@ -163,7 +164,7 @@ race: finalists met in one last race (final); the others were timed at other mom
 def _lines(document: dict[str, Any]) -> list[str]:
     variants = document["variants"]
     title = [
-        f"{document['problem'][:8]}  {format_shape(document['signature'])} tokens={document['tokens']}",
+        f"{document['problem'][:8]}  {format_shape(document['signature'])} {document['size_name']}={document['size']}",
         format_place(document["threads"], document["device"]),
     ]
     if not variants:

@@ -133,7 +133,7 @@ class Findings:
             return []
         entries = mine.plan.entries
         kernels = len({entry.kernel_key for entry in entries if entry.kernel_key})
-        by_torch = [str(entry.tuned_tokens) for entry in entries if entry.kernel_key is None]
+        by_torch = [str(entry.tuned_size) for entry in entries if entry.kernel_key is None]
         texts = costs_text(mine.plan)
         line = f"plan: {kernels} kernels over {len(entries)} ranges of sizes"
         if mine.verdict is not None:
@@ -161,7 +161,7 @@ class Findings:
         """The plan at ``problem`` raced against plain torch, where it was."""
         mine = next(each for each in self.report.signatures if each.signature == problem.signature)
         rows = mine.proof.rows if mine.proof else ()
-        return next((row for row in rows if row.tokens == problem.size), None)
+        return next((row for row in rows if row.size == problem.size), None)
 
     def _roofline_share(self, final: Final) -> float:
         request = self.request
@@ -184,14 +184,14 @@ class Findings:
             "front": [_point_document(point) for point in mine.front],
             "plan": [asdict(entry) for entry in mine.plan.entries] if mine.plan else [],
             "probed": mine.plan.facts.get("probed") if mine.plan else None,
-            "probes": [{"tokens": row.tokens, **row.document()} for row in (mine.proof.last if mine.proof else ())],
+            "probes": [{"size": row.size, **row.document()} for row in (mine.proof.last if mine.proof else ())],
             "unsolved": len(mine.results) - len(mine.finals),
         }
 
     def _final_document(self, final: Final) -> dict[str, Any]:
         served = self.served(final.problem)
         return {
-            "tokens": final.problem.size,
+            "size": final.problem.size,
             "kernel": final.winner.variant.key,
             "config": dict(final.winner.variant.config),
             "timing": "measured",
@@ -218,7 +218,7 @@ def _point_document(point: FrontPoint) -> dict[str, Any]:
         **point_document(point),
         "problems": [
             {
-                "tokens": final.problem.size,
+                "size": final.problem.size,
                 "kernel": final.winner.variant.key,
                 **measured_document(final.winner_us),
             }

@@ -164,7 +164,7 @@ class PredictedFindings:
     def _final_document(self, final: Final) -> dict[str, Any]:
         prediction = self._prediction(final.problem, final.winner)
         return {
-            "tokens": final.problem.size,
+            "size": final.problem.size,
             "kernel": final.winner.variant.key,
             "config": dict(final.winner.variant.config),
             "timing": final.winner_us.timing,

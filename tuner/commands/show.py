@@ -146,7 +146,7 @@ def _plan_document(plan: PlanRecord, problems: Sequence[_KnownProblem]) -> dict[
 
 def _entry_document(entry: PlanEntry, problems: Sequence[_KnownProblem]) -> dict[str, Any]:
     """One row of a plan, with the trials that its times come from; None for those that are not in the database."""
-    sized = [problem for problem in problems if problem.size == entry.tuned_tokens]
+    sized = [problem for problem in problems if problem.size == entry.tuned_size]
 
     def trial(median_us: float | None) -> dict[str, Any] | None:
         found = next((t for problem in sized if median_us and (t := problem.timed(median_us))), None)
@@ -200,7 +200,7 @@ def _plan_lines(plan: PlanRecord, store: Store) -> list[str]:
         *(part for text in (*costs_text(plan), probed_text(plan)) if text for part in wrapped(text, terminal_width())),
     ]
     for entry in plan.entries:
-        size = "any more" if entry.max_tokens is None else f"<= {entry.max_tokens}"
+        size = "any more" if entry.max_size is None else f"<= {entry.max_size}"
         what = "plain torch"
         if entry.kernel_key is not None:
             what = f"{entry.kernel_key[:8]} {templates.get(entry.kernel_key, 'of a missing kernel')}"

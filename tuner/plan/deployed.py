@@ -46,7 +46,7 @@ class RaceLost(Exception):  # noqa: N818  (named for what happened)
 class Deployed:
     """One problem, as an engine would see it: interleaved calls from Python."""
 
-    tokens: int
+    size: int
     served: Interval
     """Of the times in us of what the runtime serves; the others likewise."""
     torch: Interval
@@ -264,7 +264,7 @@ def _race(
             break
     intervals = {name: median_interval(taken) for name, taken in times.items()}
     return Deployed(
-        tokens=problem.size,
+        size=problem.size,
         served=intervals[_SERVED],
         torch=intervals[_TORCH],
         default=intervals.get(_DEFAULT),

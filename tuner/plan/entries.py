@@ -42,11 +42,11 @@ def plan_entries(
             bound = None if last else switches[each.size]
             entries.append(
                 PlanEntry(
-                    max_tokens=bound if following is None else math.isqrt(witness.size * following.size),
+                    max_size=bound if following is None else math.isqrt(witness.size * following.size),
                     kernel_key=finalist.key,
                     median_us=mine.evaluation.median_us if mine else None,
                     default_us=witness.default.evaluation.median_us,
-                    tuned_tokens=witness.size,
+                    tuned_size=witness.size,
                 )
             )
         first = position + 1
@@ -65,19 +65,19 @@ def substituted(
             high = None if at == len(ordered) - 1 else math.isqrt(size * ordered[at + 1])
             ranges.append((low, high, size))
     cuts = {bound for low, high, _ in ranges for bound in (low, high) if bound}
-    bounds = sorted(cuts | {entry.max_tokens for entry in entries if entry.max_tokens is not None})
+    bounds = sorted(cuts | {entry.max_size for entry in entries if entry.max_size is not None})
     made: list[PlanEntry] = []
     for bound in (*bounds, None):
         last = math.inf if bound is None else bound
-        mine = next((e for e in entries if e.max_tokens is None or e.max_tokens >= last), None)
+        mine = next((e for e in entries if e.max_size is None or e.max_size >= last), None)
         if mine is None:
             continue
         around = next((s for low, high, s in ranges if low < last <= (math.inf if high is None else high)), None)
         if around is not None:
             other = substitutes[around]
             mine = PlanEntry(bound, other.kernel_key, other.median_us, other.default_us, around)
-        mine = replace(mine, max_tokens=bound)
-        if made and replace(made[-1], max_tokens=bound) == mine:
+        mine = replace(mine, max_size=bound)
+        if made and replace(made[-1], max_size=bound) == mine:
             made[-1] = mine
         else:
             made.append(mine)

@@ -47,13 +47,13 @@ def probed_document(rehearsed: Probed, proof: Proof) -> Document:
     made = [size for each in rehearsed.rounds for size in (probe.problem.size for probe in each)]
     return {
         "sizes": [*made, *(size for drawn in proof.rounds for size in drawn)],
-        "frozen": [row.tokens for row in proof.last],
+        "frozen": [row.size for row in proof.last],
         "mended": [
-            *({"tokens": size, "by": "another kernel"} for size in rehearsed.mended_sizes),
-            *({"tokens": mend.tokens, "by": mend.by} for mend in proof.mends),
+            *({"size": size, "by": "another kernel"} for size in rehearsed.mended_sizes),
+            *({"size": mend.size, "by": mend.by} for mend in proof.mends),
         ],
         "slower": [
-            {"tokens": row.tokens, "than": than, "ratio": ratio.median}
+            {"size": row.size, "than": than, "ratio": ratio.median}
             for row in proof.rows
             for than, ratio, slower in (
                 ("default", row.over_default, row.slower_than_default),
@@ -90,11 +90,11 @@ def probed_text(plan: PlanRecord) -> str:
     frozen: Sequence[int] = probed.get("frozen") or ()
     if not frozen:
         return ""
-    worse = [f"{each['tokens']} ({each['ratio']:.2f}x {each['than']})" for each in probed["slower"]]
+    worse = [f"{each['size']} ({each['ratio']:.2f}x {each['than']})" for each in probed["slower"]]
     found = f"slower at {', '.join(worse)}" if worse else "at none slower than the default or torch"
     text = f"probed frozen at {len(frozen)} sizes drawn at random ({', '.join(map(str, frozen))}): {found}"
     text += " beyond the noise"
     if mended := probed["mended"]:
-        by = ", ".join(f"{each['tokens']} ({each['by']})" for each in mended)
+        by = ", ".join(f"{each['size']} ({each['by']})" for each in mended)
         text += f"; {len(probed['sizes'])} sizes probed in all, mended at {by}"
     return text

@@ -328,7 +328,7 @@ def _winners(tuned: Sequence[Raced], constraints: Sequence[PlanConstraint]) -> l
 
 def _probe(verdict: Verdict, raced: Raced) -> Probe | None:
     """How what the plan serves did; None where it was not right."""
-    entry = next(each for each in verdict.entries if each.max_tokens is None or raced.size <= each.max_tokens)
+    entry = next(each for each in verdict.entries if each.max_size is None or raced.size <= each.max_size)
     served = raced.of(entry.kernel_key) if entry.kernel_key else None
     if served is None:
         return None

@@ -46,7 +46,7 @@ class Default:
 class Mend:
     """What serves around a size since a race there found it faster: ``torch``, ``default`` or ``tuned``."""
 
-    tokens: int
+    size: int
     by: str
 
 
@@ -65,7 +65,7 @@ class Proof:
     def last(self) -> tuple[Deployed, ...]:
         """Races at the sizes drawn last: of the plan as it is."""
         drawn = self.rounds[-1] if self.rounds else ()
-        return tuple(row for row in self.rows if row.tokens in drawn)
+        return tuple(row for row in self.rows if row.size in drawn)
 
     @property
     def drawn(self) -> int:
@@ -129,16 +129,16 @@ class Prover:
                 self._say(f"the plan could not be raced as it is served: {lost}")
                 break
             rounds.append(tuple(fresh))
-            rows |= {row.tokens: row for row in raced}
+            rows |= {row.size: row for row in raced}
             mended = [] if round_ == ROUNDS - 1 else self._mend(plan, base, raced, default, substitutes)
             if not mended:
                 break
-            self._say(", ".join(f"{each.by} serves around {each.tokens}" for each in mended) + ", being faster there")
+            self._say(", ".join(f"{each.by} serves around {each.size}" for each in mended) + ", being faster there")
             mends += mended
             plan = replace(plan, entries=substituted(base, rows, substitutes))
             if not probes:
                 break
-            sizes = {each.tokens for each in mended}
+            sizes = {each.size for each in mended}
             todo = [problem for problem in problems if problem.size in sizes]
         return Proof(plan, tuple(rows[size] for size in sorted(rows)), tuple(rounds), tuple(mends))
 
@@ -160,19 +160,19 @@ class Prover:
             if row.slower_than_torch and not plan.batch_invariant:
                 torch_us = row.torch.median
                 default_us = row.default.median if row.default else None
-                choices.append((torch_us, Mend(row.tokens, "torch"), Substitute(None, torch_us, default_us)))
+                choices.append((torch_us, Mend(row.size, "torch"), Substitute(None, torch_us, default_us)))
             if row.slower_than_default and default.joins and row.default:
                 default_us = row.default.median
                 by_default = Substitute(default.kernel_key, default_us, default_us)
-                choices.append((default_us, Mend(row.tokens, "default"), by_default))
+                choices.append((default_us, Mend(row.size, "default"), by_default))
             if choices:
                 _, mend, substitute = min(choices, key=lambda choice: choice[0])
-                substitutes[row.tokens] = substitute
+                substitutes[row.size] = substitute
                 mended.append(mend)
-            elif _serving(plan.entries, row.tokens) != _serving(base, row.tokens):
+            elif _serving(plan.entries, row.size) != _serving(base, row.size):
                 # Torch had come to serve here from the next size, and is slower than the default.
-                substitutes[row.tokens] = Substitute(_serving(base, row.tokens))
-                mended.append(Mend(row.tokens, "tuned"))
+                substitutes[row.size] = Substitute(_serving(base, row.size))
+                mended.append(Mend(row.size, "tuned"))
         return mended
 
     def _race(
@@ -201,7 +201,7 @@ class Prover:
 
 def _serving(entries: Sequence[PlanEntry], size: int) -> str | None:
     """Key of the kernel that serves ``size``; None for torch."""
-    return next(entry.kernel_key for entry in entries if entry.max_tokens is None or size <= entry.max_tokens)
+    return next(entry.kernel_key for entry in entries if entry.max_size is None or size <= entry.max_size)
 
 
 def _plan_of(default: Default, plan: PlanRecord) -> PlanRecord:

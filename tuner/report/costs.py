@@ -119,10 +119,10 @@ def device_costs(
             for title, plan in mine.items()
             if plan is not None
         }
-        for tokens in _sizes(parts):
-            known = {title: at[tokens] for title, at in parts.items() if tokens in at}
+        for size in _sizes(parts):
+            known = {title: at[size] for title, at in parts.items() if size in at}
             missing = tuple(title for title in calls if title not in known)
-            found.append(DeviceCost(device.key, tokens, price * model.tp * model.ep, tuple(known.values()), missing))
+            found.append(DeviceCost(device.key, size, price * model.tp * model.ep, tuple(known.values()), missing))
     if not found:
         raise TilewrightError(
             f"no plan for {model.name} on {arch.name} is stored; run: tune --arch {arch.name} --op all "
@@ -154,27 +154,26 @@ def _total_us(plan: PlanRecord) -> float:
 
 
 def _parts(store: Store, title: str, plan: PlanRecord, arch: Arch, *, layers: float) -> dict[int, Part]:
-    """What is known of the plan's kernels and the default, by tokens: sizes tuned, and powers of two tried between."""
+    """What is known of the plan's kernels and the default, by size: sizes tuned, and powers of two tried between."""
     evidence = plan.timing, plan.checked
     found = {}
+    op = find_op(plan.op)
     trials: dict[int, list[TrialRecord]] = {}
     for trial in store.trials(signature_key=plan.signature_key, device_key=plan.device_key, threads=plan.threads):
-        tokens = trial.problem["tokens"]
-        if trial.timing == plan.timing and tokens.bit_count() == 1:
-            trials.setdefault(tokens, []).append(trial)
-    op = find_op(plan.op)
-    for tokens, here in trials.items():
-        entry = plan.entry_for(tokens)
+        if trial.timing == plan.timing and (size := op.problem_from_dict(trial.problem).size).bit_count() == 1:
+            trials.setdefault(size, []).append(trial)
+    for size, here in trials.items():
+        entry = plan.entry_for(size)
         kernel = entry.kernel_key if entry else None
         tuned = [t.median_us for t in here if kernel and t.kernel_key == kernel and t.median_us]
         default_config = dict(op.default_for(op.problem_from_dict(here[0].problem), arch))
         default = [t.median_us for t in here if t.config == default_config and t.median_us]
         if tuned and default:
-            found[tokens] = Part(title, layers, tuned[-1], default[-1], *evidence)
+            found[size] = Part(title, layers, tuned[-1], default[-1], *evidence)
     for entry in plan.entries:
-        if entry.tuned_tokens and entry.median_us is not None:
+        if entry.tuned_size and entry.median_us is not None:
             default_us = entry.median_us if entry.default_us is None else entry.default_us
-            found[entry.tuned_tokens] = Part(title, layers, entry.median_us, default_us, *evidence)
+            found[entry.tuned_size] = Part(title, layers, entry.median_us, default_us, *evidence)
     return found
 
 

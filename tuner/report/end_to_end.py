@@ -85,7 +85,7 @@ def passes(model: ModelShape, measured: Sequence[tuple[Signature, Sequence[Deplo
     found = []
     for phase in PHASES:
         called = [
-            (signature, calls, {row.tokens: row for row in rows})
+            (signature, calls, {row.size: row for row in rows})
             for signature, rows in measured
             if (calls := find_op(signature.op).calls_per_pass(signature, model, phase))
         ]
