@@ -1,6 +1,6 @@
-"""Signatures for GPU templates, and variants of them that together hold every pair of knobs' values."""
+"""Variants of GPU templates, on the signatures of their op's examples, that together hold every pair of values."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,91 +10,11 @@ from covering import covering_rows
 from numpy.typing import NDArray
 
 from tilewright.codegen.hardware.archs import GPU_ARCHS, GpuArch
-from tilewright.codegen.ops.attention.signature import AttentionSignature as Attention
 from tilewright.codegen.ops.base import Template
-from tilewright.codegen.ops.gating.signature import GatingSignature as Gating
-from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature as MoeGemm
+from tilewright.codegen.ops.examples import examples_of
 from tilewright.codegen.ops.registry import OPS, find_op
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.space import Space
-
-GPU_SIGNATURES: Mapping[str, Sequence[Signature]] = {
-    "moe_gemm": (
-        MoeGemm(stage="up", experts=8, n=768, k=2048, top_k=2, activation="swiglu", x_dtype="bf16"),
-        MoeGemm(stage="up", experts=5, n=360, k=1184, top_k=2, activation="swiglu_clamped", bias=True, x_dtype="bf16"),
-        MoeGemm(stage="up", experts=4, n=200, k=520, top_k=1, activation="geglu", x_dtype="fp16", out_dtype="fp32"),
-        MoeGemm(stage="down", experts=8, n=1024, k=768, top_k=2, x_dtype="fp16"),
-        MoeGemm(stage="down", experts=3, n=600, k=1440, top_k=3, bias=True, x_dtype="bf16"),
-        MoeGemm(stage="plain", experts=4, n=512, k=1024, x_dtype="bf16"),
-        MoeGemm(stage="plain", experts=2, n=72, k=1096, bias=True, x_dtype="bf16"),
-    ),
-    "gating": (
-        Gating(experts=8, top_k=2, order="rows"),
-        Gating(experts=128, top_k=8, order="blocks", block_size=16),
-        Gating(experts=256, top_k=8, score="sigmoid", bias=True, groups=8, top_groups=4, scale=2.5, order="rows"),
-        Gating(experts=60, top_k=4, groups=5, top_groups=2, renormalize=False),
-        Gating(experts=36, top_k=6, score="sigmoid", groups=6, top_groups=3, order="blocks", block_size=7),
-        Gating(experts=53, top_k=5, renormalize=False, order="rows"),
-        Gating(experts=7, top_k=7, score="sigmoid", renormalize=False, order="blocks", block_size=1),
-        Gating(experts=64, top_k=4, score="sigmoid", bias=True, scale=2.5),
-        Gating(experts=1, top_k=1, order="rows"),
-    ),
-    "attention": (
-        Attention(stage="decode", heads=32, kv_heads=8, head_dim=128, q_dtype="bf16"),
-        Attention(stage="decode", heads=64, kv_heads=8, head_dim=64, window=128, sinks=True, q_dtype="bf16"),
-        Attention(stage="decode", heads=40, kv_heads=1, head_dim=80, value_dim=72, page_size=256, q_dtype="fp16"),
-        Attention(
-            stage="decode", heads=5, kv_heads=5, head_dim=96, kv_layout="nhd", page_size=7, q_dtype="fp16", sinks=True
-        ),
-        Attention(
-            stage="decode",
-            heads=24,
-            kv_heads=8,
-            head_dim=128,
-            window=70,
-            kv_layout="nhd",
-            page_size=64,
-            q_dtype="bf16",
-            kv_dtype="fp8_e4m3",
-            out_dtype="fp32",
-        ),
-        Attention(
-            stage="decode",
-            heads=48,
-            kv_heads=1,
-            head_dim=144,
-            value_dim=128,
-            latent=True,
-            scale=48**-0.5,
-            q_dtype="bf16",
-        ),
-        Attention(
-            stage="decode",
-            heads=20,
-            kv_heads=1,
-            head_dim=104,
-            value_dim=80,
-            latent=True,
-            scale=0.2,
-            window=70,
-            sinks=True,
-            page_size=64,
-            q_dtype="fp16",
-            kv_dtype="fp8_e4m3",
-            out_dtype="fp32",
-        ),
-        Attention(stage="prefill", heads=32, kv_heads=8, head_dim=128, q_dtype="bf16"),
-        Attention(stage="prefill", heads=64, kv_heads=8, head_dim=64, window=128, sinks=True, q_dtype="bf16"),
-        Attention(stage="prefill", heads=10, kv_heads=2, head_dim=80, value_dim=72, window=33, q_dtype="fp16"),
-        Attention(stage="prefill", heads=3, kv_heads=3, head_dim=96, sinks=True, q_dtype="fp16", out_dtype="fp32"),
-    ),
-}
-"""For moe_gemm: sizes that every tile divides, and sizes that none does; k that all groups of scales divide, and k that
-few do. For gating: every way to score, to choose and to order, experts and groups that are powers of two and not.
-For attention: groups that fill a tile, that do not, and that need several; head dims that are one power of two
-or need several products; pages larger than tiles, smaller, and odd; windows, sinks, and keys in 8 bits; latent rows
-of two parts (a quarter of DeepSeek's, for the interpreter's sake), and of parts that are no powers of two."""
-
 
 WAYS_TO_STORE = (
     *("bf16", "int8", "int8g64", "int4g32", "mxfp4", "nvfp4_a16", "mxfp8", "nvfp4"),
@@ -130,7 +50,7 @@ class _Configs:
         made = []
         for row in chosen:
             number = int(self.codes["signature"][row])
-            signature, config = GPU_SIGNATURES[op_name][number], self.spaces[number][int(self.rows[row])]
+            signature, config = examples_of(op_name).gpu_signatures[number], self.spaces[number][int(self.rows[row])]
             lifted = find_op(op_name).space(signature, arch).lift(template.name, config)
             made.append(Case(op_name, signature, lifted, arch))
         return made
@@ -141,7 +61,7 @@ def _all_configs(op_name: str, template: Template[Any], arch: GpuArch) -> _Confi
     rows: list[NDArray[np.int64]] = []
     values: dict[str, dict[Any, int]] = {}
     spaces = {}
-    for number, signature in enumerate(GPU_SIGNATURES.get(op_name, ())):
+    for number, signature in enumerate(examples_of(op_name).gpu_signatures):
         space = space_of(op_name, template, signature, arch)
         if space is None:
             continue
@@ -186,7 +106,7 @@ def _storing_cases(name: str, arch_name: str, precisions: Sequence[str], knobs: 
     wanted = [configs.values["precision"][precision] for precision in precisions]
     narrow = [configs.values["block_n"][columns] for columns in (64, 128)]  # runs faster here
     kept = np.flatnonzero(np.isin(configs.codes["precision"], wanted) & np.isin(configs.codes["block_n"], narrow))
-    stages = np.array([("up", "down", "plain").index(s.stage) for s in GPU_SIGNATURES[op_name]])
+    stages = np.array([("up", "down", "plain").index(s.stage) for s in examples_of(op_name).gpu_signatures])
     always = np.zeros_like(configs.codes["precision"])  # a pair with it is the value alone
     tables = [
         [always, configs.codes["precision"]],

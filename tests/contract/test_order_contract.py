@@ -1,7 +1,6 @@
 """Kernels of one order give a token the same bits: alone, in any batch, on any number of threads, from any of them.
 
-A template that declares an order (``Template.order``) is covered without a change here; an op needs a line in
-``batch_parts.PARTS``.
+A template that declares an order (``Template.order``) is covered without a change here, as is a new op.
 """
 
 import shutil
@@ -12,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from awkward import SIGNATURES, problems, space_of, templates_of, weights
-from batch_parts import PARTS, part_of, tokens_of
+from awkward import problems, space_of, templates_of, weights
 from guarded_calls import Call, forking, run_kernel, tensors_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,6 +21,7 @@ from tilewright.codegen.backends.cpp.builder import CppBuilder, find_compiler
 from tilewright.codegen.hardware.archs import native_arch
 from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.base import Arrays
+from tilewright.codegen.ops.examples import examples_of
 from tilewright.codegen.ops.registry import OPS, find_op
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.recipe.model import Recipe
@@ -60,7 +59,7 @@ def orders(op_name: str, signature: Signature, seed: int) -> dict[str, list[Conf
 def _cases() -> Iterator[tuple[str, Signature, str]]:
     """Every signature with its weights as declared; other precisions with the last signature of each stage."""
     for op_name in OPS:
-        signatures = SIGNATURES[op_name]
+        signatures = examples_of(op_name).signatures
         last = {getattr(signature, "stage", ""): signature for signature in signatures}
         for seed, signature in enumerate(signatures):
             by_precision: dict[str, list[str]] = defaultdict(list)
@@ -99,16 +98,12 @@ class Kernels:
         return run_kernel(path, recipe, tensors_for(recipe, stored, inputs), expected, call)
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]} {SIGNATURES[case[0]].index(case[1])} {case[2]}")
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]} {examples_of(case[0]).signatures.index(case[1])} {case[2]}")
 def kernels(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kernels]:
     op_name, signature, order = request.param
-    configs = orders(op_name, signature, SIGNATURES[op_name].index(signature))[order]
+    configs = orders(op_name, signature, examples_of(op_name).signatures.index(signature))[order]
     yield Kernels(op_name, signature, configs, tmp_path)
     shutil.rmtree(tmp_path)
-
-
-def test_every_op_with_an_order_has_parts() -> None:
-    assert {op_name for op_name, _, _ in CASES} <= PARTS.keys()
 
 
 @settings(
@@ -124,7 +119,7 @@ def test_a_token_gets_the_same_bits_in_every_batch(kernels: Kernels, data: st.Da
     every = problems(op_name, signature)
     problem = every[data.draw(st.integers(0, len(every) - 1), label="problem")]
     inputs = find_op(op_name).inputs(problem, seed=1)
-    tokens = tokens_of(op_name, signature, inputs)
+    tokens = examples_of(op_name).tokens_of(signature, inputs)
     if not tokens:
         return
     chosen = data.draw(
@@ -136,7 +131,7 @@ def test_a_token_gets_the_same_bits_in_every_batch(kernels: Kernels, data: st.Da
     )
     number, other = (data.draw(st.integers(0, len(kernels) - 1), label=each) for each in ("kernel", "other kernel"))
     whole = kernels.run(number, inputs, data.draw(st.sampled_from(CALLS), label="call"))
-    part = part_of(op_name, signature, inputs, sorted(chosen))
+    part = examples_of(op_name).part_of(signature, inputs, np.asarray(sorted(chosen)))
     alone = kernels.run(other, part.inputs, data.draw(st.sampled_from(CALLS), label="other call"))
     for name, rows in part.rows.items():
         assert whole[name][rows].tobytes() == alone[name][: len(rows)].tobytes(), name

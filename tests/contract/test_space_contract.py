@@ -1,4 +1,4 @@
-"""What every op promises of its spaces and of rendering them, for every arch; a new op adds random signatures."""
+"""What every op promises of its spaces and of rendering them, for every arch, on the signatures of its examples."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import random
 import re
 
 import pytest
-from awkward import SIGNATURES, attention_signatures, gating_signatures, only_adds_products
-from gpu_signatures import GPU_SIGNATURES
+from awkward import only_adds_products
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tilewright.codegen.hardware.archs import CPU_ARCHS, GPU_ARCHS, Arch
 from tilewright.codegen.models.presets import PRESETS
 from tilewright.codegen.models.shapes import load_model
 from tilewright.codegen.ops.base import OpDeclaration
-from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.ops.examples import examples_of
 from tilewright.codegen.ops.registry import OPS, find_op
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.rendering import render
@@ -25,31 +23,6 @@ from tilewright.errors import TilewrightError
 
 MOST_CONFIGS = 120_000
 """An enumeration of this size takes a third of a second; a search sees all of it."""
-
-sizes = st.integers(1, 1 << 14) | st.integers(1, 40)
-moe_gemm_signatures = st.builds(
-    lambda stage, experts, n, k, top_k, activation, bias: MoeGemmSignature(
-        stage=stage,
-        experts=experts,
-        n=n,
-        k=k,
-        top_k=1 if stage == "plain" else top_k,
-        activation=activation if stage == "up" else "none",
-        bias=bias,
-    ),
-    st.sampled_from(["up", "down", "plain"]),
-    st.integers(1, 512),
-    sizes,
-    sizes,
-    st.integers(1, 16),
-    st.sampled_from(["none", "swiglu", "geglu", "swiglu_clamped"]),
-    st.booleans(),
-)
-RANDOM_SIGNATURES = {
-    "moe_gemm": moe_gemm_signatures,
-    "gating": gating_signatures(),
-    "attention": attention_signatures(),
-}
 
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 each_arch = pytest.mark.parametrize(
@@ -84,17 +57,24 @@ def check_space(op: OpDeclaration, signature: Signature, arch: Arch) -> None:
     assert source(op, signature, default, arch)
 
 
-def test_every_op_has_random_signatures() -> None:
-    assert RANDOM_SIGNATURES.keys() == OPS.keys()
+def test_every_op_has_examples() -> None:
+    for name in OPS:
+        assert {signature.op for signature in examples_of(name).signatures} == {name}
+        assert {signature.op for signature in examples_of(name).gpu_signatures} <= {name}
+
+
+def test_an_op_without_examples_is_told_what_to_write() -> None:
+    with pytest.raises(TilewrightError, match=r"rms_norm has no examples.*ops\.rms_norm\.examples"):
+        examples_of("rms_norm")
 
 
 @each_arch
 @each_op
 def test_space_of_a_random_signature(op: OpDeclaration, arch: Arch) -> None:
     @settings(max_examples=15)
-    @given(RANDOM_SIGNATURES[op.name])
-    def check(signature: Signature) -> None:
-        check_space(op, signature, arch)
+    @given(st.randoms(use_true_random=False))
+    def check(draw: random.Random) -> None:
+        check_space(op, examples_of(op.name).random_signature(draw), arch)
 
     check()
 
@@ -119,7 +99,7 @@ def test_space_of_every_preset(op: OpDeclaration, arch: Arch) -> None:
 @each_op
 def test_rendering_gives_each_config_one_source_of_its_own(op: OpDeclaration, arch: Arch) -> None:
     """A knob that leaves the code as it is makes the search compile and race the same kernel twice."""
-    for signature in SIGNATURES[op.name]:
+    for signature in examples_of(op.name).signatures:
         space = op.space(signature, arch)
         chosen = [space[i] for i in random.Random(0).sample(range(len(space)), min(60, len(space)))]
         codes = {}
@@ -134,7 +114,7 @@ def test_rendering_gives_each_config_one_source_of_its_own(op: OpDeclaration, ar
 @each_op
 def test_every_knob_changes_the_code(op: OpDeclaration, arch: Arch) -> None:
     """Neighbours that differ in one knob alone, which a random sample seldom holds."""
-    for signature in SIGNATURES[op.name]:
+    for signature in examples_of(op.name).signatures:
         space = op.space(signature, arch)
         for start in random.Random(1).sample(range(len(space)), min(4, len(space))):
             config = space[start]
@@ -149,7 +129,7 @@ def test_every_knob_changes_the_code(op: OpDeclaration, arch: Arch) -> None:
 
 def gpu_signatures(op: OpDeclaration, arch: Arch) -> list[Signature]:
     """Those that some template computes on ``arch``."""
-    return [s for s in GPU_SIGNATURES.get(op.name, ()) if op.templates_for(s, arch)]
+    return [s for s in examples_of(op.name).gpu_signatures if op.templates_for(s, arch)]
 
 
 @pytest.mark.parametrize("arch", GPU_ARCHS.values(), ids=lambda arch: arch.name)
@@ -200,7 +180,7 @@ def test_every_knob_of_a_gpu_changes_the_code_or_its_launch(op: OpDeclaration, a
 
 @each_op
 def test_an_unknown_knob_is_an_error_of_the_space(op: OpDeclaration) -> None:
-    signature = SIGNATURES[op.name][0]
+    signature = examples_of(op.name).signatures[0]
     arch = next(iter(CPU_ARCHS.values()))
     config = op.default_config(signature, arch)
     assert Config({**config, "colour": "red"}) not in op.space(signature, arch)

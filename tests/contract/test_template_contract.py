@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from awkward import SIGNATURES, Case, cases, examples, few_cases, only_adds_products, precision_cases, weights
+from awkward import Case, cases, examples, few_cases, only_adds_products, precision_cases, weights
 from guarded_calls import Call, forking, run_kernel, tensors_for
 from standalone_kernels import Toolchain
 
@@ -23,7 +23,7 @@ from tilewright.codegen.backends.cpp.builder import Build, CppBuilder, find_comp
 from tilewright.codegen.hardware.archs import ARCHS, CPU_ARCHS, Arch, native_arch, runs_on
 from tilewright.codegen.hardware.cpu_info import read_cpu_info, usable_cores
 from tilewright.codegen.numbers.precisions import find_precision
-from tilewright.codegen.ops.registry import OPS, find_op
+from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.rendering import render
 from tilewright.errors import TilewrightError
 from tilewright.runtime.launchers.openmp import fork_address
@@ -78,10 +78,6 @@ def builds(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[dict[Ca
     with ThreadPoolExecutor(usable_cores()) as pool:
         yield {case: pool.submit(builder.build, source_of(case)) for case in wanted}
         pool.shutdown(cancel_futures=True)
-
-
-def test_every_op_has_awkward_signatures() -> None:
-    assert SIGNATURES.keys() == OPS.keys()
 
 
 @pytest.mark.parametrize("case", cases(native_arch()), ids=str)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batch_parts import part_of
 from naive_kernels import needs_compiler
 
 from tilewright.codegen.ops.attention.declaration import AttentionProblem
+from tilewright.codegen.ops.examples import examples_of
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.errors import TilewrightError
@@ -185,7 +185,7 @@ def test_one_order_gives_a_sequence_the_same_bits_in_every_batch(database: Path)
     random = np.random.default_rng(0)
     for count in (1, 1, 2, 3, 7, 40, 59):
         chosen = sorted(random.choice(60, count, replace=False).tolist())
-        part = part_of("attention", made[0].signature, inputs, chosen)
+        part = examples_of("attention").part_of(made[0].signature, inputs, np.asarray(chosen))
         for call in made:
             alone = call(*(torch.from_numpy(np.ascontiguousarray(array)) for array in part.inputs.values()))
             assert alone.numpy().tobytes() == whole[chosen].tobytes(), count

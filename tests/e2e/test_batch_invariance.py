@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from batch_parts import part_of
 from naive_kernels import needs_compiler
 
+from tilewright.codegen.ops.examples import examples_of
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.routing.spec import RoutingSpec
@@ -49,7 +49,7 @@ def test_a_token_gets_the_same_bits_from_every_kernel_of_the_plan(database: Path
     random = np.random.default_rng(0)
     for count in (1, 1, 2, 3, 5, 7, 8, 9, 20, 33, 40, 41, 64, 100, 129):
         tokens = sorted(random.choice(130, count, replace=False).tolist())
-        part = part_of("moe_gemm", SIGNATURE, inputs, tokens)
+        part = examples_of("moe_gemm").part_of(SIGNATURE, inputs, np.asarray(tokens))
         for threads in (1, 2):
             alone = serve(database, part.inputs, count, threads)
             assert alone.tobytes() == whole[tokens].tobytes(), (count, threads)

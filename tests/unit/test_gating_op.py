@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from awkward import SIGNATURES, gating_signatures
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tilewright.codegen.models.shapes import load_model
+from tilewright.codegen.ops.examples import examples_of
 from tilewright.codegen.ops.gating.declaration import Gating
 from tilewright.codegen.ops.gating.inputs import unstable_tokens
 from tilewright.codegen.ops.gating.problem import GatingProblem
@@ -27,7 +27,10 @@ BALANCED = RoutingSpec.parse("balanced")
 def problems(draw: st.DrawFn) -> GatingProblem:
     routing = draw(st.sampled_from(["balanced", "power-law:1", "power-law:8"]))
     return GatingProblem(
-        draw(gating_signatures()), draw(st.integers(1, 20)), RoutingSpec.parse(routing), draw(st.booleans())
+        examples_of("gating").random_signature(draw(st.randoms(use_true_random=False))),
+        draw(st.integers(1, 20)),
+        RoutingSpec.parse(routing),
+        draw(st.booleans()),
     )
 
 
@@ -163,7 +166,7 @@ def test_blocks_hold_every_slot_once_and_one_expert_each(tokens: int, experts: i
         pad_blocks(sort_tokens(ids, experts), block, blocks.padded_rows - block)
 
 
-@pytest.mark.parametrize("signature", SIGNATURES["gating"], ids=lambda s: s.describe())
+@pytest.mark.parametrize("signature", examples_of("gating").signatures, ids=lambda s: s.describe())
 def test_signature_and_problems_survive_their_json(signature: GatingSignature) -> None:
     assert find_op("gating").signature_from_dict(json.loads(json.dumps(signature.to_dict()))) == signature
     for problem in OP.awkward_problems(signature):

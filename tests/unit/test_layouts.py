@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from awkward import SIGNATURES
 from guarded_calls import pack
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tilewright.codegen.hardware.archs import CPU_ARCHS
 from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.ops.examples import examples_of
 from tilewright.codegen.ops.registry import OPS
 from tilewright.runtime.weights.packing import pack_array, packed_shape
 
@@ -82,7 +82,7 @@ def test_equal_keys_mean_equal_layouts() -> None:
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 def test_configs_share_few_layouts_that_can_be_packed(op, arch) -> None:
     """A model keeps one copy of its weights for each layout in use."""
-    for signature in SIGNATURES[op.name]:
+    for signature in examples_of(op.name).signatures:
         space = op.space(signature, arch)
         found = {}
         for config in space[:: max(1, len(space) // 100)]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from awkward import SIGNATURES, problems
+from awkward import problems
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from tilewright.codegen.models.presets import PRESETS
 from tilewright.codegen.models.shapes import load_model
 from tilewright.codegen.numbers.activations import CLAMPED_LIMIT
 from tilewright.codegen.ops.base import Arrays
+from tilewright.codegen.ops.examples import examples_of
 from tilewright.codegen.ops.moe_gemm.problem import MAX_TOKENS, MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.ops.registry import find_op
@@ -145,7 +146,7 @@ def test_work_of_other_ranks_is_not_counted() -> None:
 
 
 def test_awkward_problems_cover_what_kernels_get_wrong() -> None:
-    for signature in SIGNATURES["moe_gemm"]:
+    for signature in examples_of("moe_gemm").signatures:
         awkward = OP.awkward_problems(signature)
         assert {problem.signature for problem in awkward} == {signature}
         assert any(problem.tokens == 1 for problem in awkward)

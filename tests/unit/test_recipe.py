@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from awkward import SIGNATURES
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tilewright.codegen.hardware.archs import CPU_ARCHS
 from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.ops.examples import examples_of
 from tilewright.codegen.ops.registry import OPS
 from tilewright.codegen.recipe.expressions import IntExpr
 from tilewright.codegen.recipe.model import ABI_VERSION, Argument, Guard, Launch, Recipe, TensorSpec
@@ -67,7 +67,7 @@ def test_workspace_needs_every_size() -> None:
 @pytest.mark.parametrize("arch", CPU_ARCHS.values(), ids=lambda arch: arch.name)
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 def test_recipes_of_an_op_agree_with_its_signatures(op, arch) -> None:
-    for signature in SIGNATURES[op.name]:
+    for signature in examples_of(op.name).signatures:
         space = op.space(signature, arch)
         for config in space[:: max(1, len(space) // 20)]:
             recipe = op.template(config).recipe(signature, config, arch)
@@ -89,7 +89,7 @@ def test_recipes_of_an_op_agree_with_its_signatures(op, arch) -> None:
 
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 def test_tensors_of_an_op_are_well_formed(op) -> None:
-    for signature in SIGNATURES[op.name]:
+    for signature in examples_of(op.name).signatures:
         tensors = op.tensors(signature)
         names = [tensor.name for tensor in tensors]
         sizes = {dim for tensor in tensors for dim in tensor.dims if isinstance(dim, str)}

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from awkward import SIGNATURES, examples, weights
+from awkward import examples, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tilewright.codegen.ops.examples import examples_of
 from tilewright.codegen.ops.registry import find_op
 from tilewright.errors import TilewrightError
 from tilewright.runtime import PagedDecode, TilewrightWarning, VarlenPrefill
@@ -24,7 +25,7 @@ def make(kind: type[PagedDecode] | type[VarlenPrefill], *arguments, **options) -
         return kind.of(*arguments, database=NOWHERE, **options)
 
 
-@pytest.mark.parametrize("signature", SIGNATURES["attention"], ids=lambda s: s.describe())
+@pytest.mark.parametrize("signature", examples_of("attention").signatures, ids=lambda s: s.describe())
 def test_torch_gives_what_the_op_declares(signature) -> None:
     held = weights("attention", signature).get("sinks")
     options = {name: getattr(signature, name) for name in ("value_dim", "scale", "window")}

@@ -5,10 +5,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from awkward import SIGNATURES, examples, weights
+from awkward import examples, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tilewright.codegen.ops.examples import examples_of
 from tilewright.codegen.ops.registry import find_op
 from tilewright.errors import TilewrightError
 from tilewright.runtime import Gate, TilewrightWarning, softmax_topk
@@ -24,7 +25,7 @@ def gate(*arguments, **options) -> Gate:
         return Gate.of(*arguments, database=NOWHERE, **options)
 
 
-@pytest.mark.parametrize("signature", SIGNATURES["gating"], ids=lambda s: s.describe())
+@pytest.mark.parametrize("signature", examples_of("gating").signatures, ids=lambda s: s.describe())
 def test_torch_gives_what_the_op_declares(signature) -> None:
     held = weights("gating", signature).get("bias")
     bias = None if held is None else torch.from_numpy(held)
