@@ -8,6 +8,7 @@ import re
 import pytest
 from awkward import only_adds_products
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tilewright.codegen.hardware.archs import CPU_ARCHS, GPU_ARCHS, Arch
 from tilewright.codegen.models.presets import PRESETS
