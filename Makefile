@@ -1,4 +1,5 @@
-# `make tune` runs the main job and `make test` everything that CI runs; each sets up .venv first.
+# `make tune` runs the main job, `make check` what one runs while working, `make test` everything that CI runs; each sets
+# up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,14 +7,23 @@ READY := $(VENV)/ready
 # Named by itself, so that nothing else decides which build of it is taken; without an index of its own it is the CPU's.
 TORCH := torch==2.13.0
 PIP := -m pip --disable-pip-version-check --quiet
+# One process for each core; tests of a group share what is costly to set up, and run in one of them.
+PYTEST = $(BIN)/python -m pytest --numprocesses=auto --dist=loadgroup
 
-.PHONY: tune test lint bench lock clean
+.PHONY: tune test check lint quick bench lock clean
 
 tune: $(READY)
 	$(BIN)/tune --arch native --op moe_gemm --model mixtral-8x7b --tp 8
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST) tests
+
+# What one runs while working: all unit tests, two cases of every contract, beside lint and types.
+check: $(READY)
+	$(MAKE) --jobs=2 --output-sync=target lint quick
+
+quick: $(READY)
+	$(PYTEST) --quick tests/unit tests/golden tests/contract
 
 lint: $(READY)
 	$(BIN)/ruff check .

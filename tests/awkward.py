@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from covering import covering_rows
+from covering import sample_rows
 from numpy.typing import NDArray
 
 from tilewright.codegen.hardware.archs import CPU_ARCHS, Arch, CpuArch
@@ -73,7 +73,7 @@ def space_of(op_name: str, template: Template[Any], signature: Signature, arch: 
 
 
 def cases(arch: Arch) -> list[Case]:
-    """For every template of ``arch``: every pair of two knobs' values, and of a knob's value and a signature."""
+    """For every template of ``arch``: every value of a knob and every signature, or every pair of them."""
     return [
         case
         for op in OPS.values()
@@ -128,7 +128,7 @@ def _covering_cases(op_name: str, template: Template[Any], arch: Arch) -> list[C
         blocks.append(np.column_stack([*columns, np.arange(len(space))]))
     table = np.concatenate(blocks)
     made = []
-    for row in covering_rows(table[:, :-1], seed=0):
+    for row in sample_rows(table[:, :-1], seed=0):
         signature = examples_of(op_name).signatures[table[row, 0]]
         config = space_of(op_name, template, signature, arch)[int(table[row, -1])]
         made.append(Case(op_name, signature, op.space(signature, arch).lift(template.name, config), arch))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from awkward import Case
-from covering import covering_rows
+from covering import FULL, covering_rows, covering_values
 from numpy.typing import NDArray
 
 from tilewright.codegen.hardware.archs import GPU_ARCHS, GpuArch
@@ -78,12 +78,13 @@ def _all_configs(op_name: str, template: Template[Any], arch: GpuArch) -> _Confi
     return _Configs(joined, np.concatenate(rows), spaces, values)
 
 
-def covering_cases(op_name: str, template: Template[Any], arch: GpuArch) -> list[Case]:
-    """Every pair of two knobs' values, and of a knob's value and a signature, that the template has on ``arch``."""
+def covering_cases(op_name: str, template: Template[Any], arch: GpuArch, share: int) -> list[Case]:
+    """Every pair of two values that the template has on ``arch``, or ``share`` cases that have most values."""
     configs = _all_configs(op_name, template, arch)
     if configs is None:
         return []
-    chosen = covering_rows(np.column_stack(list(configs.codes.values())), seed=0)
+    table = np.column_stack(list(configs.codes.values()))
+    chosen = covering_rows(table, seed=0) if FULL else covering_values(table, seed=0, most=share)
     return configs.cases(op_name, template, arch, chosen)
 
 
@@ -116,14 +117,11 @@ def _storing_cases(name: str, arch_name: str, precisions: Sequence[str], knobs: 
     return configs.cases(op_name, template, arch, kept[sorted(set(chosen))])
 
 
-def emulated_cases(count: int | None) -> list[Case]:
-    """Cases of all Triton templates, on the arch that offers each most; ``count`` of them, each template its share."""
+def emulated_cases(share: int) -> list[Case]:
+    """Cases of all Triton templates, on the arch that offers each most: all, or ``share`` of each template."""
     templates = [(op, t) for op in OPS.values() for t in op.templates if t.language == "triton" and t.emulated_problems]
-    groups = [max((covering_cases(op.name, t, arch) for arch in _archs(t)), key=len) for op, t in templates]
-    if count is None:
-        return [case for group in groups for case in group]
-    share = max(1, count // max(1, len(groups)))
-    return [group[number * len(group) // share] for group in groups for number in range(min(share, len(group)))]
+    groups = [max((covering_cases(op.name, t, arch, share) for arch in _archs(t)), key=len) for op, t in templates]
+    return [case for group in groups for case in group]
 
 
 def _archs(template: Template[Any]) -> list[GpuArch]:

@@ -1,14 +1,14 @@
 """Every Triton template of every op, in the interpreter, against the op's reference; a new one needs no change here.
 
-Variants cover every pair of two knobs' values, and of a knob's value and a signature. Long: the full set runs with
-``TILEWRIGHT_FULL_EMULATION=1``, otherwise every n-th of it, of which each template gets its share.
+A template gets a few cases that hold as many values of its knobs as so few can; with ``TILEWRIGHT_FULL=1`` every pair
+of two knobs' values, and of a knob's value and a signature.
 """
 
-import os
 from collections.abc import Iterator
 
 import pytest
 from awkward import Case
+from covering import FULL
 from gpu_signatures import emulated_cases, fnuz_cases, persistent_cases
 
 from tilewright.codegen.hardware.archs import GPU_ARCHS
@@ -16,9 +16,8 @@ from tilewright.codegen.ops.registry import find_op
 from tilewright.tuner.evaluation.emulated.checking import EmulatedChecker
 from tilewright.tuner.evaluation.emulated.emulator import Emulator
 
-FULL = os.environ.get("TILEWRIGHT_FULL_EMULATION") == "1"
-CASES = 28
-"""Of all templates together, where not all are run: less than a minute."""
+SHARE = 4
+"""Cases of a template, where not all are run."""
 LIMIT_S = 250.0
 """For one run, of what takes a second or two: on a busy machine it takes longer, and is as right."""
 
@@ -35,7 +34,7 @@ def require_right(case: Case, emulator: Emulator) -> None:
     assert found.error is not None
 
 
-@pytest.mark.parametrize("case", emulated_cases(None if FULL else CASES), ids=str)
+@pytest.mark.parametrize("case", emulated_cases(SHARE), ids=str)
 def test_variant_matches_the_reference_in_the_interpreter(case: Case, emulator: Emulator) -> None:
     require_right(case, emulator)
 

@@ -2,17 +2,17 @@
 
 A cell names what the binary must hold, ``compiles`` where it multiplies nothing, or says why there is none: in the
 compiler's own words, or by naming the instruction that is missing. All cells are compiled with
-``TILEWRIGHT_FULL_MATRIX=1``, otherwise some of every template and arch.
+``TILEWRIGHT_FULL=1``, otherwise some of every template and arch.
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from covering import FULL
 from gpu_compiling import nearest, telling_instructions
 
 from tilewright.codegen.hardware.archs import GPU_ARCHS, GpuArch
@@ -28,7 +28,6 @@ from tilewright.codegen.space import Config, Space
 TABLE: dict[str, dict[str, dict[str, str]]] = json.loads(
     (Path(__file__).parent.parent / "data" / "gpu_matrix.json").read_text()
 )
-FULL = os.environ.get("TILEWRIGHT_FULL_MATRIX") == "1"
 EXCLUDED = "excluded: "
 COMPILES = "compiles"
 

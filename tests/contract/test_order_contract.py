@@ -3,7 +3,6 @@
 A template that declares an order (``Template.order``) is covered without a change here, as is a new op.
 """
 
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tilewright.codegen.backends.base import Source
-from tilewright.codegen.backends.cpp.builder import CppBuilder, find_compiler
+from tilewright.codegen.backends.cpp.builder import CppBuilder
 from tilewright.codegen.hardware.archs import native_arch
 from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.base import Arrays
@@ -77,11 +76,11 @@ CASES = list(_cases())
 class Kernels:
     """Built variants of one signature and order, to be called on any part of a batch."""
 
-    def __init__(self, op_name: str, signature: Any, configs: list[Config], folder: Path) -> None:
+    def __init__(self, op_name: str, signature: Any, configs: list[Config]) -> None:
         op = find_op(op_name)
         self.op_name, self.signature = op_name, signature
         sources = [render(op.template(config), signature, config, ARCH) for config in configs]
-        builds = CppBuilder(ARCH, find_compiler(), folder).build_all([Source(text) for text in sources])
+        builds = CppBuilder(ARCH).build_all([Source(text) for text in sources])
         recipes = [op.template(config).recipe(signature, config, ARCH) for config in configs]
         self._kernels: list[tuple[Path, Recipe]] = []
         for build, recipe in zip(builds, recipes, strict=True):
@@ -99,11 +98,10 @@ class Kernels:
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]} {examples_of(case[0]).signatures.index(case[1])} {case[2]}")
-def kernels(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kernels]:
+def kernels(request: pytest.FixtureRequest) -> Kernels:
     op_name, signature, order = request.param
     configs = orders(op_name, signature, examples_of(op_name).signatures.index(signature))[order]
-    yield Kernels(op_name, signature, configs, tmp_path)
-    shutil.rmtree(tmp_path)
+    return Kernels(op_name, signature, configs)
 
 
 @settings(

@@ -1,14 +1,13 @@
 """Every template of every op, against the op's reference; a new template is covered without a change here.
 
-Variants cover every pair of two knobs' values. Each is built and called on awkward problems, alone and on threads, with
-buffers that start at odd addresses, hold NaN where nothing was written, and are guarded on both sides.
+Variants cover every value of every knob and every signature, with ``TILEWRIGHT_FULL=1`` every pair of them. Each is
+built and called on awkward problems, alone and on threads, with buffers that start at odd addresses, hold NaN where
+nothing was written, and are guarded on both sides.
 """
 
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,9 +18,9 @@ from guarded_calls import Call, forking, run_kernel, tensors_for
 from standalone_kernels import Toolchain
 
 from tilewright.codegen.backends.base import Source
-from tilewright.codegen.backends.cpp.builder import Build, CppBuilder, find_compiler
+from tilewright.codegen.backends.cpp.builder import CppBuilder
 from tilewright.codegen.hardware.archs import ARCHS, CPU_ARCHS, Arch, native_arch, runs_on
-from tilewright.codegen.hardware.cpu_info import read_cpu_info, usable_cores
+from tilewright.codegen.hardware.cpu_info import read_cpu_info
 from tilewright.codegen.numbers.precisions import find_precision
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.rendering import render
@@ -53,9 +52,9 @@ def calls() -> tuple[Call, ...]:
     )
 
 
-def builder_for(arch: Arch, directory) -> CppBuilder:
+def builder_for(arch: Arch) -> CppBuilder:
     try:
-        return CppBuilder(arch, find_compiler(), directory)
+        return CppBuilder(arch)
     except TilewrightError as error:
         pytest.skip(str(error))
 
@@ -70,19 +69,9 @@ def source_of(case: Case) -> str:
     return render(case.template, case.signature, case.config, case.arch)
 
 
-@pytest.fixture(scope="module")
-def builds(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[dict[Case, Future[Build]]]:
-    """Builds of the cases that were selected, each waiting in a pool that works while earlier ones run."""
-    builder = builder_for(native_arch(), tmp_path_factory.mktemp("contract"))
-    wanted = [item.callspec.params["case"] for item in request.session.items if "builds" in item.fixturenames]
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        yield {case: pool.submit(builder.build, source_of(case)) for case in wanted}
-        pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize("case", cases(native_arch()), ids=str)
-def test_variant_matches_the_reference(case: Case, builds: dict[Case, Future[Build]]) -> None:
-    build = builds[case].result()
+def test_variant_matches_the_reference(case: Case) -> None:
+    build = builder_for(native_arch()).build(source_of(case))
     assert build.path is not None, build.message
     op = find_op(case.op)
     recipe = case.template.recipe(case.signature, case.config, case.arch)
@@ -98,9 +87,9 @@ def test_variant_matches_the_reference(case: Case, builds: dict[Case, Future[Bui
 
 
 @pytest.mark.parametrize("arch", FOREIGN, ids=lambda arch: arch.name)
-def test_other_levels_of_this_machine_compile(arch: Arch, tmp_path) -> None:
+def test_other_levels_of_this_machine_compile(arch: Arch) -> None:
     """Compiled is all that is known of them, unless this CPU runs them, too."""
-    builder = builder_for(arch, tmp_path)
+    builder = builder_for(arch)
     chosen = samples(arch)
     for case, build in zip(chosen, builder.build_all([Source(source_of(case)) for case in chosen]), strict=True):
         assert build.path is not None, f"{case}: {build.message}"
@@ -134,7 +123,7 @@ def test_variant_with_vnni_matches_the_reference_by_the_instructions_definition(
     instruction = re.search(r"  asm\(.*vpdpbusd.*\);\n", text)
     assert instruction
     baseline = replace(ARCHS["x86_64_avx2"], name=case.arch.name)
-    compiler = builder_for(baseline, tmp_path).compiler.command
+    compiler = builder_for(baseline).compiler.command
     check_standalone(
         case, Toolchain(compiler, baseline, ()), tmp_path, text.replace(instruction[0], DEFINITION.lstrip("\n"))
     )
@@ -154,7 +143,7 @@ def test_variant_for_arm_matches_the_reference_in_an_emulator(case: Case, tmp_pa
 @pytest.mark.parametrize("sanitizers", ["address", "thread"])
 def test_sanitizers_find_nothing(case: Case, sanitizers: str, tmp_path) -> None:
     """Reads beyond a tensor and races between threads seldom change a result."""
-    compiler = builder_for(case.arch, tmp_path).compiler.command
+    compiler = builder_for(case.arch).compiler.command
     flags = (f"-fsanitize={sanitizers}", "-O1")
     probe = tmp_path / "probe.cpp"
     probe.write_text("int main() {}")
