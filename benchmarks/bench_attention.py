@@ -18,7 +18,7 @@ from tilewright.codegen.ops.attention.declaration import AttentionProblem
 from tilewright.codegen.ops.attention.signature import AttentionSignature, Stage
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.routing.spec import RoutingSpec
-from tilewright.runtime import PagedDecode, VarlenPrefill
+from tilewright.runtime import PagedDecode, ServeOptions, VarlenPrefill
 from tilewright.tuner.report.roofline import measure_roofline
 
 SHAPES = {"32/8 x128": (32, 8, 128, 16), "32/8 x64": (32, 8, 64, 16), "32/8 x64 p128": (32, 8, 64, 128)}
@@ -44,7 +44,7 @@ def our_calls(cases: list[Case], threads: int, database: str) -> list:
     kind = PagedDecode if signature.stage == "decode" else VarlenPrefill
     pages = {"page_size": signature.page_size} if signature.stage == "decode" else {}
     shape = signature.heads, signature.kv_heads, signature.head_dim
-    made = kind.of(*shape, **pages, threads=threads, database=database)
+    made = kind.of(*shape, **pages, options=ServeOptions(threads=threads, database=database))
 
     def call_for(case: Case):
         call, tensors, out = made.call, case.ours, torch.empty(len(case.ours[0]), signature.heads, signature.value_dim)

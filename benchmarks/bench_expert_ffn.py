@@ -14,7 +14,7 @@ from summary import POINTS, Point
 from tuned import ensure_tuned
 
 from tilewright.codegen.hardware.cpu_info import read_cpu_info, usable_cores
-from tilewright.runtime import Experts
+from tilewright.runtime import Experts, ServeOptions
 from tilewright.tuner.report.roofline import measure_roofline
 
 SHAPES = {
@@ -40,7 +40,10 @@ def plan_for(shape: str, threads: int) -> str:
 def our_calls(cases: list[ExpertFfn], threads: int, database: str) -> list:
     """One call per case through the runtime; weights are packed once per weight tensor."""
     layers = {
-        id(case.w13): Experts(case.w13, case.w2, top_k=case.top_k, threads=threads, database=database) for case in cases
+        id(case.w13): Experts(
+            case.w13, case.w2, top_k=case.top_k, options=ServeOptions(threads=threads, database=database)
+        )
+        for case in cases
     }
 
     def call_for(case: ExpertFfn):

@@ -14,7 +14,7 @@ from summary import POINTS, Point
 from tuned import ensure_tuned
 
 from tilewright.codegen.hardware.cpu_info import usable_cores
-from tilewright.runtime import Gate
+from tilewright.runtime import Gate, ServeOptions
 from tilewright.tuner.report.roofline import measure_roofline
 
 SHAPES = {"E64 k6": (64, 6, False), "E256 k8": (256, 8, False), "E256 k8 groups": (256, 8, True)}
@@ -46,8 +46,7 @@ def our_calls(cases: list, threads: int, database: str) -> list:
         groups=first.groups,
         top_groups=first.top_groups,
         scale=first.scale,
-        threads=threads,
-        database=database,
+        options=ServeOptions(threads=threads, database=database),
     )
 
     def call_for(case):

@@ -14,7 +14,7 @@ from summary import POINTS, Point
 from tuned import ensure_tuned
 
 from tilewright.codegen.hardware.cpu_info import read_cpu_info, usable_cores
-from tilewright.runtime import prepare
+from tilewright.runtime import ServeOptions, prepare
 from tilewright.tuner.report.roofline import measure_roofline
 
 SHAPES = {
@@ -38,7 +38,8 @@ def plan_for(shape: str, threads: int) -> str:
 def our_calls(cases: list[GroupedGemm], top_k: int, threads: int, database: str) -> list:
     """One call per case through the runtime, as an engine makes it; weights are packed once per weight tensor."""
     prepared = {
-        id(case.w): prepare(case.w, stage="up", top_k=top_k, threads=threads, database=database) for case in cases
+        id(case.w): prepare(case.w, stage="up", top_k=top_k, options=ServeOptions(threads=threads, database=database))
+        for case in cases
     }
 
     def call_for(case: GroupedGemm):

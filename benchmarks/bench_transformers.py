@@ -20,6 +20,7 @@ from summary import POINTS, Point
 from tuned import database, ensure_tuned_model
 
 from tilewright.codegen.hardware.cpu_info import usable_cores
+from tilewright.runtime import ServeOptions
 
 transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
 
@@ -84,7 +85,7 @@ def models(threads: int) -> dict:
         made[name].set_experts_implementation(name)
     for name, max_error in OURS.items():
         made[name] = sharing_copy()
-        report = enable(made[name], database=path, max_error=max_error, threads=threads)
+        report = enable(made[name], options=ServeOptions(database=path, max_error=max_error, threads=threads))
         print(f"\n{name}, {threads} threads: {report}")
         assert len(report.layers) == CONFIG["num_hidden_layers"], report
     return made

@@ -13,7 +13,7 @@ from tilewright.codegen.hardware.cpu_info import read_cpu_info
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.routing.spec import RoutingSpec
-from tilewright.runtime import PreparedCall
+from tilewright.runtime import PreparedCall, ServeOptions
 from tilewright.tuner.evaluation.cpu.binding import DTYPES, outputs_of, shape_of, sizes_of
 
 _ROTATIONS = 4
@@ -38,7 +38,10 @@ def race_plans(signature: Signature, tokens: int, plans: Mapping[str, Path], *, 
         sets.append([tensors.get(spec.name) for spec in specs if spec.role != "weight"])
     contenders = {}
     for name, path in plans.items():
-        own = [PreparedCall.prepare(signature, weights, threads=threads, database=path) for _ in range(int(copies))]
+        own = [
+            PreparedCall.prepare(signature, weights, options=ServeOptions(threads=threads, database=path))
+            for _ in range(int(copies))
+        ]
         if not all(each.is_tuned for each in own):
             raise RuntimeError(f"{path} serves no tuned kernel")
         turns = range(max(len(own), len(sets)))

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tilewright.codegen.models.shapes import load_model
 from tilewright.codegen.ops.registry import find_op
+from tilewright.runtime import ServeOptions
 from tilewright.runtime.serve.plans import is_planned
 from tilewright.runtime.transformers import enable
 from tilewright.tuner.cli import main as tune
@@ -35,10 +36,10 @@ def load(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
 
 
-def tune_unless_planned(options: argparse.Namespace) -> None:
+def tune_unless_planned(options: argparse.Namespace, served: ServeOptions) -> None:
     """Tune the experts of the model for the sizes that are timed below."""
     signatures = find_op("moe_gemm").signatures(load_model(options.model))
-    if all(is_planned(signature, options.db, options.max_error) for signature in signatures):
+    if all(is_planned(signature, served) for signature in signatures):
         return
     words = ["--arch", "native", "--op", "moe_gemm", "--model", str(options.model), "--time", options.time]
     words += ["--tokens", f"1,{options.prompt}"]
@@ -76,9 +77,10 @@ def main() -> None:
 
     model = load(options.model)
     prompt = torch.randint(0, model.config.get_text_config().vocab_size, (1, options.prompt))
-    tune_unless_planned(options)
+    served = ServeOptions(database=options.db, max_error=options.max_error)
+    tune_unless_planned(options, served)
     before = tokens_per_second(model, prompt, options.new)
-    print(enable(model, database=options.db, max_error=options.max_error))
+    print(enable(model, options=served))
     after = tokens_per_second(model, prompt, options.new)
     for what, was, now in zip(("prefill", "decode"), before, after, strict=True):
         print(f"{what:8} {was:8.1f} tokens/s before, {now:8.1f} after: {now / was:.2f}x")

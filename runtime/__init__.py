@@ -19,6 +19,7 @@ from tilewright.runtime.serve.explanation import Explanation, MemoryReport, Memo
 from tilewright.runtime.serve.functional import grouped_gemm, moe_down, moe_up
 from tilewright.runtime.serve.gate import Gate, Gated
 from tilewright.runtime.serve.gemm import PreparedGemm, prepare
+from tilewright.runtime.serve.options import ServeOptions
 from tilewright.runtime.serve.prepared import PreparedCall, live_prepared
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "PagedDecode",
     "PreparedCall",
     "PreparedGemm",
+    "ServeOptions",
     "TilewrightWarning",
     "VarlenPrefill",
     "explain",

@@ -22,6 +22,7 @@ from tilewright.codegen.hardware.archs import native_arch
 from tilewright.codegen.ops.base import Problem
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.routing.spec import RoutingSpec
+from tilewright.runtime import ServeOptions
 from tilewright.tuner.campaign.campaign import Campaign, Request
 from tilewright.tuner.campaign.loop import ProblemResult
 from tilewright.tuner.campaign.progress import Progress
@@ -117,7 +118,12 @@ def served_result(database: Path) -> str:
     expected = op.reference(problem.signature, weights, inputs)["out"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TilewrightWarning)  # there is no plan yet
-        call = prepare(torch.from_numpy(weights["weight"]), stage="up", top_k=2, threads=1, database=str(database))
+        call = prepare(
+            torch.from_numpy(weights["weight"]),
+            stage="up",
+            top_k=2,
+            options=ServeOptions(threads=1, database=str(database)),
+        )
     out = torch.empty(expected.shape)
     specs = [spec.name for spec in op.tensors(problem.signature) if spec.role != "weight"][:-1]
     call(*(torch.from_numpy(inputs[name]) for name in specs), out)

@@ -8,7 +8,7 @@ from torch import Tensor
 from tilewright.codegen.ops.attention.signature import DEFAULT_PAGE_SIZE, AttentionSignature, KvLayout
 from tilewright.errors import TilewrightError
 from tilewright.runtime.ops.attention import checked_sinks
-from tilewright.runtime.serve.plans import Database
+from tilewright.runtime.serve.options import ServeOptions
 from tilewright.runtime.serve.prepared import PreparedCall
 
 
@@ -35,9 +35,7 @@ class PagedDecode(PreparedCall):
         scale: float | None = None,
         window: int = 0,
         sinks: Tensor | None = None,
-        threads: int | None = None,
-        database: Database | None = None,
-        batch_invariant: bool = False,
+        options: ServeOptions = ServeOptions(),
     ) -> PagedDecode:
         """Find the tuned kernels on this machine; plain torch serves where there are none.
 
@@ -51,9 +49,7 @@ class PagedDecode(PreparedCall):
             scale: factor of q . k; None: 1 / sqrt(head_dim).
             window: tokens that a query sees, its own included; 0: all.
             sinks: fp32 [heads], learned logits in the softmax's denominator; None: there are none.
-            threads: see :meth:`PreparedCall.prepare`.
-            database: see :meth:`PreparedCall.prepare`.
-            batch_invariant: see :meth:`PreparedCall.prepare`; a sequence gets the same bits whatever others are there.
+            options: which plans may serve, and how.
 
         Raises:
             TilewrightError: when the arguments do not fit together.
@@ -71,8 +67,7 @@ class PagedDecode(PreparedCall):
             page_size=page_size,
             kv_layout=kv_layout,
         )
-        weights = _weights(sinks, heads)
-        return cls.prepare(signature, weights, threads=threads, database=database, batch_invariant=batch_invariant)
+        return cls.prepare(signature, _weights(sinks, heads), options=options)
 
     def __call__(
         self,
@@ -123,9 +118,7 @@ class VarlenPrefill(PreparedCall):
         scale: float | None = None,
         window: int = 0,
         sinks: Tensor | None = None,
-        threads: int | None = None,
-        database: Database | None = None,
-        batch_invariant: bool = False,
+        options: ServeOptions = ServeOptions(),
     ) -> VarlenPrefill:
         """Find the tuned kernels on this machine; plain torch serves where there are none.
 
@@ -145,8 +138,7 @@ class VarlenPrefill(PreparedCall):
             window=window,
             sinks=sinks is not None,
         )
-        weights = _weights(sinks, heads)
-        return cls.prepare(signature, weights, threads=threads, database=database, batch_invariant=batch_invariant)
+        return cls.prepare(signature, _weights(sinks, heads), options=options)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Tensor | None = None) -> Tensor:
         """Attend.

@@ -17,7 +17,8 @@ from tilewright.runtime.serve.explanation import Explanation
 from tilewright.runtime.serve.gate import Gate
 from tilewright.runtime.serve.gemm import prepare
 from tilewright.runtime.serve.handles import held, hold
-from tilewright.runtime.serve.plans import Database, is_planned
+from tilewright.runtime.serve.options import ServeOptions
+from tilewright.runtime.serve.plans import is_planned
 from tilewright.runtime.torch.operators import define_operator
 from tilewright.runtime.torch.plain import spare_torch_threads
 from tilewright.runtime.weights.experts import checked_weight
@@ -39,11 +40,7 @@ class Experts:
         renormalize: whether a token's routing weights are made to sum to 1 after its experts were chosen.
         all_experts: experts of the whole model, when this rank holds only a part of them (expert parallelism); tokens
             are routed by the caller then, see :meth:`run`.
-        threads: threads of a call; None: ``torch.get_num_threads()``.
-        database: path or SQLite URL; None: ``$TILEWRIGHT_DB``, else the user's own.
-        max_error: see :func:`tilewright.runtime.prepare`; for each of the two stages.
-        batch_invariant: see :meth:`PreparedCall.prepare`; routing is token by token in any case.
-        keep_weights: see ``keep_weight`` of :func:`tilewright.runtime.prepare`.
+        options: which plans may serve each of the two stages, and how; routing is token by token in any case.
 
     Calls may come from any number of threads; each has its own buffers, which are kept and grow to the largest call.
 
@@ -63,11 +60,7 @@ class Experts:
         bias_down: Any = None,
         renormalize: bool = True,
         all_experts: int | None = None,
-        threads: int | None = None,
-        database: Database | None = None,
-        max_error: float = 0.0,
-        batch_invariant: bool = False,
-        keep_weights: bool = True,
+        options: ServeOptions = ServeOptions(),
     ) -> None:
         w_up = checked_weight(w_up, what="Experts: w_up", dims="experts, rows, hidden")
         w_down = checked_weight(w_down, what="Experts: w_down", dims="experts, hidden, inter")
@@ -85,32 +78,11 @@ class Experts:
             raise TilewrightError(f"Experts: top_k={top_k} is impossible with {self.all_experts} experts")
         self.top_k = top_k
         self.renormalize = renormalize
-        self.up = prepare(
-            w_up,
-            stage="up",
-            top_k=top_k,
-            activation=activation,
-            bias=bias_up,
-            threads=threads,
-            database=database,
-            max_error=max_error,
-            batch_invariant=batch_invariant,
-            keep_weight=keep_weights,
-        )
-        self.down = prepare(
-            w_down,
-            stage="down",
-            top_k=top_k,
-            bias=bias_down,
-            threads=threads,
-            database=database,
-            max_error=max_error,
-            batch_invariant=batch_invariant,
-            keep_weight=keep_weights,
-        )
+        self.up = prepare(w_up, stage="up", top_k=top_k, activation=activation, bias=bias_up, options=options)
+        self.down = prepare(w_down, stage="down", top_k=top_k, bias=bias_down, options=options)
         self._call_up, self._call_down = self.up.call, self.down.call
         # A gate's plan may compute the same weights in several orders.
-        self.gate = None if batch_invariant else self._tuned_gate(threads, database)
+        self.gate = None if options.batch_invariant else self._tuned_gate(options)
         self._local = threading.local()
         self.handle = hold(self)
 
@@ -185,14 +157,14 @@ class Experts:
         """Whether a tuned kernel serves some size of either stage."""
         return self.up.is_tuned or self.down.is_tuned
 
-    def _tuned_gate(self, threads: int | None, database: Database | None) -> Gate | None:
+    def _tuned_gate(self, options: ServeOptions) -> Gate | None:
         """What routes and sorts at once, where it was tuned for; else the runtime's own softmax and sort do."""
         if self.all_experts != self.experts:
             return None
         signature = GatingSignature(experts=self.experts, top_k=self.top_k, renormalize=self.renormalize, order="rows")
-        if not is_planned(signature, database):
+        if not is_planned(signature, options):
             return None
-        return Gate.prepare(signature, {}, threads=threads, database=database)
+        return Gate.prepare(signature, {}, options=options)
 
     def _compute(
         self,

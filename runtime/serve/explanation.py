@@ -92,7 +92,7 @@ def _on_batches(resolution: Resolution) -> str:
         )
     return (
         "tuned batch-invariant, but not promised: plain torch serves tensors that the kernels cannot take, in another "
-        "order of sums; ask with batch_invariant=True"
+        "order of sums; ask with ServeOptions(batch_invariant=True)"
     )
 
 

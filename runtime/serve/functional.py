@@ -5,7 +5,6 @@ Each call looks the packed weight up again, which costs some microseconds; :func
 
 from __future__ import annotations
 
-import os
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from tilewright.codegen.ops.moe_gemm.signature import Activation, Stage
 from tilewright.errors import TilewrightError
 from tilewright.runtime.locks import fork_safe_lock
 from tilewright.runtime.serve.gemm import PreparedGemm, prepare
-from tilewright.runtime.serve.plans import Database
+from tilewright.runtime.serve.options import ServeOptions
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ def grouped_gemm(
     *,
     bias: Tensor | None = None,
     out: Tensor | None = None,
-    threads: int | None = None,
-    database: Database | None = None,
+    options: ServeOptions = ServeOptions(),
 ) -> Tensor:
     """``out[r] = x[r] @ weight[e].T + bias[e]``, e being the expert whose range in ``expert_offsets`` holds row r.
 
@@ -49,14 +47,13 @@ def grouped_gemm(
         expert_offsets: int32 [experts + 1], rising from 0 to ``rows``.
         bias: fp32 [experts, n], or None.
         out: fp32 [rows, n] to write; made when None.
-        threads: see :func:`tilewright.runtime.prepare`.
-        database: see :func:`tilewright.runtime.prepare`.
+        options: which plans may serve, and how.
 
     Raises:
         TilewrightError: for tensors that do not fit together.
 
     """
-    prepared = _prepared(weight, bias, "plain", 1, "none", threads, database)
+    prepared = _prepared(weight, bias, "plain", 1, "none", options)
     result: Tensor = prepared.call(x, expert_offsets, _output(prepared, out, x, "x"))
     return result
 
@@ -71,8 +68,7 @@ def moe_up(
     activation: Activation = "swiglu",
     bias: Tensor | None = None,
     out: Tensor | None = None,
-    threads: int | None = None,
-    database: Database | None = None,
+    options: ServeOptions = ServeOptions(),
 ) -> Tensor:
     """``out[r] = activation(x[row_token[r]] @ weight[e].T + bias[e])``: the first half of an expert FFN.
 
@@ -85,14 +81,13 @@ def moe_up(
         activation: ``swiglu``, ``geglu``, ``swiglu_clamped`` (gpt-oss) or ``none``.
         bias: fp32 [experts, rows of the weight], or None.
         out: fp32 [rows, n] to write; made when None.
-        threads: see :func:`tilewright.runtime.prepare`.
-        database: see :func:`tilewright.runtime.prepare`.
+        options: which plans may serve, and how.
 
     Raises:
         TilewrightError: for tensors that do not fit together.
 
     """
-    prepared = _prepared(weight, bias, "up", top_k, activation, threads, database)
+    prepared = _prepared(weight, bias, "up", top_k, activation, options)
     result: Tensor = prepared.call(x, row_token, expert_offsets, _output(prepared, out, row_token, "row_token"))
     return result
 
@@ -106,8 +101,7 @@ def moe_down(
     *,
     bias: Tensor | None = None,
     out: Tensor | None = None,
-    threads: int | None = None,
-    database: Database | None = None,
+    options: ServeOptions = ServeOptions(),
 ) -> Tensor:
     """``out[t] = sum_j topk_weights[t, j] * (x[slot_row[t, j]] @ weight[e].T + bias[e])``: the second half.
 
@@ -119,15 +113,14 @@ def moe_down(
         topk_weights: fp32 [tokens, top_k].
         bias: fp32 [experts, n], or None.
         out: fp32 [tokens, n] to write; made when None.
-        threads: see :func:`tilewright.runtime.prepare`.
-        database: see :func:`tilewright.runtime.prepare`.
+        options: which plans may serve, and how.
 
     Raises:
         TilewrightError: for tensors that do not fit together.
 
     """
     _length(slot_row, "slot_row")
-    prepared = _prepared(weight, bias, "down", slot_row.shape[-1], "none", threads, database)
+    prepared = _prepared(weight, bias, "down", slot_row.shape[-1], "none", options)
     result: Tensor = prepared.call(
         x, expert_offsets, slot_row, topk_weights, _output(prepared, out, slot_row, "slot_row")
     )
@@ -140,8 +133,7 @@ def _prepared(
     stage: Stage,
     top_k: int,
     activation: Activation,
-    threads: int | None,
-    database: Database | None,
+    options: ServeOptions,
 ) -> PreparedGemm:
     """The stage prepared for ``weight``, made now or remembered."""
     if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
@@ -150,8 +142,7 @@ def _prepared(
             f"moe_gemm {stage}: weight and bias must be torch tensors, for their packed copy lives as long as they do; "
             f"got a {kind}. Use prepare() for other arrays"
         )
-    threads = torch.get_num_threads() if threads is None else threads
-    key = (stage, top_k, activation, bias is not None, threads, None if database is None else os.fspath(database))
+    key = (stage, top_k, activation, bias is not None, options, options.thread_count)
     stamp = (_stamp(weight), None if bias is None else _stamp(bias))
     known: dict[Hashable, _Packed] | None = _packed_of.get(weight)  # type: ignore[no-untyped-call]
     if known is not None and key in known and known[key].stamp == stamp:
@@ -159,15 +150,7 @@ def _prepared(
     with _packing:
         known = _packed_of.setdefault(weight, {})  # type: ignore[no-untyped-call]
         if key not in known or known[key].stamp != stamp:
-            prepared = prepare(
-                weight,
-                stage=stage,
-                top_k=top_k,
-                activation=activation,
-                bias=bias,
-                threads=threads,
-                database=database,
-            )
+            prepared = prepare(weight, stage=stage, top_k=top_k, activation=activation, bias=bias, options=options)
             known[key] = _Packed(stamp, prepared)
         return known[key].prepared
 

@@ -11,7 +11,7 @@ from tilewright.codegen.ops.gating.signature import GatingSignature, Order, Scor
 from tilewright.errors import TilewrightError
 from tilewright.runtime.ops.gating import checked_bias
 from tilewright.runtime.serve.handles import held
-from tilewright.runtime.serve.plans import Database
+from tilewright.runtime.serve.options import ServeOptions
 from tilewright.runtime.serve.prepared import PreparedCall
 from tilewright.runtime.torch.operators import define_operator
 
@@ -40,9 +40,9 @@ class Gated(NamedTuple):
 class Gate(PreparedCall):
     """A router: ``gate(logits)`` chooses experts; see :class:`GatingSignature` for what its options mean.
 
-    Args of :meth:`of` are the signature's fields, ``bias`` [experts] as a tensor, and what
-    :meth:`PreparedCall.prepare` takes. ``gate.call(logits, topk_ids, topk_weights, ...)`` writes into tensors that the
-    caller keeps, in the order of :class:`Gated`, without a level of Python.
+    Args of :meth:`of` are the signature's fields, ``bias`` [experts] as a tensor, and :class:`ServeOptions`.
+    ``gate.call(logits, topk_ids, topk_weights, ...)`` writes into tensors that the caller keeps, in the order of
+    :class:`Gated`, without a level of Python.
     """
 
     __slots__ = ()
@@ -63,9 +63,7 @@ class Gate(PreparedCall):
         scale: float = 1.0,
         order: Order = "none",
         block_size: int = 0,
-        threads: int | None = None,
-        database: Database | None = None,
-        batch_invariant: bool = False,
+        options: ServeOptions = ServeOptions(),
     ) -> Gate:
         """Find the tuned kernels for a router on this machine; plain torch serves where there are none.
 
@@ -86,7 +84,7 @@ class Gate(PreparedCall):
             block_size=block_size,
         )
         weights = {} if bias is None else {"bias": checked_bias(bias, experts)}
-        return cls.prepare(signature, weights, threads=threads, database=database, batch_invariant=batch_invariant)
+        return cls.prepare(signature, weights, options=options)
 
     def __call__(self, *tensors: Any) -> Gated:
         """Choose experts for ``logits`` [tokens, experts], fp32 on the CPU; further tensors are outputs to write.

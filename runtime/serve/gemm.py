@@ -6,7 +6,7 @@ from typing import Any
 
 from tilewright.codegen.ops.moe_gemm.signature import Activation, MoeGemmSignature, Stage
 from tilewright.errors import TilewrightError
-from tilewright.runtime.serve.plans import Database
+from tilewright.runtime.serve.options import ServeOptions
 from tilewright.runtime.serve.prepared import PreparedCall
 from tilewright.runtime.weights.experts import checked_bias, checked_weight
 
@@ -34,11 +34,7 @@ def prepare(
     top_k: int = 1,
     activation: Activation = "none",
     bias: Any = None,
-    threads: int | None = None,
-    database: Database | None = None,
-    max_error: float = 0.0,
-    batch_invariant: bool = False,
-    keep_weight: bool = True,
+    options: ServeOptions = ServeOptions(),
 ) -> PreparedGemm:
     """Find the tuned kernels for ``weight`` on this machine and pack it for them.
 
@@ -48,14 +44,7 @@ def prepare(
         top_k: experts per token; 1 for ``plain``.
         activation: ``swiglu``, ``geglu`` and ``swiglu_clamped`` (gpt-oss) join gate and up rows; for ``up`` only.
         bias: fp32 [experts, rows of the weight], or None.
-        threads: threads of a call; None: ``torch.get_num_threads()``.
-        database: path or SQLite URL; None: ``$TILEWRIGHT_DB``, else the user's own.
-        max_error: largest relative error of the output that storing the weight in fewer bits may bring,
-            ``||out - exact|| / ||exact||`` as it was measured when a plan was made; of the plans within it, the fastest
-            serves. 0: only plans that leave the weight as it is.
-        batch_invariant: see :meth:`PreparedCall.prepare`.
-        keep_weight: whether to refer to ``weight`` for sizes that torch serves. False reads them back from the packed
-            copy, which is slower, and lets the owner free the original.
+        options: which plans may serve, and how.
 
     Where there is no tuned kernel (no plan, another CPU, a damaged or untrusted database), plain torch serves, with
     one warning.
@@ -76,12 +65,4 @@ def prepare(
     weights = {"weight": weight}
     if bias is not None:
         weights["bias"] = checked_bias(bias, what=f"moe_gemm {stage}: bias", experts=experts, rows=rows)
-    return PreparedGemm.prepare(
-        signature,
-        weights,
-        threads=threads,
-        database=database,
-        max_error=max_error,
-        batch_invariant=batch_invariant,
-        keep_weights=keep_weight,
-    )
+    return PreparedGemm.prepare(signature, weights, options=options)

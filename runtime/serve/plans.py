@@ -20,13 +20,12 @@ from tilewright.codegen.recipe.model import ABI_VERSION, Argument, Recipe
 from tilewright.errors import TilewrightError
 from tilewright.runtime.launchers.host_so import KernelRefused, LoadedArtifact, load_artifact
 from tilewright.runtime.notices import warn_once
+from tilewright.runtime.serve.options import ServeOptions
 from tilewright.tuning_db.locations import default_url
 from tilewright.tuning_db.reader import Reader
 from tilewright.tuning_db.records import KernelRecord, PlanEntry, PlanRecord
 
 RECIPE_FORMAT = 1
-
-Database = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,38 +74,32 @@ class Resolution:
         return tuple(dict.fromkeys(kernel.recipe.panels for kernel in self.kernels))
 
 
-def resolve(
-    signature: Signature,
-    threads: int,
-    database: Database | None,
-    max_error: float = 0.0,
-    *,
-    batch_invariant: bool = False,
-) -> Resolution:
+def resolve(signature: Signature, options: ServeOptions) -> Resolution:
     """Find the plan for ``signature`` on this machine and load its kernels.
 
-    ``database`` None means ``$TILEWRIGHT_DB``, else the user's own. Plans that bring a larger error than ``max_error``
-    are left out. Of several plans for this device, those made with ``threads`` threads are taken, else those that come
-    nearest, and of these the fastest. With ``batch_invariant`` only plans that promise it count, and one of whose sizes
-    a tuned kernel does not serve is refused, for plain torch adds up in other orders for other batches.
+    Plans that bring a larger error than ``max_error`` are left out. Of several plans for this device, those made with
+    as many threads are taken, else those that come nearest, and of these the fastest. With ``batch_invariant`` only
+    plans that promise it count, and one of whose sizes a tuned kernel does not serve is refused, for plain torch adds
+    up in other orders for other batches.
 
     Raises:
         TilewrightError: with ``batch_invariant``, when there is no such plan or some of it cannot be served.
 
     """
+    batch_invariant = options.batch_invariant
+    database = _database_of(options)
     device_key = read_cpu_info().key
     try:
-        database = os.fspath(default_url() if database is None else database)
         reader = Reader.open(database)
         plans: Sequence[PlanRecord] = reader.plans_for(signature.op, signature.key)
         if batch_invariant:
             plans = _batch_invariant(plans)
-        plan = _choose_plan(plans, device_key, threads, max_error)
+        plan = _choose_plan(plans, device_key, options.thread_count, options.max_error)
     except TilewrightError as error:
         if batch_invariant:
             raise TilewrightError(f"{signature.describe()} cannot be served batch-invariantly: {error}") from error
         warn_once(f"{signature.describe()} is served by plain torch: {error}")
-        return Resolution(signature, device_key, str(database), None, (SizeRange(None, None, None, str(error)),))
+        return Resolution(signature, device_key, database, None, (SizeRange(None, None, None, str(error)),))
     ranges = _load_ranges(reader, plan, signature)
     if batch_invariant and (missing := next((part for part in ranges if part.kernel is None), None)):
         raise TilewrightError(
@@ -116,18 +109,25 @@ def resolve(
     return Resolution(signature, device_key, database, plan, ranges, batch_invariant)
 
 
-def is_planned(signature: Signature, database: Database | None, max_error: float = math.inf) -> bool:
-    """Whether the database holds a plan for ``signature`` on this machine, of at most ``max_error``.
+def is_planned(signature: Signature, options: ServeOptions) -> bool:
+    """Whether the database holds a plan for ``signature`` on this machine that keeps what ``options`` ask for.
 
     False, too, where it cannot be read.
     """
     try:
-        plans = Reader.open(os.fspath(default_url() if database is None else database)).plans_for(
-            signature.op, signature.key
-        )
+        plans = Reader.open(_database_of(options)).plans_for(signature.op, signature.key)
     except TilewrightError:
         return False
-    return any(plan.device_key == read_cpu_info().key and plan.error <= max_error for plan in plans)
+    return any(
+        plan.device_key == read_cpu_info().key
+        and plan.error <= options.max_error
+        and (plan.batch_invariant or not options.batch_invariant)
+        for plan in plans
+    )
+
+
+def _database_of(options: ServeOptions) -> str:
+    return os.fspath(default_url() if options.database is None else options.database)
 
 
 def _batch_invariant(plans: Sequence[PlanRecord]) -> list[PlanRecord]:

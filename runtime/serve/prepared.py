@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from tilewright.codegen.numbers.precisions import LOSSLESS
@@ -16,12 +14,13 @@ from tilewright.codegen.ops.signature import Signature
 from tilewright.errors import TilewrightError
 from tilewright.runtime.calls.bind import BoundCall, CallVariant, bind_call
 from tilewright.runtime.locks import fork_safe_lock
-from tilewright.runtime.ops import served_op
 from tilewright.runtime.ops.base import BoundWeights
+from tilewright.runtime.ops.registry import served_op
 from tilewright.runtime.process_memory import Memory
 from tilewright.runtime.serve.explanation import Explanation, MemoryUse
 from tilewright.runtime.serve.handles import hold
-from tilewright.runtime.serve.plans import Database, Resolution, SizeRange, resolve
+from tilewright.runtime.serve.options import ServeOptions
+from tilewright.runtime.serve.plans import Resolution, SizeRange, resolve
 from tilewright.runtime.torch.plain import spare_torch_threads
 
 _live: weakref.WeakSet[PreparedCall] = weakref.WeakSet()
@@ -59,30 +58,14 @@ class PreparedCall:
 
     @classmethod
     def prepare(
-        cls,
-        signature: Signature,
-        weights: Mapping[str, Tensor],
-        *,
-        threads: int | None = None,
-        database: Database | None = None,
-        max_error: float = 0.0,
-        batch_invariant: bool = False,
-        keep_weights: bool = True,
+        cls, signature: Signature, weights: Mapping[str, Tensor], *, options: ServeOptions = ServeOptions()
     ) -> Self:
         """Find the tuned kernels for ``signature`` on this machine and lay ``weights`` out for them.
 
         Args:
             signature: of the call, of an op that the runtime serves.
             weights: the tensors of role ``weight`` by name, as the op declares them; absent optional ones left out.
-            threads: threads of a call; None: ``torch.get_num_threads()``.
-            database: path or SQLite URL; None: ``$TILEWRIGHT_DB``, else the user's own.
-            max_error: largest relative error of the output that storing weights in fewer bits may bring,
-                ``||out - exact|| / ||exact||`` as it was measured when a plan was made; of the plans within it, the
-                fastest serves. 0: only plans that leave weights as they are.
-            batch_invariant: whether a token must get the same bits whatever else is in the batch: only a plan of
-                `tune --batch-invariant` serves then, and what its kernels cannot take is refused, not given to torch.
-            keep_weights: whether to refer to ``weights`` for sizes that torch serves. False reads them back from what
-                the kernels take, where the op can, and lets the owner free the originals.
+            options: which plans may serve, and how.
 
         Where there is no tuned kernel (no plan, another CPU, a damaged or untrusted database), plain torch serves, with
         one warning.
@@ -94,12 +77,10 @@ class PreparedCall:
         """
         op = served_op(signature.op)
         spare_torch_threads()
-        threads = _checked_threads(threads)
-        resolution = resolve(
-            signature, threads, database, _checked_max_error(max_error), batch_invariant=batch_invariant
-        )
+        threads = options.thread_count
+        resolution = resolve(signature, options)
         before = Memory.now()
-        bound = op.bind(signature, weights, resolution, keep_weights=keep_weights)
+        bound = op.bind(signature, weights, resolution, keep_weights=options.keep_weights is not False)
         declared = {spec.name: spec for spec in signature.tensors()}
         call = bind_call(
             (*declared.values(), *(replace(declared[copy.name], name=copy.alias) for copy in bound.copies)),
@@ -110,7 +91,7 @@ class PreparedCall:
             ),
             size_name=signature.size_name,
             threads=threads,
-            fallback=_refusing(signature) if batch_invariant else bound.fallback,
+            fallback=_refusing(signature) if options.batch_invariant else bound.fallback,
             name=signature.title,
         )
         memory = MemoryUse(signature.describe(), bound.copied_bytes, bound.weight_bytes, before, Memory.now())
@@ -191,17 +172,3 @@ def _refusing(signature: Signature) -> Callable[..., None]:
         )
 
     return refuse
-
-
-def _checked_max_error(max_error: float) -> float:
-    if not isinstance(max_error, int | float) or not 0 <= max_error < math.inf:
-        raise TilewrightError(f"max_error={max_error!r} is impossible; give a number of at least 0, such as 0.01")
-    return float(max_error)
-
-
-def _checked_threads(threads: int | None) -> int:
-    if threads is None:
-        return torch.get_num_threads()
-    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
-        raise TilewrightError(f"threads={threads!r} is impossible; give a whole number of at least 1")
-    return threads

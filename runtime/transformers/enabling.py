@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from tilewright.errors import TilewrightError
 from tilewright.runtime.notices import warn_once
 from tilewright.runtime.process_memory import Memory
 from tilewright.runtime.serve.experts import Experts
-from tilewright.runtime.serve.plans import Database, is_planned
+from tilewright.runtime.serve.options import ServeOptions
+from tilewright.runtime.serve.plans import is_planned
 from tilewright.runtime.serve.prepared import PreparedCall
 from tilewright.runtime.transformers import linears, prompts, routers
 from tilewright.runtime.transformers.interface import (
@@ -51,24 +52,7 @@ _SERVED = "_tilewright_served"
 """Attribute of an enabled model: what is served, :class:`ServedLayer` or :class:`ServedLinear`, by module name."""
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What ``enable`` was asked for."""
-
-    database: Database | None
-    max_error: float
-    keep: bool
-    threads: int | None
-
-
-def enable(
-    model: Any,
-    *,
-    database: Database | None = None,
-    max_error: float = 0.0,
-    keep: bool = False,
-    threads: int | None = None,
-) -> Enabled:
+def enable(model: Any, *, options: ServeOptions = ServeOptions()) -> Enabled:
     """Serve the expert layers of ``model``, its routers, linear layers and attention over prompts by tuned kernels.
 
     Registers the experts implementation ``tilewright`` with Transformers and selects it. A layer is served where its
@@ -79,16 +63,13 @@ def enable(
     a planned gate computes what it does; an RMSNorm in fp32 is computed in one call for a few rows. Weights and inputs
     of experts in bf16 or fp16 are widened to fp32, which takes twice the memory unless a plan stores fewer bits. Values
     are those that the weights have now. Inference only: in training mode, or where gradients are recorded, a layer with
-    ``keep`` runs as before; without, training mode is refused, and so is a backward pass.
+    kept weights runs as before; else training mode is refused, and so is a backward pass.
 
     Args:
         model: a ``PreTrainedModel`` in evaluation mode, of Transformers 5 or newer.
-        database: path or SQLite URL; None: ``$TILEWRIGHT_DB``, else the user's own.
-        max_error: largest relative error of one stage that storing weights in fewer bits may bring; see
-            :func:`tilewright.runtime.prepare`. 0: weights stay as they are.
-        keep: whether the weights that packed ones replace stay in memory. Else they are released layer by layer, so
-            that the peak is one layer above the larger of the two.
-        threads: threads of a call; None: ``torch.get_num_threads()``.
+        options: which plans may serve, and how. Unless ``keep_weights`` is True, the weights that packed ones replace
+            are released layer by layer, so that the peak is one layer above the larger of the two.
+            ``batch_invariant`` is refused: what Transformers computes itself between the layers does not keep it.
 
     Returns:
         What is served, what is not and why, and the memory before and after.
@@ -103,6 +84,12 @@ def enable(
         raise TilewrightError("the model is enabled already; call disable(model) first to enable it in another way")
     if model.training:
         raise TilewrightError("the model is in training mode, and kernels compute no gradients; call model.eval()")
+    if options.batch_invariant:
+        raise TilewrightError(
+            "enable cannot promise batch_invariant=True, for Transformers computes a part of the model itself; leave "
+            "it out, or serve layers one by one with Experts, Gate and PagedDecode"
+        )
+    options = replace(options, keep_weights=options.keep_weights is True)
     before = Memory.now()
     implementations = model.get_experts_implementation()
     modules = dict(experts_modules(model))
@@ -111,10 +98,9 @@ def enable(
     register(experts_forward)
     try:
         model.set_experts_implementation(IMPLEMENTATION)
-        options = _Options(database, max_error, keep, threads)
         stand_ins = _tuned_linears(model, options)
         prompts_of = _serve_prompts(model, options)
-        routers_of = routers.serve_routers(model, database=database, threads=threads)
+        routers_of = routers.serve_routers(model, options)
         outcomes = _serve_all(modules, options)
         anything = stand_ins or any(isinstance(outcome, ServedLayer) for outcome in outcomes)
         norms = serve_norms(model) if anything else ()
@@ -190,28 +176,22 @@ def _undo(model: Any, implementations: Mapping[str, str | None]) -> None:
             delattr(model, attribute)
 
 
-def _serve_prompts(model: Any, options: _Options) -> tuple[str, ...]:
+def _serve_prompts(model: Any, options: ServeOptions) -> tuple[str, ...]:
     """Names of the attention modules that run on tuned kernels over a prompt."""
     register_attention(prompts.prompts_forward)
     served = []
     for name, module in list(attention_modules(model, REPLACED_ATTENTION)):
-        if prompts.attach(module, database=options.database, threads=options.threads):
+        if prompts.attach(module, options):
             choose_attention([module], IMPLEMENTATION)
             served.append(name)
     return tuple(served)
 
 
-def _tuned_linears(model: Any, options: _Options) -> list[tuple[Place[nn.Linear], TunedLinear]]:
+def _tuned_linears(model: Any, options: ServeOptions) -> list[tuple[Place[nn.Linear], TunedLinear]]:
     """What is to stand in for linear layers; the model is as it was."""
     found = []
     for place in linears.servable(model):
-        stand_in = linears.tuned(
-            place.module,
-            database=options.database,
-            max_error=options.max_error,
-            threads=options.threads,
-            keep=options.keep,
-        )
+        stand_in = linears.tuned(place.module, options)
         if stand_in is not None:
             found.append((place, stand_in))
     return found
@@ -224,7 +204,7 @@ def _describe_linear(name: str, layer: TunedLinear) -> ServedLinear:
     )
 
 
-def _serve_all(modules: Mapping[str, nn.Module], options: _Options) -> list[ServedLayer | LeftAlone]:
+def _serve_all(modules: Mapping[str, nn.Module], options: ServeOptions) -> list[ServedLayer | LeftAlone]:
     """Serve one module after the other, so that never more than one has both its own weights and packed ones."""
     forms = {name: read_form(module) for name, module in modules.items()}
     outcomes: list[ServedLayer | LeftAlone] = []
@@ -236,7 +216,7 @@ def _serve_all(modules: Mapping[str, nn.Module], options: _Options) -> list[Serv
             reason = form.reason if isinstance(form, Refusal) else made.reason  # type: ignore[union-attr]
             outcomes.append(LeftAlone(name, reason))
             continue
-        layer = Layer.of(module, made, form, released=not options.keep)
+        layer = Layer.of(module, made, form, released=not options.keep_weights)
         if layer.quantised and layer.released and not finite:
             # Before the first weights are lost: a later layer that cannot be quantised must leave all as it was.
             for other, other_module in modules.items():
@@ -256,7 +236,7 @@ def _serve_all(modules: Mapping[str, nn.Module], options: _Options) -> list[Serv
     return outcomes
 
 
-def _experts(module: nn.Module, form: Form | Refusal, options: _Options) -> Experts | Refusal:
+def _experts(module: nn.Module, form: Form | Refusal, options: ServeOptions) -> Experts | Refusal:
     """The experts of ``module`` with tuned kernels, or why there are none."""
     if isinstance(form, Refusal):
         return form
@@ -266,7 +246,7 @@ def _experts(module: nn.Module, form: Form | Refusal, options: _Options) -> Expe
     if top_k is None:
         return Refusal("its config does not say how many experts a token picks")
     signatures = _signatures(form, top_k)
-    if not any(is_planned(signature, options.database, options.max_error) for signature in signatures):
+    if not any(is_planned(signature, options) for signature in signatures):
         return Refusal(
             f"the database holds no plan for {signatures[0].describe()} on this machine within max_error="
             f"{options.max_error:g}; run `tune --arch native --op all --model FOLDER`"
@@ -279,10 +259,7 @@ def _experts(module: nn.Module, form: Form | Refusal, options: _Options) -> Expe
         activation=form.activation,
         bias_up=weights.bias_up,
         bias_down=weights.bias_down,
-        threads=options.threads,
-        database=options.database,
-        max_error=options.max_error,
-        keep_weights=options.keep and _shares_memory(weights, module),
+        options=replace(options, keep_weights=bool(options.keep_weights) and _shares_memory(weights, module)),
     )
     # Where a plan's kernels cannot be loaded, the runtime has said why.
     return experts if experts.is_tuned else Refusal("none of its plan's kernels can be loaded")

@@ -18,7 +18,8 @@ from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.errors import TilewrightError
 from tilewright.runtime.serve.gemm import PreparedGemm, prepare
 from tilewright.runtime.serve.handles import held
-from tilewright.runtime.serve.plans import Database, is_planned
+from tilewright.runtime.serve.options import ServeOptions
+from tilewright.runtime.serve.plans import is_planned
 from tilewright.runtime.torch.operators import define_operator
 from tilewright.runtime.transformers.inference import SharedByCopies, run_without_backward, wants_gradients
 
@@ -110,25 +111,20 @@ def _places(model: nn.Module, kind: type[M]) -> Iterator[Place[M]]:
             yield Place(name, modules[name.rpartition(".")[0]], module)
 
 
-def tuned(
-    module: nn.Linear, *, database: Database | None, max_error: float, threads: int | None, keep: bool
-) -> TunedLinear | None:
+def tuned(module: nn.Linear, options: ServeOptions) -> TunedLinear | None:
     """What serves ``module``; None where there is no plan for it, or none whose kernels can be loaded."""
     signature = MoeGemmSignature(
         stage="plain", experts=1, n=module.out_features, k=module.in_features, bias=module.bias is not None
     )
-    if not is_planned(signature, database, max_error):
+    if not is_planned(signature, options):
         return None
     prepared = prepare(
         module.weight.detach()[None],
         stage="plain",
         bias=None if module.bias is None else module.bias.detach()[None],
-        threads=threads,
-        database=database,
-        max_error=max_error,
-        keep_weight=keep,
+        options=options,
     )
-    return TunedLinear(module, prepared, released=not keep) if prepared.is_tuned else None
+    return TunedLinear(module, prepared, released=not options.keep_weights) if prepared.is_tuned else None
 
 
 @lru_cache(maxsize=64)

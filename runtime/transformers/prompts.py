@@ -18,7 +18,8 @@ from tilewright.codegen.ops.attention.signature import AttentionSignature
 from tilewright.errors import TilewrightError
 from tilewright.runtime.serve.attention import VarlenPrefill
 from tilewright.runtime.serve.handles import held
-from tilewright.runtime.serve.plans import Database, is_planned
+from tilewright.runtime.serve.options import ServeOptions
+from tilewright.runtime.serve.plans import is_planned
 from tilewright.runtime.torch.operators import define_operator
 from tilewright.runtime.transformers.inference import SharedByCopies, wants_gradients
 from tilewright.runtime.transformers.interface import sdpa
@@ -63,12 +64,12 @@ def prompts_forward(
     return _compute(served.prefill, query, key, value), None
 
 
-def attach(module: nn.Module, *, database: Database | None, threads: int | None) -> bool:
+def attach(module: nn.Module, options: ServeOptions) -> bool:
     """Have a plan's kernels serve ``module``; False where there is no plan for it, or none that can be loaded."""
     for signature in _signatures(module):
-        if not is_planned(signature, database, 0.0):
+        if not is_planned(signature, options):
             continue
-        prefill = VarlenPrefill.prepare(signature, {}, threads=threads, database=database)
+        prefill = VarlenPrefill.prepare(signature, {}, options=options)
         if prefill.is_tuned:
             setattr(module, _SERVED, _Prompts(prefill))
             return True

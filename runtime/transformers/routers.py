@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tilewright.codegen.ops.gating.signature import GatingSignature
 from tilewright.errors import TilewrightError
 from tilewright.runtime.serve.gate import Gate
-from tilewright.runtime.serve.plans import Database, is_planned
+from tilewright.runtime.serve.options import ServeOptions
+from tilewright.runtime.serve.plans import is_planned
 from tilewright.runtime.transformers.inference import SharedByCopies, wants_gradients
 from tilewright.runtime.transformers.specialised import Specialised, agree, random_rows, restore, specialise
 
@@ -82,11 +83,11 @@ class TunedRouter(Specialised):
 
 
 @torch.no_grad()
-def serve_routers(model: nn.Module, *, database: Database | None, threads: int | None) -> tuple[str, ...]:
+def serve_routers(model: nn.Module, options: ServeOptions) -> tuple[str, ...]:
     """Names of the modules of ``model`` that choose experts as a planned gate does, which serves them from now on."""
     served = []
     for name, module in model.named_modules():
-        router = _router(module, database, threads)
+        router = _router(module, options)
         if router is not None:
             setattr(module, _SERVED, router)
             specialise(module, TunedRouter)
@@ -101,17 +102,17 @@ def release(module: nn.Module) -> None:
         delattr(module, _SERVED)
 
 
-def _router(module: Any, database: Database | None, threads: int | None) -> _Router | None:
+def _router(module: Any, options: ServeOptions) -> _Router | None:
     weight, top_k = getattr(module, "weight", None), getattr(module, "top_k", None)
     if not isinstance(weight, Tensor) or not isinstance(top_k, int) or weight.dim() != _MATRIX:
         return None
     if weight.dtype is not torch.float32 or weight.device.type != "cpu":
         return None
     for signature in _signatures(module, weight.shape[0], top_k):
-        if not is_planned(signature, database, 0.0):
+        if not is_planned(signature, options):
             continue
         weights = {"bias": module.e_score_correction_bias} if signature.bias else {}
-        gate = Gate.prepare(signature, weights, threads=threads, database=database)
+        gate = Gate.prepare(signature, weights, options=options)
         if not gate.is_tuned:
             continue
         x = random_rows(1, _TRIAL_TOKENS, weight.shape[1])

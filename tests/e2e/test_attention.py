@@ -15,7 +15,7 @@ from tilewright.codegen.ops.examples import examples_of
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.errors import TilewrightError
-from tilewright.runtime import PagedDecode, TilewrightWarning, VarlenPrefill
+from tilewright.runtime import PagedDecode, ServeOptions, TilewrightWarning, VarlenPrefill
 from tilewright.runtime.notices import forget_warnings
 from tilewright.tuner.cli import main
 from tilewright.tuner.evaluation.checking import compare_all
@@ -70,12 +70,12 @@ def tensors_of(call: Any, tokens: int, context: int, seed: int = 0) -> list[torc
 def tuned(request: pytest.FixtureRequest, database: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return request.param.of(*HEADS, database=str(database))
+        return request.param.of(*HEADS, options=ServeOptions(database=str(database)))
 
 
 @pytest.fixture
 def decode(database: Path) -> PagedDecode:
-    return PagedDecode.of(*HEADS, database=str(database))
+    return PagedDecode.of(*HEADS, options=ServeOptions(database=str(database)))
 
 
 def test_what_is_known_can_be_read(database: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,7 +102,7 @@ def test_tuned_kernels_serve_what_the_op_declares(tuned: Any, tokens: int, conte
 def test_torch_serves_what_nobody_tuned(database: Path) -> None:
     for kind in (PagedDecode, VarlenPrefill):
         with pytest.warns(TilewrightWarning, match="attention .* is served by plain torch"):
-            plain = kind.of(4, 1, 24, database=str(database))
+            plain = kind.of(4, 1, 24, options=ServeOptions(database=str(database)))
         assert not plain.is_tuned
         assert torch.isfinite(plain(*tensors_of(plain, 5, 9))).all()
 
@@ -146,7 +146,7 @@ def test_what_would_lead_a_tuned_decode_astray_is_refused(decode: PagedDecode, p
     [([0, 5, 5, 9], "cu_seqlens[2] is 5"), ([0, 5], "cu_seqlens[1] is 5"), ([0, 12, 9], "cu_seqlens[2] is 9")],
 )
 def test_sequences_of_no_tokens_or_of_too_many_are_refused(database: Path, offsets: list[int], said: str) -> None:
-    prefill = VarlenPrefill.of(*HEADS, database=str(database))
+    prefill = VarlenPrefill.of(*HEADS, options=ServeOptions(database=str(database)))
     tensors = tensors_of(prefill, 9, 9)
     tensors[3] = torch.tensor(offsets, dtype=torch.int32)
     with pytest.raises(TilewrightError) as caught:
@@ -173,7 +173,11 @@ def test_nan_stays_in_its_sequence(tuned: Any, name: str) -> None:
 def test_one_order_gives_a_sequence_the_same_bits_in_every_batch(database: Path) -> None:
     sinks = torch.linspace(-1, 1, 3)
     made = [
-        PagedDecode.of(**ONE_ORDER, sinks=sinks, threads=threads, database=str(database), batch_invariant=True)
+        PagedDecode.of(
+            **ONE_ORDER,
+            sinks=sinks,
+            options=ServeOptions(threads=threads, database=str(database), batch_invariant=True),
+        )
         for threads in (1, 2)
     ]
     op = find_op("attention")
@@ -193,7 +197,7 @@ def test_one_order_gives_a_sequence_the_same_bits_in_every_batch(database: Path)
 
 def test_only_plans_of_one_order_serve_who_asks_for_it(database: Path) -> None:
     with pytest.raises(TilewrightError, match="tune with --batch-invariant"):
-        PagedDecode.of(*HEADS, database=str(database), batch_invariant=True)
+        PagedDecode.of(*HEADS, options=ServeOptions(database=str(database), batch_invariant=True))
 
 
 def test_problems_that_cannot_be_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.errors import TilewrightError
-from tilewright.runtime import TilewrightWarning, prepare
+from tilewright.runtime import ServeOptions, TilewrightWarning, prepare
 from tilewright.runtime.notices import forget_warnings
 from tilewright.tuner.cli import main as tune
 
@@ -37,7 +37,9 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def serve(database: Path, inputs: dict, tokens: int, threads: int) -> np.ndarray:
     weight = torch.from_numpy(find_op("moe_gemm").weights(SIGNATURE, 0)["weight"])
-    call = prepare(weight, stage="down", top_k=2, threads=threads, database=database, batch_invariant=True)
+    call = prepare(
+        weight, stage="down", top_k=2, options=ServeOptions(threads=threads, database=database, batch_invariant=True)
+    )
     out = torch.empty(tokens, SIGNATURE.n)
     return call(*(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in INPUTS), out).numpy().copy()
 
@@ -58,7 +60,7 @@ def test_a_token_gets_the_same_bits_from_every_kernel_of_the_plan(database: Path
 @pytest.mark.filterwarnings("ignore:.*is not contiguous")
 def test_what_no_kernel_takes_is_refused(database: Path) -> None:
     weight = torch.from_numpy(find_op("moe_gemm").weights(SIGNATURE, 0)["weight"])
-    call = prepare(weight, stage="down", top_k=2, database=database, batch_invariant=True)
+    call = prepare(weight, stage="down", top_k=2, options=ServeOptions(database=database, batch_invariant=True))
     op = find_op("moe_gemm")
     inputs = op.inputs(op.problem(SIGNATURE, 4, RoutingSpec.parse("balanced")), 3)
     tensors = [torch.from_numpy(inputs[name]) for name in INPUTS]
@@ -73,9 +75,9 @@ def test_what_is_promised_is_shown_and_explained(database: Path, capsys: pytest.
         r"batch-invariant: one order of sums for all sizes, which\s+costs -?[\d.]+%", capsys.readouterr().out
     )
     weight = torch.from_numpy(find_op("moe_gemm").weights(SIGNATURE, 0)["weight"])
-    promised = prepare(weight, stage="down", top_k=2, database=database, batch_invariant=True)
+    promised = prepare(weight, stage="down", top_k=2, options=ServeOptions(database=database, batch_invariant=True))
     assert "batch-invariant: a token gets the same bits" in str(promised.explain())
-    not_asked = prepare(weight, stage="down", top_k=2, database=database)
+    not_asked = prepare(weight, stage="down", top_k=2, options=ServeOptions(database=database))
     assert "but not promised" in str(not_asked.explain())
 
 
@@ -83,7 +85,7 @@ def test_a_promise_warns_where_it_is_not_asked_for_and_cannot_be_kept(database: 
     """The same strided tensors that are refused with the promise go to torch without it, with one warning."""
     forget_warnings()
     weight = torch.from_numpy(find_op("moe_gemm").weights(SIGNATURE, 0)["weight"])
-    call = prepare(weight, stage="down", top_k=2, database=database)
+    call = prepare(weight, stage="down", top_k=2, options=ServeOptions(database=database))
     op = find_op("moe_gemm")
     inputs = op.inputs(op.problem(SIGNATURE, 4, RoutingSpec.parse("balanced")), 3)
     tensors = [torch.from_numpy(inputs[name]) for name in INPUTS]
@@ -98,6 +100,8 @@ def test_other_plans_are_refused(tmp_path: Path) -> None:
     database = tuned(tmp_path / "tuning.db")
     weight = torch.from_numpy(find_op("moe_gemm").weights(SIGNATURE, 0)["weight"])
     with pytest.raises(TilewrightError, match="tune with --batch-invariant"):
-        prepare(weight, stage="down", top_k=2, database=database, batch_invariant=True)
+        prepare(weight, stage="down", top_k=2, options=ServeOptions(database=database, batch_invariant=True))
     with pytest.raises(TilewrightError, match="cannot be served batch-invariantly"):
-        prepare(weight, stage="down", top_k=2, database=tmp_path / "none.db", batch_invariant=True)
+        prepare(
+            weight, stage="down", top_k=2, options=ServeOptions(database=tmp_path / "none.db", batch_invariant=True)
+        )

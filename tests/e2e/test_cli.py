@@ -14,7 +14,7 @@ import torch
 
 from tilewright.codegen.backends.cpp.builder import find_compiler
 from tilewright.errors import TilewrightError
-from tilewright.runtime import Experts, TilewrightWarning
+from tilewright.runtime import Experts, ServeOptions, TilewrightWarning
 from tilewright.tuner.cli import main
 
 PROBLEM = "experts=4,n=48,k=40,top_k=2"
@@ -90,9 +90,9 @@ def test_tune_then_read_then_serve(database: Path, capsys: pytest.CaptureFixture
     x, logits = torch.randn(5, 40), torch.randn(5, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tuned = Experts(up, down, top_k=2, database=str(database))(x, logits)
+        tuned = Experts(up, down, top_k=2, options=ServeOptions(database=str(database)))(x, logits)
     with pytest.warns(TilewrightWarning):
-        plain = Experts(up, down, top_k=2, database="/nowhere/at/all.db")(x, logits)
+        plain = Experts(up, down, top_k=2, options=ServeOptions(database="/nowhere/at/all.db"))(x, logits)
     torch.testing.assert_close(tuned, plain, rtol=1e-4, atol=1e-4)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tilewright.codegen.backends.cpp.builder import find_compiler
 from tilewright.errors import TilewrightError
-from tilewright.runtime import Experts, Gate, TilewrightWarning, softmax_topk
+from tilewright.runtime import Experts, Gate, ServeOptions, TilewrightWarning, softmax_topk
 from tilewright.runtime.notices import forget_warnings
 from tilewright.tuner.cli import main
 
@@ -74,12 +74,12 @@ def test_what_is_known_can_be_read(database: Path, capsys: pytest.CaptureFixture
 def test_a_tuned_gate_chooses_what_torch_chooses(database: Path, tokens: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tuned = Gate.of(24, 3, database=str(database), **ROUTER)
+        tuned = Gate.of(24, 3, options=ServeOptions(database=str(database)), **ROUTER)
         assert "gating/cpu" in str(tuned.explain())
         logits = torch.randn(tokens, 24, generator=torch.Generator().manual_seed(tokens))
         mine = tuned(logits)
     with pytest.warns(TilewrightWarning, match="gating .* is served by plain torch"):
-        plain = Gate.of(24, 3, database="/nowhere/at/all.db", **ROUTER)
+        plain = Gate.of(24, 3, options=ServeOptions(database="/nowhere/at/all.db"), **ROUTER)
     theirs = plain(logits)
     for name, value in theirs._asdict().items():
         if value is not None and name != "topk_weights":
@@ -88,7 +88,7 @@ def test_a_tuned_gate_chooses_what_torch_chooses(database: Path, tokens: int) ->
 
 
 def test_a_tuned_gate_refuses_what_has_no_softmax(database: Path) -> None:
-    gate = Gate.of(9, 2, order="rows", database=str(database))
+    gate = Gate.of(9, 2, order="rows", options=ServeOptions(database=str(database)))
     logits = torch.zeros(3, 9)
     logits[1, 4] = torch.nan
     with pytest.raises(TilewrightError, match=r"gating: logits\[1, 4\] is nan; expected a number"):
@@ -100,7 +100,8 @@ def test_a_tuned_gate_refuses_what_has_no_softmax(database: Path) -> None:
 
 def test_a_token_gets_the_same_bits_in_every_batch(database: Path) -> None:
     gates = [
-        Gate.of(9, 2, order="rows", threads=threads, database=str(database), batch_invariant=True) for threads in (1, 2)
+        Gate.of(9, 2, order="rows", options=ServeOptions(threads=threads, database=str(database), batch_invariant=True))
+        for threads in (1, 2)
     ]
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(200, 9, generator=generator)
@@ -112,12 +113,12 @@ def test_a_token_gets_the_same_bits_in_every_batch(database: Path) -> None:
             assert torch.equal(alone.topk_ids, whole.topk_ids[chosen])
             assert alone.topk_weights.numpy().tobytes() == whole.topk_weights[chosen].numpy().tobytes()
     with pytest.raises(TilewrightError, match="tune with --batch-invariant"):
-        Gate.of(24, 3, **ROUTER, database=str(database), batch_invariant=True)
+        Gate.of(24, 3, **ROUTER, options=ServeOptions(database=str(database), batch_invariant=True))
 
 
 def test_a_buffer_too_short_for_the_blocks_is_refused(tmp_path: Path) -> None:
     with pytest.warns(TilewrightWarning):
-        gate = Gate.of(4, 1, order="blocks", block_size=8, database=str(tmp_path / "none.db"))
+        gate = Gate.of(4, 1, order="blocks", block_size=8, options=ServeOptions(database=str(tmp_path / "none.db")))
     logits = torch.eye(4)
     outputs = [*gate(logits)[:3], torch.empty(4, 1, dtype=torch.int32), gate(logits).slot_row]
     short = [torch.empty(16, dtype=torch.int32), torch.empty(2, dtype=torch.int32), torch.empty(1, dtype=torch.int32)]
@@ -128,9 +129,9 @@ def test_a_buffer_too_short_for_the_blocks_is_refused(tmp_path: Path) -> None:
 def test_experts_route_by_the_tuned_gate(database: Path) -> None:
     up, down = torch.randn(9, 12, 8), torch.randn(9, 8, 6)
     with pytest.warns(TilewrightWarning, match="moe_gemm .* is served by plain torch"):
-        gated = Experts(up, down, top_k=2, database=str(database))
+        gated = Experts(up, down, top_k=2, options=ServeOptions(database=str(database)))
     with pytest.warns(TilewrightWarning, match="moe_gemm .* is served by plain torch"):
-        plain = Experts(up, down, top_k=2, database="/nowhere/at/all.db")
+        plain = Experts(up, down, top_k=2, options=ServeOptions(database="/nowhere/at/all.db"))
     assert gated.gate is not None
     assert plain.gate is None
     for tokens in (1, 33):

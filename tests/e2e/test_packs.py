@@ -16,7 +16,7 @@ import torch
 from naive_kernels import Built, build, needs_compiler, store_plan
 
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
-from tilewright.runtime import TilewrightWarning, prepare
+from tilewright.runtime import ServeOptions, TilewrightWarning, prepare
 from tilewright.runtime.notices import forget_warnings
 from tilewright.tuner.cli import main
 from tilewright.tuning_db.store import Store
@@ -139,7 +139,7 @@ def test_a_spoiled_pack_is_told_in_one_sentence_and_torch_serves(
     spoil(pack)
     weight = torch.ones(2, 4, 6)
     with pytest.warns(TilewrightWarning, match=said) as caught:
-        call = prepare(weight, stage="plain", database=pack)
+        call = prepare(weight, stage="plain", options=ServeOptions(database=pack))
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)
     out = call(torch.ones(3, 6), torch.tensor([0, 1, 3], dtype=torch.int32), torch.empty(3, 4))
@@ -165,7 +165,7 @@ def test_a_pack_of_another_device_is_told(tmp_path: Path) -> None:
     database = store_plan(tmp_path / "tuning.db", SIGNATURE, [(None, fresh_kernel())], device_key="x86_64/Other-9/1k")
     assert main(["pack", str(tmp_path / "served.pack"), "--db", str(database)]) == 0
     with pytest.warns(TilewrightWarning, match=r"made on other devices \(x86_64/Other-9/1k\)"):
-        prepare(torch.ones(2, 4, 6), stage="plain", database=tmp_path / "served.pack")
+        prepare(torch.ones(2, 4, 6), stage="plain", options=ServeOptions(database=tmp_path / "served.pack"))
 
 
 def test_a_pack_without_a_plan_is_not_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.errors import TilewrightError
-from tilewright.runtime import Experts, TilewrightWarning, prepare
+from tilewright.runtime import Experts, ServeOptions, TilewrightWarning, prepare
 from tilewright.tuner.campaign.variants import VariantBuilder
 from tilewright.tuner.cli import main
 from tilewright.tuner.evaluation.cpu.evaluator import CpuEvaluator
@@ -81,16 +82,14 @@ def weights() -> dict[str, np.ndarray]:
     return OP.weights(SIGNATURE, seed=0)
 
 
-def serve(weights: dict[str, np.ndarray], database: Path, tokens: int, **options: object) -> tuple[np.ndarray, object]:
+def serve(weights: dict[str, np.ndarray], database: Path, tokens: int, **options: Any) -> tuple[np.ndarray, object]:
     inputs = OP.inputs(OP.problem(SIGNATURE, tokens, RoutingSpec.parse("balanced")), seed=1)
     prepared = prepare(
         torch.from_numpy(weights["weight"]),
         stage="up",
         top_k=2,
         activation="swiglu",
-        threads=2,
-        database=database,
-        **options,
+        options=ServeOptions(threads=2, database=database, **options),
     )
     out = torch.empty(len(inputs["row_token"]), SIGNATURE.n)
     prepared(*(torch.from_numpy(inputs[name]) for name in ("x", "row_token", "expert_offsets")), out)
@@ -146,7 +145,7 @@ def test_fewer_bits_take_less_memory(weights, database) -> None:
 
 def test_the_fallback_reads_back_what_was_packed(weights, database) -> None:
     """Without the original, torch computes from the words: a strided input is what kernels do not take."""
-    _, prepared = serve(weights, database, 1, max_error=1.0, keep_weight=False)
+    _, prepared = serve(weights, database, 1, max_error=1.0, keep_weights=False)
     inputs = OP.inputs(OP.problem(SIGNATURE, TOKENS, RoutingSpec.parse("balanced")), seed=1)
     x = torch.from_numpy(np.repeat(inputs["x"], 2, axis=1))[:, ::2]
     out = torch.empty(len(inputs["row_token"]), SIGNATURE.n)
@@ -247,7 +246,7 @@ def test_an_impossible_error_is_named(weights, database, max_error) -> None:
 def test_experts_take_an_error_for_both_stages(database) -> None:
     gate_up, down = torch.randn(3, 48, 64), torch.randn(3, 64, 24)
     with pytest.warns(UserWarning, match="stage=down .* no plan"):
-        experts = Experts(gate_up, down, top_k=2, threads=2, database=database, max_error=0.01)
+        experts = Experts(gate_up, down, top_k=2, options=ServeOptions(threads=2, database=database, max_error=0.01))
     assert experts.explain()[0].resolution.plan.precision == "int8"
 
 

@@ -20,7 +20,7 @@ from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.recipe.model import Guard
 from tilewright.errors import TilewrightError
-from tilewright.runtime import PreparedGemm, TilewrightWarning, prepare
+from tilewright.runtime import PreparedGemm, ServeOptions, TilewrightWarning, prepare
 from tilewright.runtime.notices import forget_warnings
 
 pytestmark = needs_compiler
@@ -67,10 +67,10 @@ def by_torch(x, weight, offsets):
 def assert_served_by_torch(weight, database, said):
     """Right results from torch, and the warning ``said`` once however often the weight is prepared."""
     with pytest.warns(TilewrightWarning, match=said) as caught:
-        first = prepare(weight, stage="plain", database=database, threads=2)
+        first = prepare(weight, stage="plain", options=ServeOptions(database=database, threads=2))
     assert len(caught) == 1
     assert caught[0].filename == __file__
-    for prepared in (first, prepare(weight, stage="plain", database=database, threads=2)):
+    for prepared in (first, prepare(weight, stage="plain", options=ServeOptions(database=database, threads=2))):
         x, offsets, out = compute(prepared)
         torch.testing.assert_close(out, by_torch(x, weight, offsets))
     assert SIGNATURE.describe() in str(caught[0].message)
@@ -79,7 +79,7 @@ def assert_served_by_torch(weight, database, said):
 
 
 def assert_served_by_kernel(weight, database):
-    prepared = prepare(weight, stage="plain", database=database, threads=2)
+    prepared = prepare(weight, stage="plain", options=ServeOptions(database=database, threads=2))
     x, offsets, out = compute(prepared)
     torch.testing.assert_close(out, 2 * by_torch(x, weight, offsets))
     return prepared
@@ -197,7 +197,7 @@ def test_entry_that_the_artifact_does_not_export(weight, tmp_path):
 def test_only_the_damaged_kernels_sizes_go_to_torch(weight, tmp_path):
     database = store_plan(tmp_path / "tuning.db", SIGNATURE, [(2, fresh_kernel(abi=2)), (None, fresh_kernel())])
     with pytest.warns(TilewrightWarning, match="for sizes 1 to 2: .*ABI version 2"):
-        prepared = prepare(weight, stage="plain", database=database)
+        prepared = prepare(weight, stage="plain", options=ServeOptions(database=database))
     for rows, mark in ((1, 1), (2, 1), (3, 2)):
         x, offsets, out = compute(prepared, rows)
         torch.testing.assert_close(out, mark * by_torch(x, weight, offsets))
@@ -207,7 +207,7 @@ def test_kernel_of_another_layout_than_its_plan(weight, tmp_path):
     entries = [(2, fresh_kernel(layout=WeightLayout(8))), (None, fresh_kernel(layout=WeightLayout(16)))]
     database = store_plan(tmp_path / "tuning.db", SIGNATURE, entries)
     with pytest.warns(TilewrightWarning, match="in another layout than the one of the plan"):
-        prepared = prepare(weight, stage="plain", database=database)
+        prepared = prepare(weight, stage="plain", options=ServeOptions(database=database))
     for rows, mark in ((2, 2), (3, 1)):
         x, offsets, out = compute(prepared, rows)
         torch.testing.assert_close(out, mark * by_torch(x, weight, offsets))
@@ -256,7 +256,7 @@ def test_failed_guard_after_the_weight_was_let_go(tmp_path):
     kernel = fresh_kernel(guards=(Guard("rows", 2),), layout=WeightLayout(4))
     database = store_plan(tmp_path / "tuning.db", SIGNATURE, [(None, kernel)])
     weight = torch.randn(3, 6, 5)
-    prepared = prepare(weight, stage="plain", database=database, keep_weight=False)
+    prepared = prepare(weight, stage="plain", options=ServeOptions(database=database, keep_weights=False))
     kept = weight.clone()
     weight.zero_()
     with pytest.warns(TilewrightWarning):
@@ -274,7 +274,7 @@ def test_strided_input(weight, database):
 
 def test_kernel_that_reports_a_failure(weight, tmp_path):
     database = store_plan(tmp_path / "tuning.db", SIGNATURE, [(None, fresh_kernel(fail=True))])
-    prepared = prepare(weight, stage="plain", database=database)
+    prepared = prepare(weight, stage="plain", options=ServeOptions(database=database))
     with pytest.raises(TilewrightError, match="7"):
         compute(prepared)
 
@@ -296,7 +296,7 @@ def test_kernel_that_reports_a_failure(weight, tmp_path):
 def test_tensors_that_do_not_fit_are_named(weight, database, with_kernel, change, said):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TilewrightWarning)
-        prepared = prepare(weight, stage="plain", database=database if with_kernel else None)
+        prepared = prepare(weight, stage="plain", options=ServeOptions(database=database if with_kernel else None))
     tensors = [torch.zeros(4, 5), OFFSETS, torch.zeros(4, 6)]
     for position, tensor in change.items():
         tensors[position] = tensor
@@ -351,7 +351,7 @@ def test_forked_child_completes_with_kernels_and_with_torch(weight, database):
     prepared = assert_served_by_kernel(weight, database)
     large = torch.randn(2, 512, 512)
     with pytest.warns(TilewrightWarning, match="no plan"):
-        plain = prepare(large, stage="plain", database=database)
+        plain = prepare(large, stage="plain", options=ServeOptions(database=database))
     offsets = torch.tensor([0, 256, 512], dtype=torch.int32)
 
     def work():
@@ -367,12 +367,12 @@ def test_forked_child_completes_with_kernels_and_with_torch(weight, database):
 def test_fork_while_other_threads_prepare(weight, database):
     # What is asserted is that our locks survive the fork. No plain torch product runs beside it: torch's own locks do
     # not, so a child that needs one that another thread held would wait forever, whatever the runtime does.
-    x, offsets, _ = compute(prepare(weight, stage="plain", database=database, threads=2))
+    x, offsets, _ = compute(prepare(weight, stage="plain", options=ServeOptions(database=database, threads=2)))
     expected = (2 * by_torch(x, weight, offsets)).tolist()
     stop = threading.Event()
 
     def serve():
-        prepared = prepare(weight, stage="plain", database=database, threads=2)
+        prepared = prepare(weight, stage="plain", options=ServeOptions(database=database, threads=2))
         out = prepared(x, offsets, torch.empty(len(expected), len(expected[0])))
         assert out.tolist() == [pytest.approx(row, rel=1e-4, abs=1e-5) for row in expected]
 
@@ -399,7 +399,7 @@ import sys, torch
 import tilewright.runtime as runtime
 weight = torch.load(sys.argv[1])
 x, offsets = torch.ones(1, 5), torch.tensor([0, 1, 1, 1], dtype=torch.int32)
-out = runtime.grouped_gemm(x, weight, offsets, database=sys.argv[2])
+out = runtime.grouped_gemm(x, weight, offsets, options=runtime.ServeOptions(database=sys.argv[2]))
 torch.testing.assert_close(out, 2 * x @ weight[0].T)
 """
     environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")} | {"PATH": ""}

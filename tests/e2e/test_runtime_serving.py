@@ -11,7 +11,16 @@ from tilewright import runtime
 from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.recipe.model import Guard
-from tilewright.runtime import Experts, TilewrightWarning, grouped_gemm, memory_report, moe_down, moe_up, prepare
+from tilewright.runtime import (
+    Experts,
+    ServeOptions,
+    TilewrightWarning,
+    grouped_gemm,
+    memory_report,
+    moe_down,
+    moe_up,
+    prepare,
+)
 from tilewright.runtime.notices import forget_warnings
 
 pytestmark = needs_compiler
@@ -145,7 +154,7 @@ def test_the_plan_with_the_nearest_thread_count_serves(tmp_path):
         store_plan(tmp_path / "tuning.db", signature, [(None, build(signature, mark=threads))], threads=threads)
     offsets = torch.tensor([0, 1], dtype=torch.int32)
     for asked, made_for in ((1, 1), (2, 1), (3, 4), (4, 4), (64, 4)):
-        prepared = prepare(torch.ones(1, 1, 1), stage="plain", threads=asked)
+        prepared = prepare(torch.ones(1, 1, 1), stage="plain", options=ServeOptions(threads=asked))
         assert prepared(torch.ones(1, 1), offsets, torch.empty(1, 1)).item() == made_for
 
 
@@ -209,7 +218,7 @@ def test_a_plan_of_two_weight_layouts_holds_two_copies(tmp_path, monkeypatch, im
     entries = [(2, narrow), (4, wide), (6, declared), (8, narrow), (9, None)]
     store_plan(tmp_path / "tuning.db", signature, entries, copies=True)
     weight = torch.randn(2, 5, 3)
-    prepared = prepare(weight, stage="plain", keep_weight=keep)
+    prepared = prepare(weight, stage="plain", options=ServeOptions(keep_weights=keep))
     for rows, mark in ((1, 2), (2, 2), (3, 3), (4, 3), (6, 5), (7, 2), (9, 1)):
         x, split = torch.randn(rows, 3), rows // 2
         out = prepared(x, torch.tensor([0, split, rows], dtype=torch.int32), torch.empty(rows, 5))
@@ -225,7 +234,7 @@ def test_experts_that_let_their_weights_go_still_fall_back(tmp_path):
     store_plan(tmp_path / "tuning.db", up, [(None, build(up, layout=WeightLayout(8, halves=2, run=2), guards=guards))])
     store_plan(tmp_path / "tuning.db", down, [(None, build(down, layout=WeightLayout(4), guards=guards))])
     w_up, w_down = make_weights()
-    experts = Experts(w_up.clone(), w_down.clone(), top_k=TOP_K, keep_weights=False)
+    experts = Experts(w_up.clone(), w_down.clone(), top_k=TOP_K, options=ServeOptions(keep_weights=False))
     x, _ = make_call(3)
     ids, scale = torch.tensor([[0, 1], [1, 2], [3, 0]]), torch.rand(3, TOP_K)
     with pytest.warns(TilewrightWarning) as caught:

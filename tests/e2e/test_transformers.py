@@ -15,7 +15,7 @@ from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.ops.registry import find_op
 from tilewright.errors import TilewrightError
-from tilewright.runtime import TilewrightWarning
+from tilewright.runtime import ServeOptions, TilewrightWarning
 from tilewright.runtime.notices import forget_warnings
 from tilewright.runtime.transformers import disable, enable
 from tilewright.tuner.campaign.variants import VariantBuilder
@@ -125,7 +125,7 @@ def test_it_is_our_kernels_that_run(tmp_path):
     model = make_model("qwen3_moe")
     expected = logits(model)
     store_plans(tmp_path / "tuning.db", "qwen3_moe", mark=2.0)  # a down kernel that doubles
-    enable(model, keep=True)
+    enable(model, options=ServeOptions(keep_weights=True))
     assert not torch.allclose(logits(model), expected, rtol=1e-2, atol=1e-2)
 
 
@@ -176,7 +176,7 @@ def test_weights_in_int8_stay_within_their_error_and_are_not_brought_back_unsaid
     store_int8_plans(tmp_path / "tuning.db", error=bound)
     assert {layer.precision_up for layer in enable(model).layers} == {"fp32"}
     disable(model)
-    report = enable(model, max_error=bound)
+    report = enable(model, options=ServeOptions(max_error=bound))
     assert {layer.precision_up for layer in report.layers} == {"int8"}
     assert sum(layer.packed_bytes for layer in report.layers) < 0.5 * sum(
         layer.replaced_bytes for layer in report.layers
@@ -230,6 +230,14 @@ def test_an_activation_that_is_not_known_is_left_alone(tmp_path):
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_batch_invariance_is_not_promised_for_a_whole_model(tmp_path):
+    store_plans(tmp_path / "tuning.db", "qwen3_moe")
+    model = make_model("qwen3_moe")
+    with pytest.raises(TilewrightError, match=r"cannot promise batch_invariant=True.*leave it out"):
+        enable(model, options=ServeOptions(batch_invariant=True))
+    assert enable(model).layers  # nothing had begun
+
+
 def test_gradients_are_refused_or_right_but_never_wrong(tmp_path):
     store_plans(tmp_path / "tuning.db", "qwen3_moe")
     model = make_model("qwen3_moe")
@@ -242,7 +250,7 @@ def test_gradients_are_refused_or_right_but_never_wrong(tmp_path):
         model(PROMPT)
 
     kept, plain = make_model("qwen3_moe"), make_model("qwen3_moe")
-    enable(kept, keep=True)
+    enable(kept, options=ServeOptions(keep_weights=True))
     for each in (kept, plain):
         each(PROMPT).logits.sum().backward()
     for (name, mine), other in zip(kept.named_parameters(), plain.parameters(), strict=True):
@@ -353,7 +361,7 @@ def test_tied_weights_and_kept_ones_stay(tmp_path):
     plain = copy.deepcopy(model)
     store_plans(tmp_path / "tuning.db", "qwen3_moe")
     store_linear_plans(tmp_path / "tuning.db", (32, 32), (64, 32))
-    report = enable(model, keep=True)
+    report = enable(model, options=ServeOptions(keep_weights=True))
     assert not any(layer.name == "lm_head" for layer in report.linears)
     assert len(report.linears) == 4
     assert model.get_input_embeddings().weight is model.lm_head.weight

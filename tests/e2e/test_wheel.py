@@ -45,11 +45,11 @@ print(len(Reader.open(sys.argv[1]).plans_for("moe_gemm", "none")))
 
 SERVE = """
 import torch
-from tilewright.runtime import grouped_gemm
+from tilewright.runtime import ServeOptions, grouped_gemm
 from tilewright.runtime.calls.bind import IMPLEMENTATION
 
 x, weight = torch.randn(3, 8), torch.randn(2, 4, 8)
-out = grouped_gemm(x, weight, torch.tensor([0, 1, 3], dtype=torch.int32), database="none.db")
+out = grouped_gemm(x, weight, torch.tensor([0, 1, 3], dtype=torch.int32), options=ServeOptions(database="none.db"))
 torch.testing.assert_close(out, torch.stack([weight[0] @ x[0], weight[1] @ x[1], weight[1] @ x[2]]))
 print(IMPLEMENTATION)
 """

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tilewright.codegen.ops.examples import examples_of
 from tilewright.codegen.ops.registry import find_op
 from tilewright.errors import TilewrightError
-from tilewright.runtime import PagedDecode, TilewrightWarning, VarlenPrefill
+from tilewright.runtime import PagedDecode, ServeOptions, TilewrightWarning, VarlenPrefill
 from tilewright.tuner.evaluation.checking import compare_all
 
 NOWHERE = "/nowhere/at/all.db"
@@ -22,7 +22,7 @@ NOWHERE = "/nowhere/at/all.db"
 def make(kind: type[PagedDecode] | type[VarlenPrefill], *arguments, **options) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TilewrightWarning)
-        return kind.of(*arguments, database=NOWHERE, **options)
+        return kind.of(*arguments, options=ServeOptions(database=NOWHERE), **options)
 
 
 @pytest.mark.parametrize("signature", examples_of("attention").signatures, ids=lambda s: s.describe())

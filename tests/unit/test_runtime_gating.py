@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tilewright.codegen.ops.examples import examples_of
 from tilewright.codegen.ops.registry import find_op
 from tilewright.errors import TilewrightError
-from tilewright.runtime import Gate, TilewrightWarning, softmax_topk
+from tilewright.runtime import Gate, ServeOptions, TilewrightWarning, softmax_topk
 from tilewright.runtime.ops.gating import stable_topk
 from tilewright.tuner.evaluation.checking import compare_all
 
@@ -22,7 +22,7 @@ NOWHERE = "/nowhere/at/all.db"
 def gate(*arguments, **options) -> Gate:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TilewrightWarning)
-        return Gate.of(*arguments, database=NOWHERE, **options)
+        return Gate.of(*arguments, options=ServeOptions(database=NOWHERE), **options)
 
 
 @pytest.mark.parametrize("signature", examples_of("gating").signatures, ids=lambda s: s.describe())

@@ -204,7 +204,7 @@ def _ratio_document(ratio: Ratio) -> dict[str, float]:
 def _answer(request: dict[str, Any]) -> list[Deployed]:
     import torch
 
-    from tilewright.runtime import PreparedCall
+    from tilewright.runtime import PreparedCall, ServeOptions
 
     threads = request["threads"]
     torch.set_num_threads(threads)
@@ -212,15 +212,22 @@ def _answer(request: dict[str, Any]) -> list[Deployed]:
     problems = [op.problem_from_dict(fields) for fields in request["problems"]]
     signature = problems[0].signature
     weights = {name: torch.from_numpy(array) for name, array in op.weights(signature, request["seed"]).items()}
-    promises = {"max_error": request["max_error"], "batch_invariant": request["batch_invariant"]}
-    contenders: dict[str, Callable[..., Any]] = {
-        _SERVED: PreparedCall.prepare(signature, weights, threads=threads, database=request["served"], **promises)
-    }
+    served = ServeOptions(
+        threads=threads,
+        database=request["served"],
+        max_error=request["max_error"],
+        batch_invariant=request["batch_invariant"],
+    )
+    contenders: dict[str, Callable[..., Any]] = {_SERVED: PreparedCall.prepare(signature, weights, options=served)}
     if request["default"] is not None:
-        contenders[_DEFAULT] = PreparedCall.prepare(signature, weights, threads=threads, database=request["default"])
+        contenders[_DEFAULT] = PreparedCall.prepare(
+            signature, weights, options=ServeOptions(threads=threads, database=request["default"])
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the torch side has no database on purpose
-        contenders[_TORCH] = PreparedCall.prepare(signature, weights, threads=threads, database="/dev/null/no-database")
+        contenders[_TORCH] = PreparedCall.prepare(
+            signature, weights, options=ServeOptions(threads=threads, database="/dev/null/no-database")
+        )
     budget_s = request["budget_s"] / len(problems)
     return [_race(op, problem, contenders, request["seed"], budget_s) for problem in problems]
 

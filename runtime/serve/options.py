@@ -1,0 +1,63 @@
+"""What everything that serves kernels lets its user choose, in one place."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+from tilewright.errors import TilewrightError
+
+Database = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """How a plan is chosen and served; ``Experts``, ``Gate.of``, ``prepare``, ``enable`` and the others all take one.
+
+    ::
+
+        options = ServeOptions(database="team.db", max_error=0.01)
+        layers = [Experts(w_up, w_down, top_k=2, options=options) for w_up, w_down in weights]
+
+    Raises:
+        TilewrightError: when a field is impossible; the sentence names it.
+
+    """
+
+    threads: int | None = None
+    """Threads of a call; None: ``torch.get_num_threads()`` at the time when weights are prepared."""
+    database: Database | None = None
+    """Path or SQLite URL of the database with the plans; None: ``$TILEWRIGHT_DB``, else the user's own."""
+    max_error: float = 0.0
+    """Largest relative error of the output that storing weights in fewer bits may bring,
+    ``||out - exact|| / ||exact||`` of one stage as it was measured when the plan was made. Of the plans within it the
+    fastest serves. 0: weights stay as they are."""
+    batch_invariant: bool = False
+    """Whether a token (of attention: a sequence) must get the same bits whatever else is in the batch. Only plans of
+    ``tune --batch-invariant`` serve then; where there is none the constructor refuses, and tensors that its kernels
+    cannot take are refused by the call, because plain torch adds up in other orders."""
+    keep_weights: bool | None = None
+    """Whether the weights stay in memory beside what kernels read. True: plain torch reads them for sizes that it
+    serves. False: it reads what kernels read, which is slower, and the originals can be freed. None: they are kept
+    where a caller hands them over, and released where ``enable`` replaces those of a model."""
+
+    def __post_init__(self) -> None:
+        threads, max_error = self.threads, self.max_error
+        if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+            raise TilewrightError(f"threads={threads!r} is impossible; give a whole number of at least 1")
+        if not isinstance(self.database, str | os.PathLike | None):
+            raise TilewrightError(f"database={self.database!r} is impossible; give a path or an SQLite URL")
+        if not isinstance(max_error, int | float) or isinstance(max_error, bool) or not 0 <= max_error < math.inf:
+            raise TilewrightError(f"max_error={max_error!r} is impossible; give a number of at least 0, such as 0.01")
+        if not isinstance(self.batch_invariant, bool):
+            raise TilewrightError(f"batch_invariant={self.batch_invariant!r} is impossible; give True or False")
+        if not isinstance(self.keep_weights, bool | None):
+            raise TilewrightError(f"keep_weights={self.keep_weights!r} is impossible; give True, False or None")
+
+    @property
+    def thread_count(self) -> int:
+        """Threads of a call that is prepared now."""
+        return torch.get_num_threads() if self.threads is None else self.threads
