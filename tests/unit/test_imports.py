@@ -68,7 +68,7 @@ def test_a_call_loads_nothing_that_only_tuning_needs(bare: set[str]) -> None:
 
 def test_what_tuning_loads_is_found_by_the_same_check(bare: set[str]) -> None:
     tuning = loaded_by(
-        "import tilewright.tuner.cli, tilewright.tuner.commands.tune\n"
+        "import tilewright.tuner.cli, tilewright.tuner.commands.tune, tilewright.codegen.ops.gating.examples\n"
         "from tilewright.codegen.ops.registry import OPS\nlist(OPS.values())"
     )
     found = set(forbidden_among(tuning - bare).values())
