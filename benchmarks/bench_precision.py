@@ -79,14 +79,14 @@ def built_variants(signature: MoeGemmSignature, precision: str, tokens: int) -> 
         and (config["block_rows"] <= tokens if few else config["block_rows"] >= FEW)
     ]
     chosen = random.Random(0).sample(configs, min(TRIALS, len(configs)))
-    return [b for b in VariantBuilder(OP, signature, ARCH, CppBuilder(ARCH)).build(chosen) if b.path]
+    return [b for b in VariantBuilder(OP, signature, ARCH, {"cpp": CppBuilder(ARCH)}).build(chosen) if b.path]
 
 
 def cached_us(config, signature: MoeGemmSignature, threads: int) -> float:
     """Time of one row on a matrix whose 16 copies fit the last-level cache, per weight, in microseconds."""
     small = MoeGemmSignature(stage="plain", experts=1, n=256 * threads, k=signature.k)
     own = {**config, "combine": "none", "gate_up": "none", "chunk_groups": 1}
-    variant_builder = VariantBuilder(OP, small, ARCH, CppBuilder(ARCH))
+    variant_builder = VariantBuilder(OP, small, ARCH, {"cpp": CppBuilder(ARCH)})
     space = OP.space(small, ARCH, precisions=(config["precision"],))
     (built,) = variant_builder.build([space[space.index_of(own)]])
     problem = OP.problem(small, 1, RoutingSpec.parse("balanced"))

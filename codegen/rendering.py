@@ -10,14 +10,12 @@ from typing import Any
 import jinja2
 
 from tilewright import __version__
+from tilewright.codegen.backends.registry import find_backend
 from tilewright.codegen.hardware.archs import Arch
 from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.recipe.model import ABI_VERSION
 from tilewright.codegen.space import Config
-
-_SUFFIX = {"cpp": ".cpp.jinja", "triton": ".py.jinja"}
-_COMMENT = {"cpp": "//", "triton": "#"}
 
 
 @cache
@@ -36,7 +34,7 @@ def template_file(name: str, language: str) -> str:
     """Where the template ``op/language_algorithm`` lies under templates/: ``op/language/algorithm``, with a suffix."""
     op, _, rest = name.partition("/")
     folder, _, algorithm = rest.partition("_")
-    return f"{op}/{folder}/{algorithm}{_SUFFIX[language]}"
+    return f"{op}/{folder}/{algorithm}{find_backend(language).template_suffix}"
 
 
 def render(template: Template[Any], signature: Signature, config: Config, arch: Arch) -> str:
@@ -55,12 +53,10 @@ def render(template: Template[Any], signature: Signature, config: Config, arch: 
     )
     knobs = " ".join(f"{name}={value}" for name, value in config.items() if value is not None and name != "template")
     made_by = f"Made by tilewright {__version__} from templates/{file} for {arch.name}."
+    backend = find_backend(template.language)
     head = [
-        f"{_COMMENT[template.language]} {line}\n"
+        f"{backend.comment} {line}\n"
         for text in (made_by, signature.describe(), knobs)
         for line in textwrap.wrap(text, 117, break_long_words=False, break_on_hyphens=False)
     ]
-    source = re.sub(r"\n{3,}", "\n\n", "".join(head) + body.lstrip("\n"))
-    if template.language == "triton":
-        source = re.sub(r"\n+(@triton\.jit\n)", r"\n\n\n\1", source).rstrip("\n") + "\n"
-    return source
+    return backend.formatted(re.sub(r"\n{3,}", "\n\n", "".join(head) + body.lstrip("\n")))

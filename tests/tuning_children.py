@@ -26,8 +26,8 @@ from tilewright.runtime import ServeOptions
 from tilewright.tuner.campaign.campaign import Campaign, Request
 from tilewright.tuner.campaign.loop import ProblemResult
 from tilewright.tuner.campaign.progress import Progress
-from tilewright.tuner.campaign.target import CpuTarget
 from tilewright.tuner.cli import main
+from tilewright.tuner.targets.cpu import CpuTarget
 from tilewright.tuning_db.store import Store
 
 # Children come from a server that has imported everything and has no threads, so that they start in milliseconds. The
@@ -68,13 +68,10 @@ class Acknowledged(Progress):
 
 def tune(database: Path, trials: int, time_s: float, seed: int, results: Connection) -> None:
     """What ``tune --resume`` does; sends numbers of trials while it works, and the number of its plans at the end."""
-    arch = native_arch()
     request = Request(
         op=find_op("moe_gemm"),
         problems=problems(),
-        arch=arch,
-        device=None,
-        threads=1,
+        target=CpuTarget(native_arch(), 1),
         trials=trials,
         time_s=time_s,
         search="random",
@@ -84,7 +81,7 @@ def tune(database: Path, trials: int, time_s: float, seed: int, results: Connect
         probes=0,
     )
     with Store.open(database) as store:
-        report = Campaign(request, CpuTarget(arch, 1), store, Acknowledged(results)).run()
+        report = Campaign(request, store, Acknowledged(results)).run()
     results.send(("plans", sum(mine.plan is not None for mine in report.signatures)))
 
 

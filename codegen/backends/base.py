@@ -1,25 +1,42 @@
-"""What all builders share: rendered sources in, built files out, and where built files are kept."""
+"""A backend: one language that kernels are written in. A new one is a folder beside this file and a registration.
+
+Nothing outside of a backend's folder, the registry and :class:`tilewright.tuner.targets.base.Target` asks which
+language or which kind of arch it has to do with; it asks the backend of a template's language, or the target.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import threading
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from tilewright.codegen.backends.binaries.facts import EntryFacts
-from tilewright.codegen.backends.entry import EntrySpec
-from tilewright.codegen.hardware.cpu_info import usable_cores
+from tilewright.codegen.backends.binaries.instructions import InstructionMix
+from tilewright.codegen.recipe.model import Launch
 from tilewright.errors import TilewrightError
 
-DRAFT = "build-"
-"""How the names of folders begin in which something is being built."""
+ArtifactKind = Literal["host_so", "cubin", "hsaco"]
+
+
+class Entry(Protocol):
+    """What has to be known of one entry point of a GPU source; every language has its own, as plain data."""
+
+    @property
+    def entry(self) -> str:
+        """Name of the function."""
+
+    @property
+    def num_warps(self) -> int:
+        """Warps of a block, as asked for."""
+
+    @property
+    def num_stages(self) -> int:
+        """Tiles in flight, from which predictions estimate shared memory before anything is built."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, a part of what a build is found by."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +44,7 @@ class Source:
     """A rendered source, with what has to be known of its entry points; C++ sources say it themselves."""
 
     text: str
-    entries: tuple[EntrySpec, ...] = ()
+    entries: tuple[Entry, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,7 +52,7 @@ class BuiltFile:
     """One artifact of a build, still a file."""
 
     path: Path
-    kind: Literal["host_so", "cubin", "hsaco"]
+    kind: ArtifactKind
     facts: EntryFacts | None = None
     """Read back from a GPU binary, which has one entry."""
 
@@ -56,7 +73,7 @@ class Build:
 
 
 class Builder(Protocol):
-    """Builds sources for one arch; content-addressed, so that equal sources are built once."""
+    """Builds sources for one arch; content-addressed, so that equal sources are built once. Close it when done."""
 
     @property
     def toolchain(self) -> str:
@@ -65,66 +82,93 @@ class Builder(Protocol):
     def build_all(
         self, sources: Sequence[Source], *, jobs: int | None = None, progress: Callable[[int], None] | None = None
     ) -> list[Build]:
-        """Build side by side; the result keeps the order of ``sources``. ``progress`` gets the number done."""
+        """Build side by side; the result keeps the order of ``sources``. ``progress`` gets the number done.
+
+        A source that does not build is a :class:`Build` with a message. An exception, Ctrl-C among them, ends the
+        compilers that run, and leaves nothing half built.
+        """
+
+    def form(self, source: Source, index: int, form: str) -> str:
+        """One of :meth:`Backend.forms` of an entry; built again if it is not there.
+
+        Raises:
+            TilewrightError: when the source does not build, or has no such form.
+
+        """
+
+    def close(self) -> None:
+        """End what it started."""
 
 
-def remove_abandoned(directory: Path, age_s: float) -> None:
-    """Remove what builds of killed processes left: folders older than any build may take."""
-    for folder in directory.glob(f"{DRAFT}*"):
-        with contextlib.suppress(FileNotFoundError):  # another process removes them, too
-            if time.time() - folder.stat().st_mtime > age_s:
-                shutil.rmtree(folder, ignore_errors=True)
+class Backend(ABC):
+    """One language: how its templates are named, built and launched, and what their binaries say of themselves."""
 
+    language: ClassVar[str]
+    """As templates name it."""
+    template_suffix: ClassVar[str]
+    """Ends the names of its template files, ``.cpp.jinja``."""
+    comment: ClassVar[str]
+    """Begins a line of comment."""
 
-def side_by_side(
-    build: Callable[[Source, threading.Event], Build],
-    sources: Sequence[Source],
-    jobs: int | None,
-    progress: Callable[[int], None] | None,
-) -> list[Build]:
-    """Run ``build`` on every source, ``jobs`` (None: as many as there are cores) at a time.
+    @abstractmethod
+    def builder(self, arch: Any, directory: Path | None = None) -> Builder:
+        """A builder for ``arch``, one of the archs that the language's templates are for.
 
-    After an exception, Ctrl-C among them, its event is set: what runs then has to end.
-    """
-    stop = threading.Event()
-    with ThreadPoolExecutor(jobs or usable_cores()) as pool:
-        futures = [pool.submit(build, source, stop) for source in sources]
-        try:
-            for done, _ in enumerate(as_completed(futures), start=1):
-                if progress:
-                    progress(done)
-        except BaseException:
-            # Only the main thread hears of Ctrl-C, and compilers have sessions of their own.
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [future.result() for future in futures]
+        Args:
+            arch: to build for.
+            directory: where builds are kept; None: in the user's cache.
 
+        Raises:
+            TilewrightError: when the compiler is missing or too old, or ``directory`` cannot be made.
 
-def cache_directory() -> Path:
-    """Where built kernels are kept: ``$TILEWRIGHT_CACHE``, or the user's cache directory."""
-    configured, base = os.environ.get("TILEWRIGHT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if configured:
-        return Path(configured)
-    try:
-        return Path(base or Path.home() / ".cache") / "tilewright"
-    except RuntimeError as error:
-        raise TilewrightError("this user has no home directory; set $TILEWRIGHT_CACHE to a directory") from error
+        """
 
+    def formatted(self, source: str) -> str:
+        """A rendered source as the language's formatter would leave it."""
+        return source
 
-def builds_directory(directory: Path | None, name: str) -> Path:
-    """Folder ``name`` of the cache (of ``directory``, if given), made if need be.
+    @abstractmethod
+    def built_launches(
+        self, launches: Sequence[Launch], files: Sequence[BuiltFile], checksums: Sequence[str], arch: Any
+    ) -> tuple[Launch, ...]:
+        """A recipe's launches with what only a build tells: checksums; of GPU binaries block, cluster, shared memory.
 
-    Raises:
-        TilewrightError: when it cannot be made.
+        Args:
+            launches: as the template gives them.
+            files: the artifacts of the build.
+            checksums: of ``files``, in order.
+            arch: that they were built for.
 
-    """
-    path = (directory or cache_directory()) / name
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise TilewrightError(
-            f"cannot keep built kernels in {path} ({error.strerror}); "
-            "set $TILEWRIGHT_CACHE to a directory that can be written"
-        ) from error
-    return path
+        Raises:
+            TilewrightError: when a binary does not take what its launch passes.
+
+        """
+
+    def instructions(self, file: BuiltFile, source: str) -> InstructionMix:
+        """Instructions of an artifact made from ``source``.
+
+        Raises:
+            TilewrightError: when it cannot be disassembled, or the language's artifacts are not looked into.
+
+        """
+        del source
+        raise TilewrightError(f"instructions of {file.kind} artifacts are not counted")
+
+    def forms(self, arch: Any) -> tuple[str, ...]:
+        """Names of the intermediate forms that compiling for ``arch`` goes through; empty where none are kept.
+
+        The last one is nearest to the binary.
+        """
+        del arch
+        return ()
+
+    @abstractmethod
+    def disassembly(self, kind: ArtifactKind, binary: bytes) -> str | None:
+        """Machine code of an artifact as text without addresses, so that only differing instructions differ.
+
+        None where there is no disassembler: the last of :meth:`forms` has to do.
+
+        Raises:
+            TilewrightError: when the disassembler is missing or refuses.
+
+        """

@@ -9,7 +9,7 @@ LLVM's AMDGPU back end allocates by (``AMDGPUBaseInfo.cpp``).
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,6 +23,10 @@ class Arch:
 
     name: str
     family: Literal["cpu", "cuda", "hip"]
+
+    def among(self, families: Collection[str]) -> bool:
+        """Whether it is of one of ``families``, those of a template for example."""
+        return self.family in families
 
 
 @dataclass(frozen=True)

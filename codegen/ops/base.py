@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from numpy.typing import NDArray
 
-from tilewright.codegen.backends.entry import EntrySpec
+from tilewright.codegen.backends.base import Entry
 from tilewright.codegen.hardware.archs import Arch
 from tilewright.codegen.models.shapes import ModelShape
 from tilewright.codegen.numbers.layouts import RowLayout, WeightLayout
 from tilewright.codegen.numbers.precisions import LOSSLESS, PRECISIONS
+from tilewright.codegen.ops.implementation import Implementation
 from tilewright.codegen.ops.signature import Signature, stable_key
 from tilewright.codegen.recipe.model import Recipe, TensorSpec
 from tilewright.codegen.routing.spec import RoutingSpec
@@ -113,12 +114,12 @@ class Template(Generic[S]):
     """That it can read weights in (codegen/numbers/precisions.py); empty: only as the op declares them."""
     dtypes: tuple[str, ...] = (LOSSLESS,)
     """Of activations that it computes with."""
-    exclusion: Callable[[str, Arch], str | None] = lambda _precision, _arch: None
+    exclusion: Callable[[str, Any], str | None] = lambda _precision, _arch: None
     """``exclusion(precision, arch)``: why it cannot read weights in a precision there, in words; None: it can."""
     order: Callable[[S, Config, Any], str | None] = _no_fixed_order
     """Name of the order in which a config's kernel adds up. Kernels of one order, whatever their templates, give a
     token the same bits, on any number of threads and whatever else is in the batch. None: not so, or not known."""
-    entries: Callable[[S, Config, Any], tuple[EntrySpec, ...]] | None = None
+    entries: Callable[[S, Config, Any], tuple[Entry, ...]] | None = None
     """What the builder has to know of every entry point, in the order of the recipe's launches; None for ``cpp``."""
     emulated_problems: Callable[[S, Config, Any], tuple[Problem, ...]] | None = None
     """``emulated_problems(signature, config, arch)``: small problems of signatures of the same kind, with sizes that
@@ -144,13 +145,31 @@ class OpDeclaration(ABC, Generic[S, P]):
     """One op, declared once."""
 
     name: ClassVar[str]
-    templates: ClassVar[tuple[Template[Any], ...]]
+    implementations: ClassVar[tuple[Implementation, ...]]
+    """One for each language; their order is that of templates."""
     problem_example: ClassVar[str]
     """A text that :meth:`parse_problem` understands, for messages."""
     served_by: ClassVar[tuple[str, ...]]
     """What of ``tilewright.runtime`` serves it, for hints."""
     sizes_help: ClassVar[str] = "tokens of a call (1,4,16,64,256)"
     """What ``--tokens`` counts, and which sizes are tuned where it is not given; for the command line."""
+
+    @property
+    def templates(self) -> tuple[Template[Any], ...]:
+        """Those of all implementations."""
+        return tuple(template for each in self.implementations for template in each.templates)
+
+    def _leading(self, arch: Arch) -> Implementation:
+        """The implementation that says where tuning for ``arch`` begins.
+
+        Raises:
+            TilewrightError: when there is none.
+
+        """
+        for each in self.implementations:
+            if each.default is not None and any(arch.among(template.families) for template in each.templates):
+                return each
+        raise TilewrightError(f"{self.name} has no template for {arch.name}")
 
     @abstractmethod
     def signatures(self, model: ModelShape) -> tuple[S, ...]:
@@ -165,23 +184,17 @@ class OpDeclaration(ABC, Generic[S, P]):
         del model
         return ()
 
-    def ladder(self, signature: S) -> tuple[int, ...]:
-        """Dynamic sizes to tune where the user names none."""
+    def ladder(self, signature: S, arch: Arch) -> tuple[int, ...]:
+        """Dynamic sizes to tune on ``arch`` where the user names none."""
         del signature
-        return (1, 4, 16, 64, 256)
+        return self._leading(arch).sizes
 
-    def gpu_ladder(self, signature: S) -> tuple[int, ...]:
-        """The same for GPU archs, which serve larger batches."""
-        del signature
-        return (1, 8, 32, 128, 512, 2048)
-
+    @abstractmethod
     def calls_per_pass(self, signature: S, model: ModelShape, phase: Phase) -> float:
-        """How often one forward pass of ``model`` calls ``signature``; usually once in every layer with experts.
+        """How often one forward pass of ``model`` calls ``signature``.
 
         A pass is one token for each of some sequences (``decode``), or all tokens of a prompt (``prefill``).
         """
-        del signature, phase
-        return float(model.moe_layers)
 
     @abstractmethod
     def signature_from_dict(self, fields: Mapping[str, Any]) -> S:
@@ -255,26 +268,31 @@ class OpDeclaration(ABC, Generic[S, P]):
     def awkward_problems(self, signature: S) -> tuple[P, ...]:
         """Small problems of this signature's kind that a kernel must get right before it is timed."""
 
-    @abstractmethod
     def default_config(self, signature: S, arch: Arch) -> Config:
         """The config that a careful engineer would write down without tuning; always a candidate."""
+        return self._default(signature, arch, None)
 
     def default_for(self, problem: P, arch: Arch) -> Config:
         """The same for one problem, where practice chooses by its size; of one weight layout for all sizes."""
         signature: Any = problem.signature
-        return self.default_config(signature, arch)
+        return self._default(signature, arch, problem.size)
+
+    def _default(self, signature: S, arch: Arch, size: int | None) -> Config:
+        default = self._leading(arch).default
+        assert default is not None
+        template, knobs = default(signature, arch, size)
+        return self.space(signature, arch).lift(template, knobs)
 
     def starting_configs(self, signature: S, arch: Arch, precisions: Sequence[str] = (LOSSLESS,)) -> tuple[Config, ...]:
         """Configs that have won elsewhere, the likeliest first: a search tries them before it knows anything.
 
         Some of each of ``precisions``, so that every one has been tried at every size, however few the trials.
         """
-        del signature, arch, precisions
-        return ()
+        return self._leading(arch).starting_configs(signature, arch, precisions)
 
     def on(self, signature: S, arch: Arch) -> S:
         """``signature`` in bf16, where no template for ``arch`` computes in fp32 and no other dtype was asked for."""
-        here = {dtype for template in self.templates if arch.family in template.families for dtype in template.dtypes}
+        here = {dtype for template in self.templates_on(arch) for dtype in template.dtypes}
         dtypes = [field.name for field in fields(signature) if field.name.endswith("_dtype")]
         if LOSSLESS in here or SERVED_DTYPE not in here or any(getattr(signature, n) != LOSSLESS for n in dtypes):
             return signature
@@ -322,12 +340,14 @@ class OpDeclaration(ABC, Generic[S, P]):
         weight = packable(self.tensors(signature))
         return weight.dtype if weight else LOSSLESS
 
+    def templates_on(self, arch: Arch) -> tuple[Template[Any], ...]:
+        """Templates that are for ``arch``, whatever they compute."""
+        return tuple(template for template in self.templates if arch.among(template.families))
+
     def templates_for(self, signature: S, arch: Arch) -> tuple[Template[Any], ...]:
         """Templates for ``arch`` that can compute ``signature``."""
         dtype = self.compute_dtype(signature)
-        return tuple(
-            t for t in self.templates if arch.family in t.families and dtype in t.dtypes and t.applies(signature, arch)
-        )
+        return tuple(t for t in self.templates_on(arch) if dtype in t.dtypes and t.applies(signature, arch))
 
     def space(
         self, signature: S, arch: Arch, templates: Collection[str] = (), precisions: Sequence[str] = (LOSSLESS,)
@@ -392,7 +412,7 @@ class OpDeclaration(ABC, Generic[S, P]):
 
     def _no_template(self, signature: S, arch: Arch, precisions: Collection[str]) -> str:
         dtype = self.compute_dtype(signature)
-        known = {each for t in self.templates if arch.family in t.families for each in t.dtypes}
+        known = {each for t in self.templates_on(arch) for each in t.dtypes}
         if dtype not in known:
             return f"its templates for that compute in {' or '.join(sorted(known)) or 'nothing'}, not in {dtype}"
         stored = f" in {', '.join(precisions)}" if packable(self.tensors(signature)) else ""
@@ -406,7 +426,7 @@ class OpDeclaration(ABC, Generic[S, P]):
 
         """
         full = {spelling: t.name for t in self.templates for spelling in (t.name, t.name.removeprefix(f"{self.name}/"))}
-        here = [t.name for t in self.templates if arch.family in t.families]
+        here = [t.name for t in self.templates_on(arch)]
         known = ", ".join(name.removeprefix(f"{self.name}/") for name in here) or "none"
         for name in asked:
             if name not in full:

@@ -53,7 +53,7 @@ def check_space(op: OpDeclaration, signature: Signature, arch: Arch) -> None:
     for index in {0, len(space) // 2, len(space) - 1}:
         assert space.index_of(space[index]) == index
     for template in op.templates:
-        if arch.family in template.families and template.applies(signature, arch):
+        if arch.among(template.families) and template.applies(signature, arch):
             assert len(template.space(signature, arch)) > 0
     assert source(op, signature, default, arch)
 
@@ -140,7 +140,7 @@ def test_spaces_of_gpus_hold_the_default_and_render(op: OpDeclaration, arch: Arc
         space = op.space(signature, arch, precisions=[op.lossless(signature)])
         default = op.default_config(signature, arch)
         assert default in space
-        for size in op.gpu_ladder(signature):
+        for size in op.ladder(signature, arch):
             problem = op.problem(signature, size, RoutingSpec.parse("balanced"))
             own = op.default_for(problem, arch)
             assert own in space

@@ -38,7 +38,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Plans of several precisions, the fewer bits the faster, with kernels of all their templates."""
     arch = native_arch()
     try:
-        variant_builder = VariantBuilder(OP, SIGNATURE, arch, CppBuilder(arch))
+        variant_builder = VariantBuilder(OP, SIGNATURE, arch, {"cpp": CppBuilder(arch)})
     except TilewrightError as error:
         pytest.skip(str(error))
     path = tmp_path_factory.mktemp("precision") / "tuning.db"

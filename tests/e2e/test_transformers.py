@@ -147,7 +147,7 @@ def store_int8_plans(path, error: float):
             MoeGemmSignature(stage="down", n=32, k=24, **common),
         ):
             try:
-                variant_builder = VariantBuilder(op, signature, arch, CppBuilder(arch))
+                variant_builder = VariantBuilder(op, signature, arch, {"cpp": CppBuilder(arch)})
             except TilewrightError as failure:
                 pytest.skip(str(failure))
             (built,) = variant_builder.build([next(iter(op.space(signature, arch, precisions=("int8",))))])

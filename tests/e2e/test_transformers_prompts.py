@@ -66,7 +66,7 @@ def make_model(kind: str, more: dict, **options):
 def store_prefill(path, **fields) -> None:
     """A plan of the default config for attention over prompts."""
     signature, op, arch = AttentionSignature(stage="prefill", heads=4, **fields), find_op("attention"), native_arch()
-    variant_builder = VariantBuilder(op, signature, arch, CppBuilder(arch))
+    variant_builder = VariantBuilder(op, signature, arch, {"cpp": CppBuilder(arch)})
     (built,) = variant_builder.build([op.default_config(signature, arch)])
     record, (artifact,) = variant_builder.record(built, "device")
     store_plan(path, signature, [(None, Built(record, artifact))], threads=1)

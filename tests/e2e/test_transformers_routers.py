@@ -85,7 +85,7 @@ def store_gate(path, name: str) -> None:
     """A plan of the default config for the router of a model."""
     signature = GatingSignature(**{"experts": 8, "top_k": 2, "order": "rows", **MODELS[name][2]})
     op, arch = find_op("gating"), native_arch()
-    variant_builder = VariantBuilder(op, signature, arch, CppBuilder(arch))
+    variant_builder = VariantBuilder(op, signature, arch, {"cpp": CppBuilder(arch)})
     (built,) = variant_builder.build([op.default_config(signature, arch)])
     record, (artifact,) = variant_builder.record(built, "device")
     store_plan(path, signature, [(None, Built(record, artifact))], threads=torch.get_num_threads())

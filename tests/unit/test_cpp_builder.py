@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.codegen.backends.base import Source, cache_directory
+from tilewright.codegen.backends.base import Source
+from tilewright.codegen.backends.building import cache_directory
 from tilewright.codegen.backends.cpp import builder as cpp
 from tilewright.codegen.backends.cpp.builder import Compiler, CppBuilder, find_compiler
 from tilewright.codegen.hardware.archs import CPU_ARCHS, native_arch

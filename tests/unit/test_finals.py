@@ -72,7 +72,7 @@ class Quiet:
 
 @pytest.fixture
 def variant_builder(tmp_path: Path) -> VariantBuilder:
-    return VariantBuilder(OP, SIGNATURE, ARCH, CppBuilder(ARCH, Compiler("no-compiler", "none"), tmp_path))
+    return VariantBuilder(OP, SIGNATURE, ARCH, {"cpp": CppBuilder(ARCH, Compiler("no-compiler", "none"), tmp_path)})
 
 
 def run(variant_builder: VariantBuilder, time_us: Times, config: Config, seed: int) -> tuple[Verdict, Probed]:

@@ -39,7 +39,7 @@ for each in OP.space(SIGNATURE, ARCH)[:4000]:
 @pytest.fixture(scope="module")
 def variant_builder(tmp_path_factory: pytest.TempPathFactory) -> VariantBuilder:
     nowhere = tmp_path_factory.mktemp("builds")
-    return VariantBuilder(OP, SIGNATURE, ARCH, CppBuilder(ARCH, Compiler("no-compiler", "none"), nowhere))
+    return VariantBuilder(OP, SIGNATURE, ARCH, {"cpp": CppBuilder(ARCH, Compiler("no-compiler", "none"), nowhere)})
 
 
 def problem(rows: int) -> Problem:
@@ -111,7 +111,7 @@ def test_a_size_that_only_another_layout_solves_is_not_lost(variant_builder: Var
 def test_an_order_of_sums_is_shared_and_its_cost_told(tmp_path: Path) -> None:
     signature = MoeGemmSignature(stage="down", experts=4, n=64, k=64, top_k=2)
     shop = VariantBuilder(
-        OP, signature, ARCH, CppBuilder(ARCH, Compiler("no-compiler", "none"), tmp_path), batch_invariant=True
+        OP, signature, ARCH, {"cpp": CppBuilder(ARCH, Compiler("no-compiler", "none"), tmp_path)}, batch_invariant=True
     )
     default = OP.default_config(signature, ARCH)
     direct = Config({**default, "combine": "direct"})

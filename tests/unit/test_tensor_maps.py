@@ -43,7 +43,7 @@ def build(signature: MoeGemm, arch_name: str, folder: Path, **knobs: Any) -> tup
     config = OP.space(signature, arch, precisions=(precision,)).lift(PERSISTENT, own)
     assert {name: config[name] for name in (*TILE, *knobs)} == {**TILE, **knobs}
     with TritonBuilder(arch, folder) as builder:
-        variant_builder = VariantBuilder(OP, signature, arch, builder)
+        variant_builder = VariantBuilder(OP, signature, arch, {"triton": builder})
         (built,) = variant_builder.build([config])
     assert built.path is not None, built.message
     return variant_builder, built

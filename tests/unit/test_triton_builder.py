@@ -15,8 +15,8 @@ from tilewright.codegen.backends.binaries.cubin import read_cubin, read_spills
 from tilewright.codegen.backends.binaries.elf import NotElfError, sections
 from tilewright.codegen.backends.binaries.facts import EntryFacts, launch_obstacle
 from tilewright.codegen.backends.binaries.instructions import disassemble, read_amdgcn, read_sass
-from tilewright.codegen.backends.entry import EntrySpec
 from tilewright.codegen.backends.triton.builder import TritonBuilder
+from tilewright.codegen.backends.triton.entry import EntrySpec
 from tilewright.codegen.backends.triton.launch import parameter_mismatch
 from tilewright.codegen.backends.triton.pool import Limits
 from tilewright.codegen.backends.triton.toolchain import bundled_tool, toolchain

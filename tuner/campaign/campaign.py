@@ -17,7 +17,6 @@ import optuna
 
 from tilewright import __version__
 from tilewright.codegen.hardware.archs import Arch
-from tilewright.codegen.hardware.devices import Device
 from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.codegen.ops.signature import Signature
@@ -26,7 +25,6 @@ from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.loop import Budget, Origin, ProblemResult, ProblemTuner
 from tilewright.tuner.campaign.precision import FrontPoint, admit, constraint_by_precision, front, left_out, storable
 from tilewright.tuner.campaign.progress import Progress
-from tilewright.tuner.campaign.target import Target
 from tilewright.tuner.campaign.variants import PlanConstraint, VariantBuilder
 from tilewright.tuner.evaluation.checking import PrecisionError
 from tilewright.tuner.evaluation.interface import Evaluator
@@ -36,6 +34,7 @@ from tilewright.tuner.plan.finals import Finals, Probed, Verdict
 from tilewright.tuner.plan.prove import Default, Proof
 from tilewright.tuner.report.text import format_shape
 from tilewright.tuner.search import Prior
+from tilewright.tuner.targets.base import Target
 from tilewright.tuning_db.records import PlanRecord, TrialRecord
 from tilewright.tuning_db.store import Store
 
@@ -60,11 +59,7 @@ class Request:
     op: OpDeclaration[Any, Any]
     problems: tuple[Problem, ...]
     """Grouped by signature, ascending in size within each."""
-    arch: Arch
-    device: Device | None
-    """That a GPU arch's kernels are predicted for; None for a CPU, which is this machine's."""
-    threads: int
-    """Of a CPU's kernels; 0 for a GPU's."""
+    target: Target
     trials: int
     """Per problem."""
     time_s: float
@@ -85,6 +80,22 @@ class Request:
     """Whether the kernels of a plan must add up in one order."""
     weight_copies: int = 1
     """Most weight layouts of a plan: each is a copy of the weights where it is served."""
+
+    @property
+    def arch(self) -> Arch:
+        """That kernels are built for."""
+        return self.target.arch
+
+    @property
+    def toolchains(self) -> str:
+        """What builds the templates that are searched, in one line."""
+        languages = dict.fromkeys(
+            template.language
+            for problem in self.problems
+            for template in self.op.templates_for(problem.signature, self.arch)
+            if not self.templates or template.name in self.templates
+        )
+        return "; ".join(self.target.builders[language].toolchain for language in languages)
 
 
 @dataclass
@@ -146,11 +157,11 @@ class Report:
 
 
 class Campaign:
-    """Runs a request for a target, against a store."""
+    """Runs a request against a store."""
 
-    def __init__(self, request: Request, target: Target, store: Store, progress: Progress) -> None:
+    def __init__(self, request: Request, store: Store, progress: Progress) -> None:
         self._request = request
-        self._target = target
+        self._target = request.target
         self._store = store
         self._progress = progress
         self._errors: dict[tuple[str, str], PrecisionError] = {}
@@ -182,7 +193,7 @@ class Campaign:
             "tilewright": __version__,
             "python": platform.python_version(),
             "optuna": optuna.__version__,
-            "toolchain": self._target.builder.toolchain,
+            "toolchain": self._request.toolchains,
         }
         return self._store.start_run(shlex.join(["tune", *sys.argv[1:]]), versions=versions, host=platform.node())
 
@@ -197,9 +208,9 @@ class Campaign:
         mine = SignatureReport(signature)
         target = self._target
         variant_builder = VariantBuilder(
-            request.op, signature, target.arch, target.builder, batch_invariant=request.batch_invariant
+            request.op, signature, target.arch, target.builders, batch_invariant=request.batch_invariant
         )
-        origin = Origin(run_id, target.device.key, target.threads, request.seed, request.search)
+        origin = Origin(run_id, target.device.key, target.place.threads, request.seed, request.search)
         self._progress.say(format_shape(signature.to_dict()))
         precisions = storable(request.precisions, request.op.precisions(signature, target.arch), self._progress.say)
         with target.evaluator(request.op, signature, precisions, request.seed) as evaluator:
@@ -334,7 +345,7 @@ class Campaign:
             signature_key=signature.key,
             signature=signature.to_dict(),
             device_key=self._target.device.key,
-            threads=self._target.threads,
+            threads=self._target.place.threads,
             layout="+".join(dict.fromkeys(variant.layout_key for variant in used)),
             timing=verdict.timing,
             checked=verdict.checked,
@@ -360,7 +371,7 @@ class Campaign:
         A template or compiler that changed since makes other kernels of the same configs.
         """
         target = self._target
-        known = self._store.trials(problem_key=problem.key, device_key=target.device.key, threads=target.threads)
+        known = self._store.trials(problem_key=problem.key, device_key=target.device.key, threads=target.place.threads)
         same = {
             config: variant_builder.variant(config).key for trial in known if (config := Config(trial.config)) in space
         }

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tilewright.codegen.backends.base import Builder, BuiltFile, Source
+from tilewright.codegen.backends.base import Build, Builder, BuiltFile, Entry, Source
 from tilewright.codegen.backends.binaries.facts import EntryFacts
-from tilewright.codegen.backends.entry import EntrySpec
-from tilewright.codegen.backends.triton.launch import built_launch
-from tilewright.codegen.hardware.archs import Arch, GpuArch
+from tilewright.codegen.backends.registry import find_backend
+from tilewright.codegen.hardware.archs import Arch
 from tilewright.codegen.ops.base import OpDeclaration
 from tilewright.codegen.ops.signature import Signature, stable_key
 from tilewright.codegen.recipe.model import Recipe
@@ -38,8 +37,9 @@ class Variant:
     """One config of one signature, rendered; built or not."""
 
     config: Config
+    language: str
     source: str
-    entries: tuple[EntrySpec, ...]
+    entries: tuple[Entry, ...]
     """What the builder has to know of its entry points; empty for C++."""
     recipe: Recipe
     key: str
@@ -81,14 +81,23 @@ class BuildResult:
 
 
 class VariantBuilder:
-    """Renders and builds the variants of one signature for one arch; plans may have to be ``batch_invariant``."""
+    """Renders and builds the variants of one signature for one arch, each by the builder of its template's language.
+
+    Args:
+        op: the op.
+        signature: of all variants.
+        arch: that they are built for.
+        builders: by language; asked for those alone whose templates are used.
+        batch_invariant: whether plans must add up in one order.
+
+    """
 
     def __init__(
         self,
         op: OpDeclaration[Any, Any],
         signature: Signature,
         arch: Arch,
-        builder: Builder,
+        builders: Mapping[str, Builder],
         *,
         batch_invariant: bool = False,
     ) -> None:
@@ -96,14 +105,9 @@ class VariantBuilder:
         self._batch_invariant = batch_invariant
         self.signature = signature
         self.arch = arch
-        self._builder = builder
+        self._builders = builders
         self._inspector = Inspector()
         self._performance_warnings: dict[Config, tuple[str, ...]] = {}
-
-    @property
-    def toolchain(self) -> str:
-        """What builds: compiler and flags."""
-        return self._builder.toolchain
 
     def constraint(self, config: Config) -> PlanConstraint | None:
         """What the config's kernel would share with the others of a plan; see :attr:`Variant.constraint`."""
@@ -122,20 +126,31 @@ class VariantBuilder:
             "signature": self.signature.to_dict(),
             "config": dict(config),
             "arch": self.arch.name,
-            "toolchain": self.toolchain,
+            "toolchain": self._builders[template.language].toolchain,
             "source": hashlib.sha256(source.encode()).hexdigest(),
             "recipe": recipe.to_dict(),
         }
         entries = template.entries(self.signature, config, self.arch) if template.entries else ()
-        return Variant(config, source, entries, recipe, stable_key(identity), self.constraint(config))
+        key = stable_key(identity)
+        return Variant(config, template.language, source, entries, recipe, key, self.constraint(config))
 
     def build(self, configs: Sequence[Config], progress: Callable[[int], None] | None = None) -> list[BuildResult]:
         """Render and build ``configs`` side by side, one result each, in order."""
         variants = [self.variant(config) for config in configs]
-        builds = self._builder.build_all([Source(v.source, v.entries) for v in variants], progress=progress)
+        builds: dict[int, Build] = {}
+        for language in dict.fromkeys(variant.language for variant in variants):
+            mine = [index for index, variant in enumerate(variants) if variant.language == language]
+            done = len(builds)
+
+            def count(number: int, before: int = done) -> None:
+                if progress:
+                    progress(before + number)
+
+            sources = [Source(variants[index].source, variants[index].entries) for index in mine]
+            builds |= zip(mine, self._builders[language].build_all(sources, progress=count), strict=True)
         return [
             BuildResult(variant, build.path, build.message, build.cpu_s, build.files, build.rejected)
-            for variant, build in zip(variants, builds, strict=True)
+            for variant, build in ((variant, builds[index]) for index, variant in enumerate(variants))
         ]
 
     def record(self, built: BuildResult, checked: Checked) -> tuple[KernelRecord, list[ArtifactRecord]]:
@@ -150,18 +165,15 @@ class VariantBuilder:
             ArtifactRecord.from_bytes(file.path.read_bytes(), kind=file.kind, abi_version=kernel.recipe.abi_version)
             for file in built.files
         ]
-        launches = kernel.recipe.launches
-        if isinstance(self.arch, GpuArch):
-            made = zip(launches, kernel.facts, artifacts, strict=True)
-            launches = tuple(built_launch(at, facts, a.checksum, self.arch.warp_size) for at, facts, a in made)
-        else:
-            launches = tuple(replace(launch, artifact=artifacts[0].checksum) for launch in launches)
+        backend = find_backend(built.variant.language)
+        checksums = [artifact.checksum for artifact in artifacts]
+        launches = backend.built_launches(kernel.recipe.launches, built.files, checksums, self.arch)
         facts: dict[str, Any] = {
             "artifact_bytes": sum(len(artifact.data) for artifact in artifacts),
             "layout": built.variant.layout_key,
         }
         if built.facts:
-            mixes = self._inspector.instructions(built.variant.source, built.files)
+            mixes = self._inspector.instructions(backend, built.variant.source, built.files)
             facts["entries"] = [
                 {**told.to_dict(), "instructions": mix.to_dict(), "wide_loads": mix.wide}
                 for told, mix in zip(built.facts, mixes, strict=True)
@@ -176,9 +188,9 @@ class VariantBuilder:
             arch=self.arch.name,
             source=built.variant.source,
             recipe=replace(kernel.recipe, launches=launches).to_dict(),
-            toolchain=self.toolchain,
+            toolchain=self._builders[built.variant.language].toolchain,
             facts=facts,
-            artifacts=tuple(dict.fromkeys(artifact.checksum for artifact in artifacts)),
+            artifacts=tuple(dict.fromkeys(checksums)),
             checked=checked,
         )
         return record, artifacts
@@ -194,4 +206,6 @@ class VariantBuilder:
 
     def _of_instructions(self, config: Config) -> tuple[str, ...]:
         (built,) = self.build([config])
-        return performance_warnings(built.facts, self._inspector.instructions(built.variant.source, built.files))
+        backend = find_backend(built.variant.language)
+        mixes = self._inspector.instructions(backend, built.variant.source, built.files)
+        return performance_warnings(built.facts, mixes)

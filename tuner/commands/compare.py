@@ -19,13 +19,13 @@ from tilewright.tuner.report.comparison import compare_kernels
 from tilewright.tuner.report.roofline import measure_roofline
 from tilewright.tuner.report.text import (
     format_interval,
-    format_place,
     format_shape,
     format_us,
     labelled,
     table,
     terminal_width,
 )
+from tilewright.tuner.targets.place import Place
 from tilewright.tuning_db.records import ProblemSummary, TrialRecord
 from tilewright.tuning_db.store import Store
 
@@ -165,7 +165,7 @@ def _lines(document: dict[str, Any]) -> list[str]:
     variants = document["variants"]
     title = [
         f"{document['problem'][:8]}  {format_shape(document['signature'])} {document['size_name']}={document['size']}",
-        format_place(document["threads"], document["device"]),
+        str(Place(document["device"], document["threads"])),
     ]
     if not variants:
         return [*title, "no variant was right; `tune show` counts what failed"]

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from tilewright.codegen.backends.base import cache_directory
+from tilewright.codegen.backends.building import cache_directory
 from tilewright.codegen.backends.cpp.builder import CppBuilder, find_compiler
 from tilewright.codegen.hardware.archs import native_arch
 from tilewright.codegen.hardware.cpu_info import read_cpu_info, usable_cores

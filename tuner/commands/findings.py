@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tilewright.codegen.hardware.cpu_info import read_cpu_info
 from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.base import Problem
 from tilewright.tuner.campaign.campaign import Report, Request, SignatureReport
@@ -67,9 +66,9 @@ class Findings:
 
     def evidence(self) -> list[str]:
         """On what the times rest, and what they took."""
-        report, request, roofline = self.report, self.request, self.roofline
+        report, request, roofline, target = self.report, self.request, self.roofline, self.request.target
         return [
-            f"measured on {read_cpu_info().name}, {format_threads(request.threads)}, {request.arch.name}; "
+            f"measured on {target.device.name}, {format_threads(target.place.threads)}, {request.arch.name}; "
             "every kernel checked against fp64",
             f"{report.trials} trials in {report.wall_s:.0f} s, {report.efficiency:.0%} of them spent compiling "
             f"({report.build_s:.0f} s), checking ({report.check_s:.0f} s), measuring ({report.measure_s:.0f} s)",
@@ -94,8 +93,8 @@ class Findings:
             "run": report.run_id,
             "op": request.op.name,
             "arch": request.arch.name,
-            "device": read_cpu_info().key,
-            "threads": request.threads,
+            "device": request.target.device.key,
+            "threads": request.target.place.threads,
             "model": request.model,
             "templates": list(request.templates),
             "database": self.database,

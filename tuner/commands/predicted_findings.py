@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tilewright.codegen.hardware.archs import GpuArch
 from tilewright.codegen.hardware.devices import Device
 from tilewright.codegen.ops.base import Problem
 from tilewright.tuner.campaign.campaign import KEPT_PER_PROBLEM, Report, Request, SignatureReport
@@ -33,7 +32,7 @@ class PredictedFindings:
 
     report: Report
     request: Request
-    toolchain: str
+    device: Device
     database: str
 
     @property
@@ -41,14 +40,9 @@ class PredictedFindings:
         """Of its one run."""
         return [self.report]
 
-    @property
-    def _device(self) -> Device:
-        assert self.request.device is not None
-        return self.request.device
-
     def text(self) -> str:
         """Several lines: a table per signature, on what evidence, and what to do next."""
-        report, device = self.report, self._device
+        report, device = self.report, self.device
         lines = [""]
         for mine in report.signatures:
             lines += [
@@ -62,7 +56,7 @@ class PredictedFindings:
         lines += [
             *_NOTES.splitlines(),
             "",
-            f"predicted for {device.name} ({self.request.arch.name}); compiled by {self.toolchain}",
+            f"predicted for {device.name} ({self.request.arch.name}); compiled by {self.request.toolchains}",
             f"{report.trials} trials in {report.wall_s:.0f} s: compiling {report.build_s:.0f} s, "
             f"checking {report.check_s:.0f} s",
             f"stored in {self.database}",
@@ -80,10 +74,10 @@ class PredictedFindings:
             "run": report.run_id,
             "op": request.op.name,
             "arch": request.arch.name,
-            "device": self._device.key,
+            "device": self.device.key,
             "model": request.model,
             "templates": list(request.templates),
-            "toolchain": self.toolchain,
+            "toolchain": self.request.toolchains,
             "database": self.database,
             "trials": report.trials,
             "wall_s": report.wall_s,
@@ -130,14 +124,12 @@ class PredictedFindings:
     def _prediction(self, problem: Problem, built: BuildResult) -> Prediction:
         config = built.variant.config
         template = self.request.op.template(config)
-        return predict_config(template, problem.signature, problem, config, self._device, built.facts)
+        return predict_config(template, problem.signature, problem, config, self.device, built.facts)
 
     def _blocks_per_sm(self, built: BuildResult) -> list[int]:
         """Of each launch, the one with the most registers first."""
-        arch = self.request.arch
-        assert isinstance(arch, GpuArch)
         ordered = sorted(built.facts, key=lambda facts: -facts.registers)
-        return [Resources.of_binary(facts, 1).blocks_per_sm(arch) for facts in ordered]
+        return [Resources.of_binary(facts, 1).blocks_per_sm(self.device.arch) for facts in ordered]
 
     def _signature_document(self, mine: SignatureReport) -> dict[str, Any]:
         return {

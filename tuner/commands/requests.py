@@ -8,9 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tilewright.codegen.hardware.archs import Arch, GpuArch, find_arch, runs_on
-from tilewright.codegen.hardware.cpu_info import read_cpu_info, usable_cores
-from tilewright.codegen.hardware.devices import Device, find_device
+from tilewright.codegen.hardware.archs import Arch, find_arch
 from tilewright.codegen.models.shapes import ModelShape, load_model
 from tilewright.codegen.numbers.precisions import LOSSLESS, parse_precisions
 from tilewright.codegen.ops.base import OpDeclaration, Problem
@@ -21,12 +19,10 @@ from tilewright.tuner.campaign.campaign import Request
 from tilewright.tuner.campaign.precision import DEFAULT_MAX_ERROR, storable
 from tilewright.tuner.campaign.progress import ENDLESS_TRIALS
 from tilewright.tuner.search import SEARCHES
+from tilewright.tuner.targets.base import DefaultBudget, Target, Wishes
+from tilewright.tuner.targets.registry import find_target
 
 DEFAULT_MODEL = "mixtral-8x7b"
-DEFAULT_TRIALS = 60
-DEFAULT_TIME_S = 100.0
-DEFAULT_GPU_TRIALS = 40
-DEFAULT_GPU_TIME_S = 480.0
 DEFAULT_PROBES = 4
 ALL_OPS = "all"
 _MAX_SEED = 2**32 - 1
@@ -70,23 +66,22 @@ def parse_requests(
                 )
     requests = []
     for arch in dict.fromkeys(archs):
-        device = _device(arguments, arch, warn)
-        requests += _of_arch(arguments, names, model, arch, device, warn)
+        target = find_target(arch, Wishes(arguments.device, arguments.threads), warn)
+        requests += _of_target(arguments, names, model, target, warn)
     return requests
 
 
-def _of_arch(
+def _of_target(
     arguments: argparse.Namespace,
     names: Sequence[str],
     model: ModelShape | None,
-    arch: Arch,
-    device: Device | None,
+    target: Target,
     warn: Callable[[str], None],
 ) -> list[Request]:
     requests = []
     for name in names:
         try:
-            request = _request(arguments, find_op(name), model, arch, device)
+            request = _request(arguments, find_op(name), model, target)
         except _LeftOutError as error:
             # Asked for by name, it is a mistake; as a part of everything, it is what is done without.
             if arguments.op != ALL_OPS:
@@ -97,14 +92,13 @@ def _of_arch(
             request = replace(request, precisions=(LOSSLESS,))  # it has no weights to store
         for signature in dict.fromkeys(problem.signature for problem in request.problems):
             # Before anything is written: what remains of them is said when its turn comes.
-            storable(request.precisions, request.op.precisions(signature, arch), lambda _: None)
+            storable(request.precisions, request.op.precisions(signature, target.arch), lambda _: None)
         requests.append(request)
     if not requests:
-        raise TilewrightError(f"none of {', '.join(names)} can be tuned for this model on {arch.name}")
+        raise TilewrightError(f"none of {', '.join(names)} can be tuned for this model on {target.arch.name}")
     problems = sum(len(request.problems) for request in requests)
-    # GPU kernels are compiled, not raced: what an arch takes by default does not grow with its ops.
-    shared = arguments.time or device is not None
-    time_s = requests[0].time_s if shared else sum(request.time_s for request in requests)
+    per_op = target.budget.per_op and not arguments.time
+    time_s = sum(request.time_s for request in requests) if per_op else requests[0].time_s
     return [replace(each, time_s=time_s * len(each.problems) / problems) for each in requests]
 
 
@@ -118,66 +112,46 @@ class _LeftOutError(TilewrightError):
     """An op cannot be declared for a model, or not be generated for an arch."""
 
 
-def _templates(arguments: argparse.Namespace, op: OpDeclaration[Any, Any], arch: Arch) -> tuple[str, ...]:
-    """Templates to search, by their full names; empty: all. What cannot be measured has to be predictable."""
-    here = [template for template in op.templates if arch.family in template.families]
-    if not here:
+def _templates(arguments: argparse.Namespace, op: OpDeclaration[Any, Any], target: Target) -> tuple[str, ...]:
+    """Templates to search, by their full names; empty: all that there are for the target's arch."""
+    arch = target.arch
+    lacks = {template.name: target.lack(template) for template in op.templates_on(arch)}
+    if not lacks:
         raise _LeftOutError(f"{op.name} has no template for {arch.name}; tune it with --arch native")
     asked = op.template_names(_names(arguments.template), arch) if arguments.template is not None else ()
-    if arch.family == "cpu":
-        return asked
-    predictable = tuple(template.name for template in here if template.work is not None)
-    if not predictable:
-        raise _LeftOutError(f"no template of {op.name} for {arch.name} says what predictions are made from")
+    usable = tuple(name for name, lack in lacks.items() if lack is None)
+    if not usable:
+        raise _LeftOutError(f"every template of {op.name} for {arch.name} {next(filter(None, lacks.values()))}")
     for name in asked:
-        if name not in predictable:
-            raise TilewrightError(f"template {name} does not say what predictions are made from; leave it out")
-    return asked or (() if len(predictable) == len(here) else predictable)
-
-
-def _device(arguments: argparse.Namespace, arch: Arch, warn: Callable[[str], None]) -> Device | None:
-    """The GPU that is meant; None for a CPU, which has to be this machine's."""
-    if isinstance(arch, GpuArch):
-        if arguments.threads is not None:
-            raise TilewrightError(f"--threads is of CPU kernels; leave it out for {arch.name}")
-        return find_device(arguments.device, arch, warn)
-    if arguments.device is not None:
-        raise TilewrightError(f"--device is of GPUs; {arch.name} kernels are measured on this machine's CPU")
-    if not runs_on(arch, read_cpu_info()):
-        raise TilewrightError(
-            f"arch {arch.name} does not run on this machine ({read_cpu_info().name}), so nothing could be timed; "
-            "tune on such a machine, or use --arch native"
-        )
-    return None
+        if lacks[name]:
+            raise TilewrightError(f"template {name} {lacks[name]}; leave it out")
+    return asked or (() if len(usable) == len(lacks) else usable)
 
 
 def _request(
     arguments: argparse.Namespace,
     op: OpDeclaration[Any, Any],
     model: ModelShape | None,
-    arch: Arch,
-    device: Device | None,
+    target: Target,
 ) -> Request:
-    templates = _templates(arguments, op, arch)
+    templates = _templates(arguments, op, target)
     if arguments.search not in SEARCHES:
         raise TilewrightError(f"unknown search {arguments.search!r}; choose one of {', '.join(SEARCHES)}")
     routing = RoutingSpec.parse(arguments.routing)
     if not 0 <= arguments.seed <= _MAX_SEED:
         raise TilewrightError(f"--seed {arguments.seed} is impossible; give a number from 0 to {_MAX_SEED}")
-    trials, time_s = _budget(arguments, gpu=device is not None)
+    trials, time_s = _budget(arguments, target.budget)
     precisions = parse_precisions(arguments.precision)
-    problems = tuple(dict.fromkeys(_problems(arguments, op, model, routing, arch)))
+    problems = tuple(dict.fromkeys(_problems(arguments, op, model, routing, target.arch)))
     try:
         for problem in problems:
-            op.require_template(problem.signature, arch)
+            op.require_template(problem.signature, target.arch)
     except TilewrightError as error:
         raise _LeftOutError(str(error)) from error
     return Request(
         op=op,
         problems=problems,
-        arch=arch,
-        device=device,
-        threads=0 if device is not None else _threads(arguments.threads),
+        target=target,
         trials=trials,
         time_s=time_s,
         search=arguments.search,
@@ -208,11 +182,10 @@ def _problems(
             signatures = (*op.signatures_on(model, arch), *(op.on(each, arch) for each in further))
         except TilewrightError as error:
             raise _LeftOutError(str(error)) from error
-        ladder: Callable[[Any], Sequence[int]] = op.gpu_ladder if isinstance(arch, GpuArch) else op.ladder
         return [
             op.problem(signature, tokens, routing, model)
             for signature in signatures
-            for tokens in asked or ladder(signature)
+            for tokens in asked or op.ladder(signature, arch)
         ]
     if arguments.model is not None:
         raise TilewrightError("--model and --problem exclude each other; give one of them")
@@ -240,13 +213,13 @@ def _max_error(asked: float | None, precisions: Sequence[str]) -> float:
     return asked
 
 
-def _budget(arguments: argparse.Namespace, *, gpu: bool) -> tuple[int, float]:
+def _budget(arguments: argparse.Namespace, default: DefaultBudget) -> tuple[int, float]:
     """Trials per problem and seconds in all; a limit that is given lifts the default of the other."""
     if arguments.trials is not None and arguments.trials < 1:
         raise TilewrightError(f"--trials {arguments.trials} is impossible; give at least 1")
     time_s = None if arguments.time is None else _seconds(arguments.time)
     if arguments.trials is None and time_s is None:
-        return (DEFAULT_GPU_TRIALS, DEFAULT_GPU_TIME_S) if gpu else (DEFAULT_TRIALS, DEFAULT_TIME_S)
+        return default.trials, default.time_s
     return arguments.trials or 2 * ENDLESS_TRIALS, time_s if time_s is not None else math.inf
 
 
@@ -284,14 +257,6 @@ def _fields(text: str, example: str) -> dict[str, str]:
     if len(fields) < len(pairs):
         raise TilewrightError(f"--problem {text!r} gives a field twice; leave one of them out")
     return fields
-
-
-def _threads(asked: int | None) -> int:
-    cores = usable_cores()
-    threads = cores if asked is None else asked
-    if not 1 <= threads <= cores:
-        raise TilewrightError(f"--threads {threads} is impossible here; this process may use 1 to {cores} cores")
-    return threads
 
 
 def _probes(asked: int) -> int:

@@ -14,7 +14,6 @@ from tilewright.tuner.commands.common import add_options, only_one, print_json
 from tilewright.tuner.plan.facts import costs_text, probed_text
 from tilewright.tuner.report.text import (
     format_interval,
-    format_place,
     format_shape,
     format_us,
     labelled,
@@ -22,6 +21,7 @@ from tilewright.tuner.report.text import (
     terminal_width,
     wrapped,
 )
+from tilewright.tuner.targets.place import Place
 from tilewright.tuning_db.records import KernelRecord, PlanEntry, PlanRecord, ProblemSummary, TrialRecord
 from tilewright.tuning_db.store import Store
 
@@ -162,7 +162,7 @@ def _lines(store: Store) -> list[str]:
         return [*lines, "nothing is known yet; run: tune --arch native --op moe_gemm"]
     lines += [f"device   {device.key}  {device.name}, {device.arch}" for device in store.devices()]
     for group in known:
-        lines += ["", format_shape(group.signature), format_place(group.threads, group.device_key)]
+        lines += ["", format_shape(group.signature), str(Place(group.device_key, group.threads))]
         if group.problems:
             lines += table(_HEAD, map(_row, group.problems), width=terminal_width())
         for plan in group.plans:

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import difflib
 import re
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tilewright.codegen.backends.base import Source
 from tilewright.codegen.backends.binaries.facts import EntryFacts
-from tilewright.codegen.backends.binaries.instructions import disassemble
-from tilewright.codegen.backends.triton.builder import TritonBuilder
-from tilewright.codegen.hardware.archs import GPU_ARCHS
+from tilewright.codegen.backends.registry import find_backend
+from tilewright.codegen.hardware.archs import find_arch
 from tilewright.codegen.hardware.devices import DEVICES
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.space import Config
 from tilewright.errors import TilewrightError
 from tilewright.tuner.prediction.predict import predict_config
 from tilewright.tuner.report.text import format_us, table
-from tilewright.tuning_db.records import KernelRecord
+from tilewright.tuning_db.records import ArtifactRecord, KernelRecord
 from tilewright.tuning_db.store import Store
 
 Pairs = dict[str, list[Any]]
@@ -118,15 +113,15 @@ def _facts(kernel: KernelRecord) -> dict[str, Any]:
 
 def _terms(store: Store, a: KernelRecord, b: KernelRecord) -> dict[str, Pairs]:
     """Predicted terms at every problem and device at which both were evaluated."""
-    if a.signature_key != b.signature_key or a.arch not in GPU_ARCHS or b.arch not in GPU_ARCHS:
+    if a.signature_key != b.signature_key:
         return {}
     op = find_op(a.op)
     both: dict[str, Pairs] = {}
     others = {(trial.problem_key, trial.device_key) for trial in store.trials(kernel_key=b.key)}
     for trial in store.trials(kernel_key=a.key):
-        device = DEVICES.get(trial.device_key)
-        if device is None or (trial.problem_key, trial.device_key) not in others:
+        if trial.device_key not in DEVICES or (trial.problem_key, trial.device_key) not in others:
             continue
+        device = DEVICES[trial.device_key]
         problem = op.problem_from_dict(trial.problem)
         predictions = []
         for kernel in (a, b):
@@ -141,21 +136,19 @@ def _terms(store: Store, a: KernelRecord, b: KernelRecord) -> dict[str, Pairs]:
 
 def _forms(kernel: KernelRecord) -> dict[str, str]:
     """Intermediate forms of all entries, by ``entry form``."""
-    arch = GPU_ARCHS.get(kernel.arch)
-    if arch is None:
-        raise TilewrightError(f"kernel {kernel.key[:8]} is for {kernel.arch}; only GPU kernels have intermediate forms")
-    op, config = find_op(kernel.op), Config(kernel.config)
+    op, config, arch = find_op(kernel.op), Config(kernel.config), find_arch(kernel.arch)
     template, signature = op.template(config), op.signature_from_dict(kernel.signature)
-    assert template.entries is not None
+    backend = find_backend(template.language)
+    if not (names := backend.forms(arch)) or template.entries is None:
+        raise TilewrightError(f"kernel {kernel.key[:8]} is in {backend.language}, which has no intermediate forms")
     source = Source(kernel.source, template.entries(signature, config, arch))
     found = {}
-    with closing(TritonBuilder(arch)) as builder:
+    with closing(backend.builder(arch)) as builder:
         if builder.toolchain != kernel.toolchain:
             raise TilewrightError(
                 f"kernel {kernel.key[:8]} was made by {kernel.toolchain}, and here is {builder.toolchain}: "
                 "its intermediate forms cannot be made again"
             )
-        names = ("ttgir", "ptx") if arch.family == "cuda" else ("ttgir", "amdgcn")
         for index, entry in enumerate(source.entries):
             for name in names:
                 # Where the source stood is no difference of the kernels.
@@ -169,38 +162,18 @@ def _diff(old: str, new: str, a: KernelRecord, b: KernelRecord) -> list[str]:
 
 
 def _disassemble(store: Store, kernel: KernelRecord) -> str:
-    """Machine code as text, without addresses, so that only differing instructions differ."""
-    if kernel.arch in GPU_ARCHS:
-        return _disassemble_gpu(store, kernel)
-    tool = shutil.which("objdump") or shutil.which("llvm-objdump")
-    if tool is None:
-        raise TilewrightError("no objdump was found; install binutils (Debian: apt install binutils)")
-    data = _bytes(store, kernel, kernel.artifacts[0])
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.so"
-        path.write_bytes(data)
-        done = subprocess.run(
-            [tool, "-d", "--no-show-raw-insn", str(path)], capture_output=True, text=True, check=False
-        )
-    if done.returncode != 0:
-        raise TilewrightError(f"{tool} cannot read kernel {kernel.key}: {done.stderr.strip()}")
-    # The first lines name the temporary file.
-    code = done.stdout.partition("Disassembly of section")[2]
-    text = re.sub(r"^\s*[0-9a-f]+:\s*", "", code, flags=re.MULTILINE)
-    return re.sub(r"\b[0-9a-f]{3,}\b(?= <)|<[^>]*>|# [0-9a-f]+", "", text)
+    """Machine code of every launch as text; where nothing takes binaries apart, the last form before them."""
+    backend = find_backend(find_op(kernel.op).template(Config(kernel.config)).language)
+    artifacts = [_artifact(store, kernel, checksum) for checksum in kernel.artifacts]
+    texts = [backend.disassembly(artifact.kind, artifact.data) for artifact in artifacts]
+    if None in texts:
+        last = backend.forms(find_arch(kernel.arch))[-1]
+        texts = [text for name, text in _forms(kernel).items() if name.endswith(f" {last}")]
+    return "\n".join(filter(None, texts))
 
 
-def _disassemble_gpu(store: Store, kernel: KernelRecord) -> str:
-    """SASS of every launch's binary; of AMD kernels the assembly, made again."""
-    if GPU_ARCHS[kernel.arch].family == "hip":
-        return "\n".join(text for name, text in _forms(kernel).items() if name.endswith("amdgcn"))
-    checksums: Sequence[str] = list(dict.fromkeys(launch["artifact"] for launch in kernel.recipe["launches"]))
-    codes = [disassemble(_bytes(store, kernel, checksum)) for checksum in checksums]
-    return re.sub(r"/\*[0-9a-f]{4,}\*/", "", "\n".join(codes))
-
-
-def _bytes(store: Store, kernel: KernelRecord, checksum: str) -> bytes:
+def _artifact(store: Store, kernel: KernelRecord, checksum: str) -> ArtifactRecord:
     artifact = store.artifact(checksum)
     if artifact is None:
         raise TilewrightError(f"the bytes of kernel {kernel.key} are not in the database; tune the problem again")
-    return artifact.data
+    return artifact

@@ -5,42 +5,31 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from tilewright.codegen.backends.base import BuiltFile
+from tilewright.codegen.backends.base import Backend, BuiltFile
 from tilewright.codegen.backends.binaries.facts import EntryFacts
-from tilewright.codegen.backends.binaries.instructions import (
-    InstructionMix,
-    disassemble,
-    read_amdgcn,
-    read_sass,
-    streamed_lines,
-)
+from tilewright.codegen.backends.binaries.instructions import InstructionMix, streamed_lines
 
 
 class Inspector:
-    """Reads the instructions of GPU binaries: once of equal ones, since that takes a disassembler."""
+    """Reads the instructions of binaries: once of equal ones, since that takes a disassembler."""
 
     def __init__(self) -> None:
         self._known: dict[str, InstructionMix] = {}
 
-    def instructions(self, source: str, files: Sequence[BuiltFile]) -> tuple[InstructionMix, ...]:
-        """Of each of ``files``, the binaries of a kernel with the text ``source``.
+    def instructions(self, backend: Backend, source: str, files: Sequence[BuiltFile]) -> tuple[InstructionMix, ...]:
+        """Of each of ``files``, the binaries that ``backend`` made of the text ``source``.
 
         Raises:
             TilewrightError: when a binary cannot be disassembled.
 
         """
-        streamed = streamed_lines(source)
-        return tuple(self._mix(file, streamed) for file in files)
+        streamed = repr(sorted(streamed_lines(source)))
+        return tuple(self._mix(backend, source, file, streamed) for file in files)
 
-    def _mix(self, file: BuiltFile, streamed: frozenset[int]) -> InstructionMix:
-        binary = file.path.read_bytes()
-        key = hashlib.sha256(binary + repr(sorted(streamed)).encode()).hexdigest()
+    def _mix(self, backend: Backend, source: str, file: BuiltFile, streamed: str) -> InstructionMix:
+        key = hashlib.sha256(file.path.read_bytes() + streamed.encode()).hexdigest()
         if key not in self._known:
-            if file.kind == "cubin":
-                mix = read_sass(disassemble(binary, lines=True), streamed)
-            else:
-                mix = read_amdgcn(file.path.with_suffix(".amdgcn").read_text(), streamed)
-            self._known[key] = mix
+            self._known[key] = backend.instructions(file, source)
         return self._known[key]
 
 

@@ -51,11 +51,6 @@ def format_threads(count: int) -> str:
     return f"{count} thread{'' if count == 1 else 's'}"
 
 
-def format_place(threads: int, device_key: str) -> str:
-    """Device, and threads where they are counted."""
-    return f"{format_threads(threads)} on {device_key}" if threads else f"on {device_key}"
-
-
 def labelled(label: str, text: str, *, width: int | None, indent: int = 11) -> list[str]:
     """A labelled line of words that begin in column ``indent``, broken to fit ``width``."""
     return wrapped(f"{label:<{indent}}{text}", width, indent=indent)

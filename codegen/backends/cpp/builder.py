@@ -16,15 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tilewright.codegen.backends.base import (
-    DRAFT,
-    Build,
-    BuiltFile,
-    Source,
-    builds_directory,
-    remove_abandoned,
-    side_by_side,
-)
+from tilewright.codegen.backends.base import Build, BuiltFile, Source
+from tilewright.codegen.backends.building import DRAFT, builds_directory, remove_abandoned, side_by_side
 from tilewright.codegen.hardware.archs import CpuArch
 from tilewright.errors import TilewrightError
 
@@ -142,6 +135,19 @@ class CppBuilder:
     def build(self, source: str) -> Build:
         """Build one source, or find it built. A compiler that fails or hangs gives a message, no object."""
         return self._build(Source(source), threading.Event())
+
+    def form(self, source: Source, index: int, form: str) -> str:
+        """No form is kept between source and object.
+
+        Raises:
+            TilewrightError: always.
+
+        """
+        del source, index
+        raise TilewrightError(f"C++ kernels have no intermediate form {form}; compare their source and machine code")
+
+    def close(self) -> None:
+        """Nothing runs between builds."""
 
     def _build(self, source: Source, stop: threading.Event) -> Build:
         path = self.path_for(source.text)

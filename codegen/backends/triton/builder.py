@@ -11,20 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from tilewright.codegen.backends.base import (
-    DRAFT,
-    Build,
-    BuiltFile,
-    Source,
-    builds_directory,
-    remove_abandoned,
-    side_by_side,
-)
+from tilewright.codegen.backends.base import Build, BuiltFile, Source
 from tilewright.codegen.backends.binaries.cubin import read_cubin, read_spills
 from tilewright.codegen.backends.binaries.facts import EntryFacts, TensorMapFacts, launch_obstacle
 from tilewright.codegen.backends.binaries.hsaco import read_hsaco
-from tilewright.codegen.backends.entry import EntrySpec
+from tilewright.codegen.backends.building import DRAFT, builds_directory, remove_abandoned, side_by_side
 from tilewright.codegen.backends.triton.compile import BINARIES, FORMS
+from tilewright.codegen.backends.triton.entry import EntrySpec, triton_entries
 from tilewright.codegen.backends.triton.launch import parameter_mismatch
 from tilewright.codegen.backends.triton.pool import CompilePool, CompileServerError, Finished, Limits
 from tilewright.codegen.backends.triton.toolchain import toolchain
@@ -33,7 +26,8 @@ from tilewright.errors import TilewrightError
 
 _FORMAT = 2
 """Of a build's folder; a part of its name."""
-_SOURCE = "kernel.py"
+SOURCE_NAME = "kernel.py"
+"""Of the file that is compiled; binaries name its lines."""
 _LONGEST_MESSAGE = 500
 _REGISTER_BYTES = 4
 _ABANDONED_S = 600.0
@@ -109,10 +103,10 @@ class TritonBuilder:
     def _build(self, source: Source, stop: threading.Event) -> Build:
         path = self.path_for(source)
         if path.exists():
-            return self._read(path, source.entries, 0.0)
+            return self._read(path, triton_entries(source.entries), 0.0)
         with tempfile.TemporaryDirectory(dir=self.directory, prefix=DRAFT) as name:
             folder = Path(name)
-            code = folder / _SOURCE
+            code = folder / SOURCE_NAME
             code.write_text(source.text)
             try:
                 finished = self._pool.compile(code, source, self.arch, folder, stop)
@@ -121,7 +115,7 @@ class TritonBuilder:
             if message := self._failure(finished, folder):
                 return Build(None, message, finished.cpu_s)
             _settle(folder, path)
-        return self._read(path, source.entries, finished.cpu_s)
+        return self._read(path, triton_entries(source.entries), finished.cpu_s)
 
     def _failure(self, finished: Finished, folder: Path) -> str | None:
         """Why there is no binary; None when there is one."""
@@ -129,7 +123,7 @@ class TritonBuilder:
             return None
         if finished.stopped:
             return f"{self.toolchain} was stopped {finished.stopped}"
-        text = (folder / "errors").read_text(errors="replace").replace(str(folder / _SOURCE), _SOURCE)
+        text = (folder / "errors").read_text(errors="replace").replace(str(folder / SOURCE_NAME), SOURCE_NAME)
         if "MemoryError" in text or "bad_alloc" in text:
             return f"{self.toolchain} took more than {self._pool.limits.memory_bytes >> 30} GiB of memory"
         if finished.status < 0 and finished.cpu_s > 0.8 * self._pool.limits.cpu_s:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from tilewright.codegen.backends.binaries.facts import EntryFacts
-from tilewright.codegen.backends.entry import EntrySpec
+from tilewright.codegen.backends.triton.entry import EntrySpec
 from tilewright.codegen.numbers.layouts import RowLayout
 from tilewright.codegen.recipe.expressions import IntExpr
 from tilewright.codegen.recipe.model import Argument, Guard, Launch, Recipe

@@ -20,18 +20,17 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.codegen.hardware.archs import Arch, CpuArch, GpuArch
+from tilewright.codegen.hardware.archs import Arch
 from tilewright.codegen.models.shapes import ModelShape
 from tilewright.codegen.numbers.dtypes import ITEMSIZE, ROUNDING, round_to
-from tilewright.codegen.ops.attention.cpu import templates as attention_cpu
+from tilewright.codegen.ops.attention.cpu.templates import CPU
 from tilewright.codegen.ops.attention.inputs import draw, draw_cache, draw_queries, gather_sequence, split_tokens
 from tilewright.codegen.ops.attention.problem import AttentionProblem
 from tilewright.codegen.ops.attention.signature import AttentionSignature, Stage
-from tilewright.codegen.ops.attention.triton import space as attention_triton_space
-from tilewright.codegen.ops.attention.triton import templates as attention_triton
-from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Template, Workload
+from tilewright.codegen.ops.attention.triton.templates import TRITON
+from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Workload
+from tilewright.codegen.ops.implementation import Implementation
 from tilewright.codegen.routing.spec import RoutingSpec
-from tilewright.codegen.space import Config
 from tilewright.errors import TilewrightError
 
 DEFAULT_CONTEXT = 2048
@@ -47,7 +46,7 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
     """The declaration of attention."""
 
     name: ClassVar[str] = "attention"
-    templates: ClassVar[tuple[Template[Any], ...]] = (*attention_cpu.TEMPLATES, *attention_triton.TEMPLATES)
+    implementations: ClassVar[tuple[Implementation, ...]] = (CPU, TRITON)
     problem_example: ClassVar[str] = "stage=decode,heads=32,kv_heads=8,head_dim=128,context=4096"
     served_by: ClassVar[tuple[str, ...]] = ("PagedDecode", "VarlenPrefill")
     sizes_help: ClassVar[str] = "sequences that decode together (1,4,16,64), or tokens of prompts (64,256,1024)"
@@ -73,9 +72,12 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
         )
 
     def signatures_on(self, model: ModelShape, arch: Arch) -> tuple[AttentionSignature, ...]:
-        """On GPUs, latent attention decodes in its absorbed form: the cache holds one row per token for all heads."""
+        """Latent attention decodes in its absorbed form where some template for ``arch`` computes that.
+
+        The cache then holds one row per token for all heads.
+        """
         served = super().signatures_on(model, arch)
-        if not model.latent_dim or not isinstance(arch, GpuArch):
+        if not model.latent_dim:
             return served
         absorbed: dict[str, Any] = {
             "latent": True,
@@ -84,15 +86,13 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
             "head_dim": model.latent_dim + model.rope_dim,
             "value_dim": model.latent_dim,
         }
-        return tuple(replace(each, **absorbed) if each.stage == "decode" else each for each in served)
+        latent = [replace(each, **absorbed) if each.stage == "decode" else each for each in served]
+        return tuple(own if self.templates_for(own, arch) else plain for own, plain in zip(latent, served, strict=True))
 
-    def ladder(self, signature: AttentionSignature) -> tuple[int, ...]:
-        """Sequences that decode together, and tokens of a prompt."""
+    def ladder(self, signature: AttentionSignature, arch: Arch) -> tuple[int, ...]:
+        """Sequences that decode together, and tokens of a prompt: what limits them is not the kernel."""
+        del arch
         return _LADDERS[signature.stage]
-
-    def gpu_ladder(self, signature: AttentionSignature) -> tuple[int, ...]:
-        """The same: what limits sequences and prompts is not the kernel."""
-        return self.ladder(signature)
 
     def calls_per_pass(self, signature: AttentionSignature, model: ModelShape, phase: Phase) -> float:
         """Once in every layer of its kind, kinds being taken to be equally many; see :class:`OpDeclaration`."""
@@ -220,21 +220,12 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
         return one, replace(short, routing=uneven, steep=True), replace(long, routing=uneven)
 
     def _no_template(self, signature: AttentionSignature, arch: Arch, precisions: Collection[str]) -> str:
-        if signature.latent and not isinstance(arch, GpuArch):
+        if signature.latent and not any(each.applies(signature, arch) for each in self.templates_on(arch)):
             return (
                 "latent attention (MLA) has templates for GPUs alone; here, tune what it expands to: "
                 f"kv_heads={signature.heads} with their head_dim and value_dim, without latent"
             )
         return super()._no_template(signature, arch, precisions)
-
-    def default_config(self, signature: AttentionSignature, arch: Arch) -> Config:
-        """CPUs: blocks that fit the first cache, tiles that fill the registers. GPUs: vLLM's."""
-        if isinstance(arch, GpuArch):
-            own_template, knobs = attention_triton_space.default_config(signature, arch)
-            return self.space(signature, arch).lift(own_template, knobs)
-        assert isinstance(arch, CpuArch)
-        template, own = attention_cpu.default_config(signature, arch)
-        return self.space(signature, arch).lift(template, own)
 
 
 def _attend(

@@ -20,16 +20,15 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.codegen.hardware.archs import Arch, GpuArch
 from tilewright.codegen.models.shapes import ModelShape
-from tilewright.codegen.ops.base import Arrays, OpDeclaration, Template, Workload
-from tilewright.codegen.ops.gating.cpu import templates as gating_cpu
+from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Workload
+from tilewright.codegen.ops.gating.cpu.templates import CPU
 from tilewright.codegen.ops.gating.inputs import biased_scores, generate_bias, generate_logits, group_scores
 from tilewright.codegen.ops.gating.problem import GatingProblem
 from tilewright.codegen.ops.gating.signature import GatingSignature
-from tilewright.codegen.ops.gating.triton import templates as gating_triton
+from tilewright.codegen.ops.gating.triton.templates import TRITON
+from tilewright.codegen.ops.implementation import Implementation
 from tilewright.codegen.routing.spec import RoutingSpec, pad_blocks, sort_tokens
-from tilewright.codegen.space import Config
 from tilewright.errors import TilewrightError
 
 
@@ -37,7 +36,7 @@ class Gating(OpDeclaration[GatingSignature, GatingProblem]):
     """The declaration of gating."""
 
     name: ClassVar[str] = "gating"
-    templates: ClassVar[tuple[Template[Any], ...]] = (*gating_cpu.TEMPLATES, *gating_triton.TEMPLATES)
+    implementations: ClassVar[tuple[Implementation, ...]] = (CPU, TRITON)
     problem_example: ClassVar[str] = "experts=64,top_k=6,score=softmax,order=rows"
     served_by: ClassVar[tuple[str, ...]] = ("Gate",)
 
@@ -57,6 +56,11 @@ class Gating(OpDeclaration[GatingSignature, GatingProblem]):
                 order="rows",
             ),
         )
+
+    def calls_per_pass(self, signature: GatingSignature, model: ModelShape, phase: Phase) -> float:
+        """Once in every layer with experts."""
+        del signature, phase
+        return float(model.moe_layers)
 
     def signature_from_dict(self, fields: Mapping[str, Any]) -> GatingSignature:
         """Signature from its JSON form."""
@@ -133,13 +137,6 @@ class Gating(OpDeclaration[GatingSignature, GatingProblem]):
             GatingProblem(signature, 37, RoutingSpec.parse("balanced"), tied=True),
             GatingProblem(signature, 75, RoutingSpec.parse("power-law:2")),
         )
-
-    def default_config(self, signature: GatingSignature, arch: Arch) -> Config:
-        """CPUs: sorted insertion, token by token. GPUs: the best of a few tokens at a time, one by one."""
-        if isinstance(arch, GpuArch):
-            return self.space(signature, arch).lift(*gating_triton.default_config(signature, arch))
-        own = gating_cpu.default_config(signature)
-        return self.space(signature, arch).lift(gating_cpu.INSERT, own)
 
 
 def _in_best_groups(keys: NDArray[np.float64], signature: GatingSignature) -> NDArray[np.float64]:

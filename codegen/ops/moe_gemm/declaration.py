@@ -10,39 +10,35 @@ Stages, with ``expert(r)`` the expert whose range in ``expert_offsets`` holds ro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from tilewright.codegen.hardware.archs import Arch, CpuArch, GpuArch
 from tilewright.codegen.hardware.cpu_info import usable_cores
 from tilewright.codegen.models.shapes import ModelShape
 from tilewright.codegen.numbers.activation_rounding import round_activations
 from tilewright.codegen.numbers.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
 from tilewright.codegen.numbers.dtypes import ITEMSIZE, ROUNDING, round_to
-from tilewright.codegen.numbers.precisions import LOSSLESS, find_precision
-from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Template, Workload
-from tilewright.codegen.ops.moe_gemm.cpu import configs as moe_gemm_cpu_configs
-from tilewright.codegen.ops.moe_gemm.cpu import templates as moe_gemm_cpu
+from tilewright.codegen.numbers.precisions import find_precision
+from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Workload
+from tilewright.codegen.ops.implementation import Implementation
+from tilewright.codegen.ops.moe_gemm.cpu.configs import CPU
 from tilewright.codegen.ops.moe_gemm.problem import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
-from tilewright.codegen.ops.moe_gemm.triton import templates as moe_gemm_triton
+from tilewright.codegen.ops.moe_gemm.triton.templates import TRITON
 from tilewright.codegen.routing.recorded import read_recorded_ids
 from tilewright.codegen.routing.spec import (
     RoutingSpec,
     generate_topk_weights,
 )
-from tilewright.codegen.space import Config
 from tilewright.errors import TilewrightError
 
 if TYPE_CHECKING:
     import torch
 
-_MANY_TOKENS = 1024
-"""For the default config of a signature, without a problem."""
 _SAMPLED_EXPERTS, _SAMPLED_COLUMNS, _SAMPLED_TOKENS = 4, 256, 32
 
 
@@ -50,7 +46,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
     """The declaration of moe_gemm."""
 
     name: ClassVar[str] = "moe_gemm"
-    templates: ClassVar[tuple[Template[Any], ...]] = (*moe_gemm_cpu.TEMPLATES, *moe_gemm_triton.TEMPLATES)
+    implementations: ClassVar[tuple[Implementation, ...]] = (CPU, TRITON)
     problem_example: ClassVar[str] = "experts=8,n=2048,k=1024,top_k=2"
     served_by: ClassVar[tuple[str, ...]] = ("Experts",)
 
@@ -75,9 +71,12 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         return tuple(_plain(shape) for shape in dict.fromkeys([*_projections(model), _head(model)]))
 
     def calls_per_pass(self, signature: MoeGemmSignature, model: ModelShape, phase: Phase) -> float:
-        """Of linear layers, as many as have the shape; the head is called for one row of a prompt, which is no size."""
+        """Once in every layer with experts; of linear layers as many as have the shape.
+
+        The head is called for one row of a prompt, which is no size.
+        """
         if signature.stage != "plain":
-            return super().calls_per_pass(signature, model, phase)
+            return float(model.moe_layers)
         shape = (signature.n, signature.k)
         head = phase == "decode" and shape == _head(model)
         return float(model.layers * _projections(model).count(shape) + head)
@@ -231,25 +230,6 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
             MoeGemmProblem(signature, odd, RoutingSpec.parse("power-law"), 2 * experts),
             MoeGemmProblem(signature, 37, RoutingSpec.parse("power-law:8"), experts),
         )
-
-    def default_config(self, signature: MoeGemmSignature, arch: Arch) -> Config:
-        """CPUs: a packed, cache-blocked GEMM with the register tile that textbooks give for the arch. GPUs: vLLM's."""
-        if isinstance(arch, GpuArch):
-            return moe_gemm_triton.default_config(signature, arch, _MANY_TOKENS)
-        assert isinstance(arch, CpuArch)
-        return moe_gemm_cpu_configs.default_config(signature, arch)
-
-    def default_for(self, problem: MoeGemmProblem, arch: Arch) -> Config:
-        """On GPUs vLLM's tile for so many tokens."""
-        if isinstance(arch, GpuArch):
-            return moe_gemm_triton.default_config(problem.signature, arch, problem.tokens)
-        return self.default_config(problem.signature, arch)
-
-    def starting_configs(
-        self, signature: MoeGemmSignature, arch: Arch, precisions: Sequence[str] = (LOSSLESS,)
-    ) -> tuple[Config, ...]:
-        """CPUs: what won on those that were tuned. GPUs: predictions of the whole space say where to begin."""
-        return moe_gemm_cpu_configs.starting_configs(signature, arch, precisions) if isinstance(arch, CpuArch) else ()
 
 
 def _projections(model: ModelShape) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tilewright.codegen.backends.triton.entry import triton_entries
 from tilewright.codegen.hardware.archs import GpuArch
 from tilewright.codegen.numbers.layouts import RowLayout
 from tilewright.codegen.numbers.precisions import find_precision
@@ -112,7 +113,8 @@ def run_emulated(
     if weight is not None and isinstance(recipe.weight_layout, RowLayout):
         tensors[weight.name] = pack_rows(tensors[weight.name], recipe.weight_layout)
     source = render(template, signature, config, arch)
-    return emulator.run(source, template.entries(signature, config, arch), recipe, tensors, problem.output_sizes)
+    entries = triton_entries(template.entries(signature, config, arch))
+    return emulator.run(source, entries, recipe, tensors, problem.output_sizes)
 
 
 def rounded_reference(op: OpDeclaration[Any, Any], problem: Problem, precision: str | None, seed: int) -> Arrays:

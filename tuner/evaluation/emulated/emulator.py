@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.codegen.backends.entry import EntrySpec
+from tilewright.codegen.backends.triton.entry import EntrySpec
 from tilewright.codegen.numbers.dtypes import ITEMSIZE, e4m3_bits, round_to
 from tilewright.codegen.ops.base import Arrays
 from tilewright.codegen.recipe.expressions import IntExpr

@@ -9,8 +9,9 @@ from typing import Any
 from tilewright.codegen.hardware.archs import CpuArch
 from tilewright.codegen.ops.attention.signature import AttentionSignature
 from tilewright.codegen.ops.base import Template
+from tilewright.codegen.ops.implementation import Choice, Implementation
 from tilewright.codegen.recipe.model import Argument, Launch, Recipe
-from tilewright.codegen.space import Config, Constraint, Parameter, Space, Value
+from tilewright.codegen.space import Config, Constraint, Parameter, Space
 
 ENTRY = "tilewright_attention"
 DECODE = "attention/cpu_decode"
@@ -265,8 +266,8 @@ def _order(signature: AttentionSignature, config: Config, arch: CpuArch) -> str:
     return " ".join(f"{knob}={config[knob]}" for knob in knobs)
 
 
-def default_config(signature: AttentionSignature, arch: CpuArch) -> tuple[str, dict[str, Value]]:
-    """Template and config as one would write them by hand."""
+def default_config(signature: AttentionSignature, arch: CpuArch, size: int | None) -> Choice:  # noqa: ARG001
+    """Blocks that fit the first cache, tiles that fill the registers."""
     wide = arch.vector_registers > 16
     columns = _vectors(signature.value_dim, arch)
     if signature.stage == "decode":
@@ -319,3 +320,5 @@ TEMPLATES = (
         order=_order,
     ),
 )
+
+CPU = Implementation(TEMPLATES, default_config)

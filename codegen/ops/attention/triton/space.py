@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from tilewright.codegen.backends.triton.pipelining import pipelining
 from tilewright.codegen.hardware.archs import GpuArch
 from tilewright.codegen.numbers.dtypes import ITEMSIZE
 from tilewright.codegen.ops.attention.signature import AttentionSignature
+from tilewright.codegen.ops.implementation import Choice
 from tilewright.codegen.space import Constraint, Parameter, Space, Value
 from tilewright.errors import TilewrightError
 
@@ -17,6 +19,7 @@ DECODE = "attention/triton_decode"
 MLA_DECODE = "attention/triton_mla_decode"
 PREFILL = "attention/triton_prefill"
 
+_USUAL_WARP = 32
 _LEAST_SIDE = 16
 """Of an operand of a matrix product."""
 _MOST_ROWS = 128
@@ -78,13 +81,13 @@ def power_of_two(number: int) -> int:
 
 def _shared_memory_bytes(signature: AttentionSignature, rows: int, c: Mapping[str, Any], arch: GpuArch) -> int:
     """Of tokens in flight, of the queries, and of the weights on their way to the second product."""
-    buffers = c["num_stages"] if arch.family == "cuda" else max(c["num_stages"] - 1, 1)
+    pipeline = pipelining(arch)
     dims = _cached_elements(signature)
     itemsize = ITEMSIZE[signature.q_dtype]
-    tokens = buffers * c["block_kv"] * dims * ITEMSIZE[signature.kv_dtype]
+    tokens = pipeline.buffers(c["num_stages"]) * c["block_kv"] * dims * ITEMSIZE[signature.kv_dtype]
     if signature.kv_dtype != signature.q_dtype:
         tokens += c["block_kv"] * dims * itemsize
-    if arch.family == "hip":  # keeps queries and weights in registers
+    if not pipeline.deep:  # queries and weights stay in registers
         return int(tokens)
     return int(tokens + rows * (padded(key_parts(signature)) + c["block_kv"]) * itemsize)
 
@@ -100,7 +103,7 @@ def _latent_shared_memory_bytes(signature: AttentionSignature, rows: int, c: Map
     dims, latent, itemsize = _cached_elements(signature), signature.value_dim, ITEMSIZE[signature.q_dtype]
     token_bytes, latent_bytes = dims * ITEMSIZE[signature.kv_dtype], latent * ITEMSIZE[signature.kv_dtype]
     widened = dims * itemsize if signature.kv_dtype != signature.q_dtype else 0
-    if arch.family == "hip":  # queries pass through before there are tokens
+    if not pipelining(arch).deep:  # queries pass through before there are tokens
         return int(max(c["block_kv"] * (token_bytes + widened), rows * latent * itemsize))
     first = rows if c["operands"] == "queries_first" else c["block_kv"]
     reads_shared = first >= _LEAST_GROUP_ROWS and c["num_warps"] >= _GROUP_WARPS
@@ -127,8 +130,8 @@ def _constraints(signature: AttentionSignature, arch: GpuArch, rows: str) -> tup
         threads = c["num_warps"] * arch.warp_size
         widths = [part.width for part in key_parts(signature)]
         # What a head dim leaves over is little; positions are a part of a latent row that is to be read well, too (not
-        # on AMD, whose wavefronts are so wide that little else would be left).
-        width = min(widths) if signature.latent and arch.family == "cuda" else max(widths)
+        # by AMD's wavefronts, which are so wide that little else would be left).
+        width = min(widths) if signature.latent and arch.warp_size <= _USUAL_WARP else max(widths)
         tile_bytes = c["block_kv"] * width * ITEMSIZE[signature.kv_dtype]
         # One warp always may: nothing else can load a tile of small heads.
         return bool(c["num_warps"] == 1 or tile_bytes >= _WIDE_LOAD_BYTES * threads)
@@ -150,8 +153,8 @@ def _constraints(signature: AttentionSignature, arch: GpuArch, rows: str) -> tup
     )
 
 
-def _stages(arch: GpuArch, cuda: tuple[int, ...] = (1, 2, 3, 4)) -> Parameter:
-    return Parameter("num_stages", cuda if arch.family == "cuda" else (1, 2), "tiles of tokens in flight")
+def _stages(arch: GpuArch, *deep: int) -> Parameter:
+    return Parameter("num_stages", pipelining(arch).stages(*(deep or (1, 2, 3, 4))), "tiles of tokens in flight")
 
 
 @lru_cache(maxsize=64)
@@ -173,7 +176,7 @@ def decode_space(signature: AttentionSignature, arch: GpuArch) -> Space:
         ),
         Parameter("num_warps", (1, 2, 4, 8), "warps of a program"),
         # Of long rows few tiles fit, and the first of even numbers of stages adds nothing to the odd one before it.
-        _stages(arch, (1, 2, 3, 5)) if signature.latent else _stages(arch),
+        _stages(arch, 1, 2, 3, 5) if signature.latent else _stages(arch),
     )
     return Space.enumerate(parameters, _constraints(signature, arch, "block_rows"))
 
@@ -204,7 +207,7 @@ def prefill_space(signature: AttentionSignature, arch: GpuArch) -> Space:
     return Space.enumerate(parameters, (own, *_constraints(signature, arch, "block_m")))
 
 
-def default_config(signature: AttentionSignature, arch: GpuArch) -> tuple[str, dict[str, Value]]:
+def default_config(signature: AttentionSignature, arch: GpuArch, size: int | None) -> Choice:  # noqa: ARG001
     """What vLLM's unified attention takes: 16 rows (or the group), 16 tokens to decode in 16 parts, 32 to prefill.
 
     To decode latent rows, what its Triton MLA takes: 16 rows, 32 tokens (AMD: 16) in 4 parts, 4 warps, 2 stages (AMD:
@@ -218,10 +221,11 @@ def default_config(signature: AttentionSignature, arch: GpuArch) -> tuple[str, d
 
     """
     rows = max(_LEAST_SIDE, power_of_two(signature.group))
-    stages: tuple[int, ...] = (3, 2, 1) if arch.family == "cuda" else (2, 1)
+    deep = pipelining(arch).deep
+    stages: tuple[int, ...] = (3, 2, 1) if deep else (2, 1)
     if signature.latent:
-        space, name, least_kv = decode_space(signature, arch), MLA_DECODE, 32 if arch.family == "cuda" else 16
-        stages = (2, 1) if arch.family == "cuda" else (1,)
+        space, name, least_kv = decode_space(signature, arch), MLA_DECODE, 32 if deep else 16
+        stages = (2, 1) if deep else (1,)
         knobs: dict[str, Value] = {"block_rows": _LEAST_SIDE, "splits": 4, "operands": "queries_first"}
     elif signature.stage == "decode":
         space, name, least_kv = decode_space(signature, arch), DECODE, 16

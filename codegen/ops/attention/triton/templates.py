@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.codegen.backends.entry import EntrySpec
+from tilewright.codegen.backends.triton.entry import EntrySpec
 from tilewright.codegen.backends.triton.launch import EntryLaunch, EntryParameter, Workspace, recipe_of
 from tilewright.codegen.hardware.archs import GpuArch
 from tilewright.codegen.numbers.dtypes import ITEMSIZE
@@ -19,12 +19,14 @@ from tilewright.codegen.ops.attention.triton.space import (
     MLA_DECODE,
     PREFILL,
     decode_space,
+    default_config,
     dim_parts,
     key_parts,
     power_of_two,
     prefill_space,
 )
 from tilewright.codegen.ops.base import Template
+from tilewright.codegen.ops.implementation import Implementation
 from tilewright.codegen.recipe.model import Argument, Recipe
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.codegen.space import Config
@@ -339,3 +341,5 @@ TEMPLATES = (
         work=work,
     ),
 )
+
+TRITON = Implementation(TEMPLATES, default_config)

@@ -8,8 +8,9 @@ from typing import Any
 from tilewright.codegen.hardware.archs import CpuArch
 from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.gating.signature import GatingSignature
+from tilewright.codegen.ops.implementation import Choice, Implementation
 from tilewright.codegen.recipe.model import Argument, Launch, Recipe
-from tilewright.codegen.space import Config, Constraint, Parameter, Space, Value
+from tilewright.codegen.space import Config, Constraint, Parameter, Space
 
 ENTRY = "tilewright_gating"
 INSERT = "gating/cpu_insert"
@@ -152,9 +153,9 @@ def _order(signature: GatingSignature, config: Config, arch: CpuArch) -> str:
     return "lanes" if config["template"] == LANES else "rows"
 
 
-def default_config(signature: GatingSignature) -> dict[str, Value]:
-    """Insertion, as one would write it by hand."""
-    return {
+def default_config(signature: GatingSignature, arch: CpuArch, size: int | None) -> Choice:  # noqa: ARG001
+    """Sorted insertion, token by token, as one would write it by hand."""
+    return INSERT, {
         "check": 1,
         "insertion": "branches",
         "grain": 32,
@@ -199,3 +200,5 @@ TEMPLATES = (
         order=_order,
     ),
 )
+
+CPU = Implementation(TEMPLATES, default_config)

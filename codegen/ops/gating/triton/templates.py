@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from tilewright.codegen.backends.entry import EntrySpec
+from tilewright.codegen.backends.triton.entry import EntrySpec
 from tilewright.codegen.backends.triton.launch import EntryLaunch, EntryParameter, Workspace, recipe_of
 from tilewright.codegen.hardware.archs import GpuArch
 from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.gating.problem import GatingProblem
 from tilewright.codegen.ops.gating.signature import GatingSignature
+from tilewright.codegen.ops.implementation import Choice, Implementation
 from tilewright.codegen.recipe.model import Argument, Recipe
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.codegen.space import Config, Constraint, Parameter, Space, Value
@@ -80,7 +81,7 @@ def space(signature: GatingSignature, arch: GpuArch) -> Space:
     return Space.enumerate(parameters, constraints)
 
 
-def default_config(signature: GatingSignature, arch: GpuArch) -> tuple[str, dict[str, Value]]:
+def default_config(signature: GatingSignature, arch: GpuArch, size: int | None) -> Choice:  # noqa: ARG001
     """One warp's worth of tokens, experts one by one: as vLLM's and SGLang's kernels do it in CUDA."""
     own = space(signature, arch)
     for tokens in (4, 2, 1):
@@ -242,3 +243,5 @@ TEMPLATES = (
         work=work,
     ),
 )
+
+TRITON = Implementation(TEMPLATES, default_config, sizes=(1, 8, 32, 128, 512, 2048))

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from tilewright.codegen.hardware.archs import CpuArch
 from tilewright.codegen.numbers.precisions import LOSSLESS
+from tilewright.codegen.ops.implementation import Choice, Implementation
 from tilewright.codegen.ops.moe_gemm.cpu.templates import BLOCKED, INTEGER, STREAM, TEMPLATES, groups_of
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.space import Config, Space, Value
 
 
-def default_config(signature: MoeGemmSignature, arch: CpuArch) -> Config:
+def default_config(signature: MoeGemmSignature, arch: CpuArch, size: int | None = None) -> Choice:  # noqa: ARG001
     """Six rows by two vectors (twelve accumulators), packed x, k in blocks that keep a panel in the first cache."""
     panels = groups_of(signature, 2, arch)
     own: dict[str, Value] = {
@@ -31,7 +32,7 @@ def default_config(signature: MoeGemmSignature, arch: CpuArch) -> Config:
         "gate_up": "interleaved" if signature.halves == 2 else "none",
         "combine": "partials" if signature.stage == "down" else "none",
     }
-    return _whole_space(signature, arch).lift(BLOCKED, own)
+    return BLOCKED, own
 
 
 def starting_configs(signature: MoeGemmSignature, arch: CpuArch, precisions: Sequence[str]) -> tuple[Config, ...]:
@@ -83,3 +84,6 @@ def starting_configs(signature: MoeGemmSignature, arch: CpuArch, precisions: Seq
 def _whole_space(signature: MoeGemmSignature, arch: CpuArch) -> Space:
     exact = (template for template in TEMPLATES if LOSSLESS in template.precisions)
     return Space.union({template.name: template.space(signature, arch) for template in exact})
+
+
+CPU = Implementation(TEMPLATES, default_config, starting_configs)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from tilewright.codegen.hardware.archs import CPU_ARCHS, Arch, CpuArch
+from tilewright.codegen.hardware.archs import CPU_ARCHS, CpuArch
 from tilewright.codegen.numbers.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
 from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.numbers.precisions import (
@@ -249,9 +249,8 @@ def _integer_space(
     return Space.enumerate(parameters, constraints)
 
 
-def _integer_exclusion(_precision: str, arch: Arch) -> str | None:
+def _integer_exclusion(_precision: str, arch: CpuArch) -> str | None:
     """Why products of integers are not to be had on ``arch``, in words; None where they are."""
-    assert isinstance(arch, CpuArch)
     if arch.dot:
         return None
     better = next(a for a in CPU_ARCHS.values() if a.machine == arch.machine and a.dot)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from tilewright.codegen.hardware.archs import Arch, GpuArch
+from tilewright.codegen.backends.triton.pipelining import pipelining
+from tilewright.codegen.hardware.archs import GpuArch
 from tilewright.codegen.numbers.dtypes import ITEMSIZE
 from tilewright.codegen.numbers.precisions import FP4_STEPS, Precision, find_precision
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
@@ -62,7 +63,7 @@ def decodes(precision: Precision) -> bool:
 def shared_memory_bytes(signature: MoeGemmSignature, config: Mapping[str, Any], arch: GpuArch) -> int:
     """Of the tiles in flight; what is decoded goes there once more as the matrix unit takes it."""
     precision = stored(config)
-    buffers = config["num_stages"] if arch.family == "cuda" else max(config["num_stages"] - 1, 1)
+    buffers = pipelining(arch).buffers(config["num_stages"])
     x_tile = config["block_m"] * config["block_k"] * x_bits(signature, precision) // _BYTE
     elements = tile_columns(signature, config) * config["block_k"]
     total = buffers * (x_tile + elements * precision.bits // 8)
@@ -90,7 +91,7 @@ def common_parameters(signature: MoeGemmSignature, arch: GpuArch, precisions: tu
         Parameter("block_k", (32, 64, 128, 256), "steps of k of an iteration"),
         Parameter("group_m", (1, 8, 16), "tiles in m that are gone through before the next in n"),
         Parameter("num_warps", (4, 8), "warps of a program"),
-        Parameter("num_stages", (2, 3, 4, 5) if arch.family == "cuda" else (1, 2), "tiles in flight"),
+        Parameter("num_stages", pipelining(arch).stages(2, 3, 4, 5), "tiles in flight"),
         Parameter(
             "operands",
             ("rows_first", "weights_first"),
@@ -178,9 +179,8 @@ def common_constraints(signature: MoeGemmSignature, arch: GpuArch) -> tuple[Cons
     )
 
 
-def exclusion(precision: str, arch: Arch) -> str | None:
+def exclusion(precision: str, arch: GpuArch) -> str | None:
     """Why weights cannot be read in ``precision`` on ``arch``, in words; None where they can."""
-    assert isinstance(arch, GpuArch)
     taken = find_precision(precision)
     if taken.x_dtype and "fp8_mma" not in arch.capabilities:
         return f'the compiler says of {arch.name} "type fp8e4nv not supported in this architecture"'
@@ -217,9 +217,8 @@ def split_k_space(signature: MoeGemmSignature, arch: GpuArch, precisions: tuple[
     return Space.enumerate(parameters, (*common_constraints(signature, arch), worth))
 
 
-def persistent_exclusion(precision: str, arch: Arch) -> str | None:
+def persistent_exclusion(precision: str, arch: GpuArch) -> str | None:
     """The same for the persistent template, whose weights are copied by tensor maps."""
-    assert isinstance(arch, GpuArch)
     if "tma" not in arch.capabilities:
         return f"{arch.name} has no instruction that copies tiles by a tensor map"
     taken = find_precision(precision)
@@ -276,7 +275,6 @@ def default_knobs(signature: MoeGemmSignature, arch: GpuArch, tokens: int) -> di
     Small batches get few rows and long steps of k, large ones more warps. Its columns are those of gate and up
     together, and tiles no larger than the problem are kept within it.
     """
-    hip = arch.family == "hip"
     block_m = next((rows for most, rows in ((32, 16), (96, 32), (512, 64)) if tokens <= most), 128)
     few = tokens <= _FEW_TOKENS
     block_n, block_k = (64 if few else 128) // signature.halves, 128 if few else 64
@@ -291,7 +289,7 @@ def default_knobs(signature: MoeGemmSignature, arch: GpuArch, tokens: int) -> di
         "block_k": block_k,
         "group_m": 16 if tokens // signature.experts > 128 else 1,
         "num_warps": 4 if tokens <= 128 else 8,
-        "num_stages": 2 if hip else 4 if tokens <= 32 else 3,
+        "num_stages": (4 if tokens <= 32 else 3) if pipelining(arch).deep else 2,
         "operands": "rows_first",
         "gate_up": "two_dots" if signature.halves == 2 else "none",
         "partials": "rounded" if signature.stage == "down" else "none",

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from tilewright.codegen.backends.entry import EntrySpec
+from tilewright.codegen.backends.triton.entry import EntrySpec
 from tilewright.codegen.backends.triton.launch import EntryLaunch, EntryParameter, Workspace, recipe_of
 from tilewright.codegen.hardware.archs import GpuArch
 from tilewright.codegen.numbers.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
@@ -14,6 +14,7 @@ from tilewright.codegen.numbers.dtypes import ITEMSIZE
 from tilewright.codegen.numbers.layouts import RowLayout
 from tilewright.codegen.numbers.precisions import GPU_PRECISIONS, Precision, ScaleSpec, find_precision
 from tilewright.codegen.ops.base import Template
+from tilewright.codegen.ops.implementation import Choice, Implementation
 from tilewright.codegen.ops.moe_gemm.problem import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.ops.moe_gemm.triton.space import (
@@ -34,9 +35,11 @@ from tilewright.codegen.ops.moe_gemm.triton.space import (
 from tilewright.codegen.ops.moe_gemm.triton.work import grouped_work
 from tilewright.codegen.recipe.model import Argument, Recipe, TensorMap
 from tilewright.codegen.routing.spec import RoutingSpec
-from tilewright.codegen.space import Config, Space
+from tilewright.codegen.space import Config
 from tilewright.codegen.work import LaunchWork
 
+_MANY_TOKENS = 1024
+"""For the default config of a signature, without a problem."""
 _MOST_COMBINED_COLUMNS = 1024
 """Output columns that one program of the combination adds up: 8 for each of 128 threads."""
 
@@ -338,11 +341,9 @@ def emulated_problems(signature: MoeGemmSignature, config: Config, arch: GpuArch
     )
 
 
-def default_config(signature: MoeGemmSignature, arch: GpuArch, tokens: int) -> Config:
+def default_config(signature: MoeGemmSignature, arch: GpuArch, size: int | None) -> Choice:
     """The grouped template with vLLM's untuned tile for so many tokens."""
-    mine = (t for t in TEMPLATES if arch.family in t.families and t.applies(signature, arch))
-    spaces = {t.name: t.space(signature, arch, (signature.w_dtype,)) for t in mine}
-    return Space.union(spaces).lift(GROUPED, default_knobs(signature, arch, tokens))
+    return GROUPED, default_knobs(signature, arch, _MANY_TOKENS if size is None else size)
 
 
 _LABEL = ("precision", "block_m", "block_n", "block_k", "num_warps", "num_stages")
@@ -400,3 +401,5 @@ TEMPLATES = (
         work=work,
     ),
 )
+
+TRITON = Implementation(TEMPLATES, default_config, sizes=(1, 8, 32, 128, 512, 2048))

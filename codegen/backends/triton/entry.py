@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from tilewright.codegen.backends.base import Entry
 
 
 @dataclass(frozen=True)
@@ -28,3 +30,16 @@ class EntrySpec:
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return asdict(self)
+
+
+def triton_entries(entries: Sequence[Entry]) -> tuple[EntrySpec, ...]:
+    """``entries`` of a Triton source.
+
+    Raises:
+        TypeError: when one is of another language, which is a mistake in a template.
+
+    """
+    own = tuple(each for each in entries if isinstance(each, EntrySpec))
+    if len(own) < len(entries):
+        raise TypeError(f"a Triton source with entries of another language: {entries}")
+    return own

@@ -1,0 +1,81 @@
+"""What all builders share: building side by side, and where built files are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from tilewright.codegen.backends.base import Build, Source
+from tilewright.codegen.hardware.cpu_info import usable_cores
+from tilewright.errors import TilewrightError
+
+DRAFT = "build-"
+"""How the names of folders begin in which something is being built."""
+
+
+def remove_abandoned(directory: Path, age_s: float) -> None:
+    """Remove what builds of killed processes left: folders older than any build may take."""
+    for folder in directory.glob(f"{DRAFT}*"):
+        with contextlib.suppress(FileNotFoundError):  # another process removes them, too
+            if time.time() - folder.stat().st_mtime > age_s:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def side_by_side(
+    build: Callable[[Source, threading.Event], Build],
+    sources: Sequence[Source],
+    jobs: int | None,
+    progress: Callable[[int], None] | None,
+) -> list[Build]:
+    """Run ``build`` on every source, ``jobs`` (None: as many as there are cores) at a time.
+
+    After an exception, Ctrl-C among them, its event is set: what runs then has to end.
+    """
+    stop = threading.Event()
+    with ThreadPoolExecutor(jobs or usable_cores()) as pool:
+        futures = [pool.submit(build, source, stop) for source in sources]
+        try:
+            for done, _ in enumerate(as_completed(futures), start=1):
+                if progress:
+                    progress(done)
+        except BaseException:
+            # Only the main thread hears of Ctrl-C, and compilers have sessions of their own.
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
+
+
+def cache_directory() -> Path:
+    """Where built kernels are kept: ``$TILEWRIGHT_CACHE``, or the user's cache directory."""
+    configured, base = os.environ.get("TILEWRIGHT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if configured:
+        return Path(configured)
+    try:
+        return Path(base or Path.home() / ".cache") / "tilewright"
+    except RuntimeError as error:
+        raise TilewrightError("this user has no home directory; set $TILEWRIGHT_CACHE to a directory") from error
+
+
+def builds_directory(directory: Path | None, name: str) -> Path:
+    """Folder ``name`` of the cache (of ``directory``, if given), made if need be.
+
+    Raises:
+        TilewrightError: when it cannot be made.
+
+    """
+    path = (directory or cache_directory()) / name
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise TilewrightError(
+            f"cannot keep built kernels in {path} ({error.strerror}); "
+            "set $TILEWRIGHT_CACHE to a directory that can be written"
+        ) from error
+    return path

@@ -1,0 +1,1 @@
+"""What can be tuned for: one module each, found by an arch."""

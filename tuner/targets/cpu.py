@@ -1,0 +1,126 @@
+"""The CPU of this machine as a target: kernels are measured on it, and plans raced as the runtime serves them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Self
+
+from tilewright.codegen.hardware.archs import Arch, runs_on
+from tilewright.codegen.hardware.cpu_info import read_cpu_info, usable_cores
+from tilewright.codegen.models.shapes import ModelShape
+from tilewright.codegen.ops.base import OpDeclaration
+from tilewright.codegen.ops.signature import Signature
+from tilewright.errors import TilewrightError
+from tilewright.tuner.campaign.campaign import Report, Request, SignatureReport
+from tilewright.tuner.campaign.progress import Progress
+from tilewright.tuner.commands.findings import Findings
+from tilewright.tuner.commands.model_findings import ModelFindings
+from tilewright.tuner.evaluation.cpu.evaluator import CpuEvaluator
+from tilewright.tuner.evaluation.interface import Evaluator
+from tilewright.tuner.plan.deployed import DeployedRaces
+from tilewright.tuner.plan.facts import probed_document
+from tilewright.tuner.plan.finals import Probed
+from tilewright.tuner.plan.prove import Proof, Prover
+from tilewright.tuner.report.roofline import Roofline, measure_roofline
+from tilewright.tuner.targets.base import MEASURING, DefaultBudget, Shown, Target, Wishes
+from tilewright.tuning_db.records import DeviceRecord, PlanRecord
+from tilewright.tuning_db.store import Store
+
+_MOST_PROVING_S = 12.0
+_PROVING_SHARE = 0.1
+"""Of a run's time, for the race of a frozen plan."""
+
+
+class CpuTarget(Target):
+    """``threads`` threads of this machine's CPU, which has to run ``arch``."""
+
+    budget: ClassVar[DefaultBudget] = MEASURING
+    finals: ClassVar[str] = "finalists race again"
+
+    def __init__(self, arch: Arch, threads: int) -> None:
+        cpu = read_cpu_info()
+        facts = {
+            "l1d_bytes": cpu.l1d_bytes,
+            "l2_bytes": cpu.l2_bytes,
+            "l3_bytes": cpu.l3_bytes,
+            "memory_bytes": cpu.memory_bytes,
+            "features": sorted(cpu.features),
+        }
+        super().__init__(arch, DeviceRecord(cpu.key, cpu.name, arch.name, facts), threads)
+        self._roofline: Roofline | None = None
+
+    @classmethod
+    def find(cls, arch: Arch, wishes: Wishes, warn: Callable[[str], None]) -> Self | None:
+        """The CPU of this machine, which has to be meant."""
+        del warn
+        if wishes.device is not None:
+            raise TilewrightError(f"--device is of GPUs; {arch.name} kernels are measured on this machine's CPU")
+        if not runs_on(arch, read_cpu_info()):
+            raise TilewrightError(
+                f"arch {arch.name} does not run on this machine ({read_cpu_info().name}), so nothing could be timed; "
+                "tune on such a machine, or use --arch native"
+            )
+        cores = usable_cores()
+        threads = cores if wishes.threads is None else wishes.threads
+        if not 1 <= threads <= cores:
+            raise TilewrightError(f"--threads {threads} is impossible here; this process may use 1 to {cores} cores")
+        return cls(arch, threads)
+
+    def evaluator(
+        self, op: OpDeclaration[Any, Any], signature: Signature, precisions: Sequence[str], seed: int
+    ) -> Evaluator:
+        """Measures, in a worker process."""
+        return CpuEvaluator(op, signature, threads=self.place.threads, precisions=precisions, seed=seed)
+
+    def begin(self, progress: Progress) -> None:
+        """Measure the ceilings that times are held against."""
+        progress.say("measuring this machine's roofline")
+        self._roofline = measure_roofline(self.place.threads)
+
+    def prove(self, request: Request, report: Report, store: Store, progress: Progress) -> None:
+        """Race every plan as the runtime serves it."""
+        with DeployedRaces() as races:
+            for mine in report.signatures:
+                _prove(mine, store, races, request, progress)
+
+    def findings(
+        self, runs: Sequence[tuple[Request, Report]], model: ModelShape | None, database: str
+    ) -> Sequence[Shown]:
+        """Times, held against ceilings measured before and after; of several ops of a model in one table."""
+        measure_roofline.cache_clear()
+        roofline = measure_roofline(self.place.threads)
+        if self._roofline is not None:
+            roofline = self._roofline.raised_to(roofline)
+        found = tuple(Findings(report, request, roofline, database) for request, report in runs)
+        return found if len(found) == 1 or model is None else (ModelFindings(found, model),)
+
+
+def _prove(mine: SignatureReport, store: Store, races: DeployedRaces, request: Request, progress: Progress) -> None:
+    """Race each plan as the runtime serves it against the default and plain torch, and store what it becomes."""
+    if mine.plan is None or mine.verdict is None:
+        return
+    progress.say("racing the frozen plans, as the runtime serves them, against the default and plain torch")
+    grid = {each.size: each.problem for each in mine.verdict.grid}
+    prover = Prover(
+        request.op,
+        store,
+        races,
+        threads=request.target.place.threads,
+        seed=request.seed,
+        budget_s=min(_MOST_PROVING_S, _PROVING_SHARE * request.time_s),
+        say=progress.say,
+    )
+
+    def proven(plan: PlanRecord, rehearsed: Probed) -> Proof:
+        proof = prover.prove(plan, list(grid.values()), mine.default_for(plan), request.probes)
+        facts = plan.facts | {"probed": probed_document(rehearsed, proof)}
+        store.put_plan(replace(proof.plan, facts=facts))
+        return replace(proof, plan=replace(proof.plan, facts=facts))
+
+    mine.proof = proven(mine.plan, mine.probed)
+    mine.plan = mine.proof.plan
+    mine.front = [
+        replace(point, plan=mine.plan if point.precision == mine.plan.precision else proven(point.plan, Probed()).plan)
+        for point in mine.front
+    ]
