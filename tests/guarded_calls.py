@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.ops.base import Arrays
 from tilewright.codegen.recipe.expressions import IntExpr
+from tilewright.codegen.recipe.host import Host
 from tilewright.codegen.recipe.model import ABI_VERSION, Recipe
 from tilewright.runtime.weights.packing import pack_array, packed_shape
 
@@ -21,12 +22,6 @@ DTYPES = {"fp32": np.dtype(np.float32), "int32": np.dtype(np.int32)}
 
 BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 FORK = ctypes.CFUNCTYPE(None, BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-
-
-class Host(ctypes.Structure):
-    """``tw_host`` of templates/shared/abi.jinja."""
-
-    _fields_ = [("abi_version", ctypes.c_int32), ("threads", ctypes.c_int32), ("fork", ctypes.c_void_p)]
 
 
 def forking(started: int) -> Any:

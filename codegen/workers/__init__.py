@@ -1,1 +1,1 @@
-"""Child processes: how they are started, confined and ended."""
+"""Child processes: started, confined, asked over one wire format, and ended. What they do is a job's own."""

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tilewright.codegen.recipe.host import Host
 from tilewright.codegen.recipe.model import ABI_VERSION, Argument, TensorSpec
 from tilewright.errors import TilewrightError
 from tilewright.runtime.calls.binding import THREADS, TORCH_DTYPES, Binding, CallVariant, expression
@@ -23,13 +24,7 @@ _OVERLAP_EFFORT = 10_000
 """Work that finding out whether two strided tensors share an element is worth; beyond it they count as overlapping."""
 
 
-class _Host(ctypes.Structure):
-    """``tw_host`` of templates/shared/abi.jinja."""
-
-    _fields_ = (("abi_version", ctypes.c_int32), ("threads", ctypes.c_int32), ("fork", ctypes.c_void_p))
-
-
-_ENTRY = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.POINTER(_Host), ctypes.POINTER(ctypes.c_int64))
+_ENTRY = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.POINTER(Host), ctypes.POINTER(ctypes.c_int64))
 _scratch = threading.local()
 
 
@@ -184,7 +179,7 @@ class PureCall:
         addresses = dict(self.binding.addresses)
         for spec, tensor in zip(self.binding.positional, tensors, strict=True):
             addresses[spec.name] = 0 if tensor is None else tensor.data_ptr()
-        host = _Host(ABI_VERSION, self.binding.threads, fork_address() or None)
+        host = Host(ABI_VERSION, self.binding.threads, fork_address() or None)
         for entry, arguments in variant.launches:
             values = [_argument(argument, addresses, workspace, sizes) for argument in arguments]
             code = _ENTRY(entry)(ctypes.byref(host), (ctypes.c_int64 * max(1, len(values)))(*values))

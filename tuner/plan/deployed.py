@@ -1,19 +1,11 @@
 """What a plan brings where it is deployed: the runtime's calls raced against the default and plain torch.
 
-Run as ``python -m tilewright.tuner.plan.deployed``, a process of its own, for kernels run in it; requests come on stdin
-and answers go to stdout, all JSON, one a line.
+Run as ``python -m tilewright.tuner.plan.deployed``, a process of its own, for kernels run in it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import random
-import select
-import subprocess
-import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +18,9 @@ import numpy as np
 
 from tilewright.codegen.ops.base import Problem
 from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.workers.channel import Message
+from tilewright.codegen.workers.child import connect, serve
+from tilewright.codegen.workers.process import WorkerLostError, WorkerProcess
 from tilewright.tuner.evaluation.cpu.binding import DTYPES, outputs_of, shape_of, sizes_of
 from tilewright.tuner.evaluation.statistics import TOLERATED, Interval, Ratio, median_interval, paired_ratio
 
@@ -100,8 +95,7 @@ class DeployedRaces:
     """
 
     def __init__(self) -> None:
-        self._child: subprocess.Popen[str] | None = None
-        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as this is)
+        self._worker: WorkerProcess | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -110,7 +104,6 @@ class DeployedRaces:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._end()
-        self._said.close()
 
     def race(
         self,
@@ -151,39 +144,22 @@ class DeployedRaces:
             "max_error": max_error,
             "batch_invariant": batch_invariant,
         }
-        answer = self._ask(json.dumps(request), _LIMIT_S + budget_s)
-        return [_from_document(row) for row in json.loads(answer)]
+        answer = self._ask(request, _LIMIT_S + budget_s)
+        return [_from_document(row) for row in answer["rows"]]
 
-    def _ask(self, request: str, limit_s: float) -> str:
-        """One line for another."""
-        if self._child is None:
-            self._child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "tilewright.tuner.plan.deployed"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._said,
-                text=True,
-            )
-        assert self._child.stdin is not None
-        assert self._child.stdout is not None
-        answer = ""
-        with contextlib.suppress(BrokenPipeError):
-            self._child.stdin.write(request + "\n")
-            self._child.stdin.flush()
-            ready, _, _ = select.select([self._child.stdout], [], [], limit_s)
-            answer = self._child.stdout.readline() if ready else ""
-        if not answer:
+    def _ask(self, request: Message, limit_s: float) -> Message:
+        if self._worker is None:
+            self._worker = WorkerProcess("tilewright.tuner.plan.deployed", start_limit_s=_LIMIT_S)
+        try:
+            return self._worker.ask(request, limit_s=limit_s)
+        except WorkerLostError as error:
             self._end()
-            self._said.seek(0)
-            last = self._said.read().strip().splitlines()[-1:]
-            raise RaceLost(last[0] if last else "its process ended, or took too long")
-        return answer
+            raise RaceLost(str(error)) from error
 
     def _end(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._child.communicate()
-            self._child = None
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
 
 
 def _from_document(row: Mapping[str, Any]) -> Deployed:
@@ -287,13 +263,11 @@ def _difference(result: Any, expected: Any) -> float:
     return float((result - expected).abs().max()) / scale if scale else 0.0
 
 
-def _serve() -> None:
-    """Answer requests, one a line, until there are no more."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what kernels print is no answer
-    for request in sys.stdin:
-        print(json.dumps([asdict(row) for row in _answer(json.loads(request))]), file=answers, flush=True)
+def main() -> None:
+    """Answer requests until the parent closes the connection."""
+    channel, _ = connect()
+    serve(channel, lambda request, _: {"rows": [asdict(row) for row in _answer(request)]})
 
 
 if __name__ == "__main__":
-    _serve()
+    main()

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import os
-import signal
-import socket
-import subprocess
-import tempfile
 import threading
-import weakref
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 from tilewright.codegen.backends.base import Source
 from tilewright.codegen.hardware.archs import GpuArch
-from tilewright.codegen.workers.process import ONE_THREAD, start_python
+from tilewright.codegen.workers.channel import Message
+from tilewright.codegen.workers.process import ONE_THREAD, WorkerLostError, WorkerProcess
 from tilewright.errors import TilewrightError
 
 _START_LIMIT_S = 120.0
+_END_LIMIT_S = 5.0
 _OWN_SETTINGS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "TRITON_LIBDEVICE_PATH")
 """Environment variables of Triton's that keep their meaning; others would change what is compiled, or where it lies."""
 
@@ -84,7 +78,10 @@ class CompilePool:
             "memory_limit_bytes": self.limits.memory_bytes,
         }
         with self._lock:
-            if self._server is None or self._server.lost:
+            if self._server is not None and self._server.lost:
+                self._server.close()
+                self._server = None
+            if self._server is None:
                 self._server = _Connection()
             server = self._server
         answer = server.ask(number, message)
@@ -108,66 +105,54 @@ class _Connection:
     """A running server."""
 
     def __init__(self) -> None:
-        self._waiting: dict[int, Future[dict[str, Any]]] = {}
+        self._waiting: dict[int, Future[Message]] = {}
         self._lock = threading.Lock()
         self.lost = False
-        self._channel, theirs = socket.socketpair()
-        self._log = tempfile.TemporaryFile(prefix="tilewright-compiler-")  # noqa: SIM115  (open as long as the server)
         kept = {n: v for n, v in os.environ.items() if not n.startswith("TRITON_") or n in _OWN_SETTINGS}
-        with theirs:
-            self._process = start_python(
-                "tilewright.codegen.backends.triton.server",
-                [theirs.fileno()],
-                log=self._log,
-                handles=[theirs.fileno()],
-                environment={**kept, **ONE_THREAD},
-            )
-        self._end = weakref.finalize(self, _end, self._process, self._channel, self._log)
-        self._channel.settimeout(_START_LIMIT_S)
+        # The server kills what it compiles when its channel closes.
+        self._worker = WorkerProcess(
+            "tilewright.codegen.backends.triton.server",
+            start_limit_s=_START_LIMIT_S,
+            environment={**kept, **ONE_THREAD},
+            grace_s=_END_LIMIT_S,
+        )
         try:
-            hello = self._channel.recv(16)
-        except OSError:
-            hello = b""
-        if not hello:
-            self._log.seek(0)
-            lines = self._log.read().decode(errors="replace").strip().splitlines()
-            self._end()
-            raise TilewrightError(f"the compile server did not start: {lines[-1] if lines else 'it said nothing'}")
-        self._channel.settimeout(None)
+            self._worker.wait_until_ready()
+        except WorkerLostError as error:
+            self._worker.close()
+            raise TilewrightError(f"the compile server did not start: {error}") from error
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def ask(self, number: int, message: dict[str, Any]) -> Future[dict[str, Any]]:
+    def ask(self, number: int, message: Message) -> Future[Message]:
         """Send a request; the future holds its answer."""
-        answer: Future[dict[str, Any]] = Future()
+        answer: Future[Message] = Future()
         with self._lock:
             self._waiting[number] = answer
         self.say(message)
         return answer
 
-    def say(self, message: dict[str, Any]) -> None:
-        """Send a line; who waits for an answer hears of it when the server is gone."""
+    def say(self, message: Message) -> None:
+        """Send a message; who waits for an answer hears of it when the server is gone."""
         try:
             with self._lock:
-                self._channel.sendall(json.dumps(message).encode() + b"\n")
+                self._worker.channel.send(message)
         except OSError:
             self._lose()
 
     def close(self) -> None:
         """End the server."""
-        self._end()
+        self._worker.close()
         self._lose()
 
     def _listen(self) -> None:
-        with self._channel.makefile("rb") as lines:
-            try:
-                for line in lines:
-                    answer = json.loads(line)
-                    with self._lock:
-                        waiting = self._waiting.pop(answer["number"])
-                    waiting.set_result(answer)
-            except (OSError, ValueError, KeyError):
-                pass  # what it sends cannot be relied on any more: as good as gone
-        self._lose()
+        try:
+            while True:
+                answer = self._worker.channel.receive()
+                with self._lock:
+                    waiting = self._waiting.pop(answer["number"])
+                waiting.set_result(answer)
+        except (OSError, EOFError, ValueError, KeyError):
+            self._lose()  # what it sends cannot be relied on any more: as good as gone
 
     def _lose(self) -> None:
         with self._lock:
@@ -175,16 +160,3 @@ class _Connection:
             waiting, self._waiting = list(self._waiting.values()), {}
         for each in waiting:
             each.set_exception(CompileServerError("the compile server ended"))
-
-
-def _end(process: subprocess.Popen[bytes], channel: socket.socket, log: IO[bytes]) -> None:
-    """The server kills what it compiles when its channel closes."""
-    with contextlib.suppress(OSError):  # it is gone already
-        channel.shutdown(socket.SHUT_RDWR)
-    try:
-        process.wait(5.0)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    channel.close()
-    log.close()

@@ -1,18 +1,14 @@
 """The compile server: has Triton loaded and warm, and forks a process for every source that is to be compiled.
 
-Requests and answers are lines of JSON on the socket that it was given. A process that runs away or is taken down by
-LLVM costs its own source and nothing else; the CPU seconds in the answer are those of the process and its children.
+Answers come in the order in which compiles end, each with its request's number. A process that runs away or is taken
+down by LLVM costs its own source and nothing else; the CPU seconds in the answer are those of it and its children.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import resource
-import select
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -21,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_PR_SET_PDEATHSIG = 1
+from tilewright.codegen.workers.channel import Channel
+from tilewright.codegen.workers.child import READY, confine, connect
+
 _POLL_S = 0.01
 
 
@@ -35,33 +33,23 @@ class _Running:
 class Server:
     """Serves the requests that come over ``channel`` until it is closed."""
 
-    def __init__(self, channel: socket.socket) -> None:
+    def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._pending = b""
         self._running: dict[int, _Running] = {}
         self._warm: set[str] = set()
 
     def serve(self) -> None:
         """Answer until the other side is gone, then kill what runs."""
         try:
-            while self._read():
+            while True:
+                if self._channel.readable(_POLL_S if self._running else None):
+                    self._take(self._channel.receive())
                 self._reap()
+        except EOFError:
+            pass
         finally:
             for pid in self._running:
-                os.killpg(pid, signal.SIGKILL)
-
-    def _read(self) -> bool:
-        """Take what came, or wait for it; False at the end."""
-        ready, _, _ = select.select([self._channel], [], [], _POLL_S if self._running else None)
-        if not ready:
-            return True
-        data = self._channel.recv(1 << 16)
-        if not data:
-            return False
-        *lines, self._pending = (self._pending + data).split(b"\n")
-        for line in lines:
-            self._take(json.loads(line))
-        return True
+                _kill(pid)
 
     def _take(self, request: dict[str, Any]) -> None:
         if "stop" in request:
@@ -113,17 +101,18 @@ class Server:
                 "stopped": each.stopped,
                 "cpu_s": usage.ru_utime + usage.ru_stime,
             }
-            self._channel.sendall(json.dumps(answer).encode() + b"\n")
+            self._channel.send(answer)
 
     def _stop(self, pid: int, each: _Running, why: str) -> None:
         each.stopped = why
+        _kill(pid)
+
+
+def _kill(pid: int) -> None:
+    try:
         os.killpg(pid, signal.SIGKILL)
-
-
-def _die_with(parent: int) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    except ProcessLookupError:  # it has not made its own group yet
+        os.kill(pid, signal.SIGKILL)
 
 
 def _child(request: dict[str, Any], parent: int) -> None:
@@ -131,14 +120,11 @@ def _child(request: dict[str, Any], parent: int) -> None:
     status = 1
     try:
         os.setsid()
-        _die_with(parent)
         folder = Path(request["folder"])
         log = os.open(folder / "errors", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (request["cpu_limit_s"],) * 2)
-        resource.setrlimit(resource.RLIMIT_AS, (request["memory_limit_bytes"],) * 2)
+        confine(parent, cpu_s=request["cpu_limit_s"], address_bytes=request["memory_limit_bytes"])
         from tilewright.codegen.backends.triton.compile import compile_entries
 
         compile_entries(Path(request["source"]), request["entries"], tuple(request["target"]), folder)
@@ -152,17 +138,11 @@ def _child(request: dict[str, Any], parent: int) -> None:
 
 
 def main() -> None:
-    """``python -m tilewright.codegen.backends.triton.server FD``.
-
-    It ends when the channel closes, and not with its parent, which to the system is the thread that started it.
-    """
-    descriptor = int(sys.argv[1])
-    # Ctrl-C is the tuner's to handle; it closes the channel.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    channel = socket.socket(fileno=descriptor)
+    """Serve until the channel closes, and not until the parent ends, which to the system is a thread of it."""
+    channel, _ = connect(dies_with_parent=False)
     import triton  # noqa: F401  (loaded for all that are forked)
 
-    channel.sendall(b"{}\n")
+    channel.send(READY)
     Server(channel).serve()
 
 

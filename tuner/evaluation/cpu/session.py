@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tilewright.codegen.workers.channel import Message
+from tilewright.codegen.workers.process import WorkerHungError, WorkerLostError
 from tilewright.errors import TilewrightError
-from tilewright.tuner.evaluation.cpu.protocol import Message
+from tilewright.tuner.evaluation.cpu.measuring_process import MeasuringProcess, openmp_library
 from tilewright.tuner.evaluation.cpu.shared_memory import Block, SharedRegion
-from tilewright.tuner.evaluation.cpu.supervisor import WorkerHungError, WorkerLostError, WorkerProcess, openmp_library
 from tilewright.tuning_db.records import Outcome
 
 _TRUSTED_LIMIT_S = 120.0
@@ -81,7 +82,7 @@ class Session:
         self._mapped: set[int] = set()
         self._kernels: dict[Path, int] = {}
         self._programs: dict[Program, int] = {}
-        self._worker: WorkerProcess | None = self._start_worker()
+        self._worker: MeasuringProcess | None = self._start_worker()
 
     @property
     def worker_pid(self) -> int | None:
@@ -201,15 +202,15 @@ class Session:
             return self._worker.request(message, limit_s=limit_s, descriptors=descriptors)
         except WorkerLostError as error:
             outcome = Outcome.TIMED_OUT if isinstance(error, WorkerHungError) else Outcome.CRASHED
-            program = self._blamed(error.program)
+            program = self._blamed(self._worker.program)
             self._drop_worker()
             raise KernelFaultError(outcome, str(error), program) from error
 
-    def _start_worker(self) -> WorkerProcess:
+    def _start_worker(self) -> MeasuringProcess:
         """Start a worker, again when it is killed from outside (for its memory, say) before it is ready."""
         for attempt in range(_STARTS):
             try:
-                return WorkerProcess(self._openmp, self._memory_limit_bytes)
+                return MeasuringProcess(self._openmp, self._memory_limit_bytes)
             except WorkerLostError as error:
                 if isinstance(error, WorkerHungError) or attempt == _STARTS - 1:
                     raise TilewrightError(f"the measuring process did not start: {error}") from error

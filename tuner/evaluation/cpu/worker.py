@@ -12,16 +12,15 @@ import gc
 import mmap
 import os
 import resource
-import signal
-import socket
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
+from tilewright.codegen.recipe.host import Host
+from tilewright.codegen.workers.channel import Message
+from tilewright.codegen.workers.child import connect, serve
 from tilewright.tuner.evaluation.cpu.mapping import ALIGNMENT, GuardedMapping, round_up
-from tilewright.tuner.evaluation.cpu.protocol import Message, receive, send
 
 PROGRESS_BYTES = 16
 """Two int64 in a shared file: calls begun so far, and the program that was begun last."""
@@ -29,17 +28,6 @@ LOG_BYTES = 1 << 20
 """Limit on what kernels may print, or write to any file."""
 _POISON = 0xFF
 """Fills outputs before a call: a NaN in every floating-point type, and one that no arithmetic makes."""
-_PR_SET_PDEATHSIG = 1
-
-
-class _Host(ctypes.Structure):
-    """``tw_host`` of the kernels' ABI."""
-
-    _fields_ = [
-        ("abi_version", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-        ("fork", ctypes.c_void_p),
-    ]
 
 
 @dataclass
@@ -121,7 +109,7 @@ class Worker:
 
     def _define(self, message: Message) -> Message:
         library = self._kernels[message["kernel"]]
-        host = _Host(message["abi_version"], message["threads"], self._fork if message["fork"] else None)
+        host = Host(message["abi_version"], message["threads"], self._fork if message["fork"] else None)
         launches = []
         for entry, arguments in message["launches"]:
             function = library[entry]
@@ -185,31 +173,11 @@ def _address_of(values: ctypes.Array[Any]) -> ctypes.c_void_p:
     return ctypes.cast(values, ctypes.c_void_p)
 
 
-def _confine(parent: int) -> None:
-    """Die with the parent, leave no core file, write little, and take signals as the system means them."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("the parent is gone")
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LOG_BYTES, LOG_BYTES))
-    for number in (signal.SIGINT, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_DFL)
-
-
 def main() -> None:
-    """Serve the parent until it closes the connection. Arguments: its pid, two descriptors, a library, a limit."""
-    parent, channel_fd, progress_fd, openmp, memory_limit_bytes = sys.argv[1:]
-    _confine(int(parent))
+    """Serve the parent until it closes the connection. Arguments: a descriptor, a library, a limit."""
+    channel, (progress_fd, openmp, memory_limit_bytes) = connect(file_bytes=LOG_BYTES)
     gc.disable()
-    channel = socket.socket(fileno=int(channel_fd))
-    worker = Worker(int(progress_fd), openmp, int(memory_limit_bytes))
-    send(channel, {"ready": True})
-    while True:
-        try:
-            message, descriptors = receive(channel)
-        except EOFError:
-            return
-        send(channel, worker.handle(message, descriptors))
+    serve(channel, Worker(int(progress_fd), openmp, int(memory_limit_bytes)).handle)
 
 
 if __name__ == "__main__":

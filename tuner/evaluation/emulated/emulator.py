@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
-import signal
-import socket
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -22,15 +18,13 @@ from tilewright.codegen.numbers.dtypes import ITEMSIZE, e4m3_bits, round_to
 from tilewright.codegen.ops.base import Arrays
 from tilewright.codegen.recipe.expressions import IntExpr
 from tilewright.codegen.recipe.model import Argument, Recipe, TensorSpec
-from tilewright.codegen.workers.process import ONE_THREAD, start_python
-from tilewright.tuner.evaluation.cpu.protocol import receive, send
+from tilewright.codegen.workers.channel import Message
+from tilewright.codegen.workers.process import ONE_THREAD, WorkerHungError, WorkerLostError, WorkerProcess
 
 EMULATED_SM_COUNT = 3
 """Multiprocessors that persistent kernels see: few, so that every program goes through several tiles."""
 
 _START_LIMIT_S = 120.0
-_MESSAGE_LIMIT_S = 10.0
-_LOG_TAIL_BYTES = 300
 
 
 class EmulationError(Exception):
@@ -64,10 +58,7 @@ class Emulator:
 
     def __init__(self, limit_s: float = 60.0) -> None:
         self.limit_s = limit_s
-        self._process: subprocess.Popen[bytes] | None = None
-        self._channel: socket.socket | None = None
-        self._ready = False
-        self._log = -1
+        self._worker: WorkerProcess | None = None
         self._stack = ExitStack()
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tilewright-emulation-")))
         self._runs = 0
@@ -76,7 +67,7 @@ class Emulator:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._kill()
+        self._drop_worker()
         self._stack.close()
 
     def run(
@@ -135,85 +126,38 @@ class Emulator:
 
         It ends with the thread that started it.
         """
-        if self._process is None or self._process.poll() is not None or self._channel is None:
-            self._spawn()
+        self._running_worker()
 
-    def _request(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        channel = self._start()
-        try:
-            send(channel, dict(request))
-            poll = select.poll()
-            poll.register(channel, select.POLLIN)
-            if not poll.poll(1000 * self.limit_s):
-                self._kill()
-                raise EmulationError(f"no result after {self.limit_s:g} s in the interpreter")
-            channel.settimeout(_MESSAGE_LIMIT_S)
-            answer, _ = receive(channel)
-        except (OSError, EOFError, ValueError) as error:
-            raise EmulationError(self._how_it_ended()) from error
-        return answer
-
-    def _start(self) -> socket.socket:
-        self.start()
-        assert self._channel is not None
-        if not self._ready:
-            self._channel.settimeout(_START_LIMIT_S)
-            try:
-                receive(self._channel)
-            except (OSError, EOFError, ValueError) as error:
-                raise EmulationError(f"the interpreter did not start: {self._how_it_ended()}") from error
-            self._ready = True
-        return self._channel
-
-    def _spawn(self) -> None:
-        self._kill()
-        self._log = os.memfd_create("tilewright-emulation", os.MFD_CLOEXEC)
-        self._channel, theirs = socket.socketpair()
-        with theirs:
-            self._process = start_python(
+    def _running_worker(self) -> WorkerProcess:
+        if self._worker is None or not self._worker.is_running:
+            self._drop_worker()
+            self._worker = WorkerProcess(
                 "tilewright.tuner.evaluation.emulated.worker",
-                [os.getpid(), theirs.fileno()],
-                log=self._log,
-                handles=[theirs.fileno()],
+                start_limit_s=_START_LIMIT_S,
                 environment={**os.environ, "TRITON_INTERPRET": "1", **ONE_THREAD},
             )
+        return self._worker
 
-    def _how_it_ended(self) -> str:
-        process = self._process
-        assert process is not None
+    def _request(self, request: Message) -> Message:
+        worker = self._running_worker()
         try:
-            status = process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            status = None
-        tail = self._log_tail()
-        self._kill()
-        if status is None:
-            reason = "broke its connection to the tuner"
-        elif status < 0:
-            reason = f"killed by {signal.Signals(-status).name}"
-        else:
-            reason = f"ended the process with status {status}"
-        return f"{reason}: {tail}" if tail else reason
+            worker.wait_until_ready()
+        except WorkerLostError as error:
+            self._drop_worker()
+            raise EmulationError(f"the interpreter did not start: {error}") from error
+        try:
+            return worker.ask(request, limit_s=self.limit_s)
+        except WorkerHungError as error:
+            self._drop_worker()
+            raise EmulationError(f"{error} in the interpreter") from error
+        except WorkerLostError as error:
+            self._drop_worker()
+            raise EmulationError(str(error)) from error
 
-    def _log_tail(self) -> str:
-        size = os.fstat(self._log).st_size
-        text = os.pread(self._log, _LOG_TAIL_BYTES, max(0, size - _LOG_TAIL_BYTES)).decode(errors="replace")
-        lines = text.strip().splitlines()
-        return lines[-1].strip() if lines else ""
-
-    def _kill(self) -> None:
-        self._ready = False
-        if self._process is not None:
-            if self._process.poll() is None:
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
-        if self._log >= 0:
-            os.close(self._log)
-            self._log = -1
+    def _drop_worker(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
 
 
 def _sizes(recipe: Recipe, tensors: Arrays) -> dict[str, int]:

@@ -6,31 +6,16 @@ files. A kernel that crashes or hangs takes this process with it, and costs the 
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
-import os
 import re
-import resource
-import signal
-import socket
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_PR_SET_PDEATHSIG = 1
+from tilewright.codegen.workers.child import connect, serve
+
 _POISON = 0xFF
 _DESCRIPTOR = re.compile(r"tensordesc<(\w+)\[(.*)\]>")
-
-
-def _confine(parent: int) -> None:
-    """Die with the parent, leave no core file, and take signals as the system means them."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("the parent is gone")
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for number in (signal.SIGINT, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def _load(path: str) -> ModuleType:
@@ -126,20 +111,10 @@ def _root_cause(error: BaseException) -> str:
 
 
 def main() -> None:
-    """Serve the parent until it closes the connection. Arguments: its pid, a descriptor."""
-    parent, channel_fd = sys.argv[1:]
-    _confine(int(parent))
-    from tilewright.tuner.evaluation.cpu.protocol import receive, send
-
-    channel = socket.socket(fileno=int(channel_fd))
+    """Serve the parent until it closes the connection."""
+    channel, _ = connect()
     runner = Runner()
-    send(channel, {"ready": True})
-    while True:
-        try:
-            message, _ = receive(channel)
-        except EOFError:
-            return
-        send(channel, runner.run(message))
+    serve(channel, lambda request, _: runner.run(request))
 
 
 if __name__ == "__main__":
