@@ -1,17 +1,31 @@
-"""Floating-point types that numpy lacks: values of them are kept as float32, rounded to what the type can hold."""
+"""Floating-point types that numpy lacks: values of them are kept as float32, rounded to what the type can hold.
+
+The types themselves are those of ml_dtypes. Ours on top: fp8_e4m3 and fp4_e2m1 saturate (ml_dtypes makes NaN of what is
+too large for e4m3), a NaN stays one (e2m1 has none, so that ml_dtypes makes a zero of it), and codes of zeros and NaN
+have no sign (AMD's e4m3 has its NaN where -0 would be).
+"""
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8_e4m3": 1, "int32": 4}
+_NUMPY: dict[str, np.dtype[np.generic]] = {
+    "fp32": np.dtype(np.float32),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "fp16": np.dtype(np.float16),
+    "fp8_e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "int32": np.dtype(np.int32),
+}
+ITEMSIZE = {name: dtype.itemsize for name, dtype in _NUMPY.items()}
 """Bytes of an element of a tensor."""
 
 ROUNDING = {"fp32": 0.0, "bf16": 2.0**-8, "fp16": 2.0**-11}
 """Half the distance between neighbours, relative to the lower of them; nothing is rounded from fp32 to fp32."""
 
 _Floats = NDArray[np.float32]
+_Bytes = NDArray[np.uint8]
 
 E4M3_LARGEST = np.float32(448)
 E2M1_LARGEST = np.float32(6)
@@ -22,43 +36,67 @@ def round_to(values: _Floats, dtype: str) -> _Floats:
     match dtype:
         case "fp32":
             return values
-        case "bf16":
-            bits = np.ascontiguousarray(values).view(np.uint32)
-            nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
-            return nearest.view(np.float32)
-        case "fp16":
-            return values.astype(np.float16).astype(np.float32)
+        case "bf16" | "fp16":
+            with np.errstate(invalid="ignore"):  # a NaN of unusual bits is one all the same
+                return values.astype(_NUMPY[dtype]).astype(np.float32)
         case "fp8_e4m3":
-            return _round_short(values, E4M3_LARGEST, mantissa_bits=3, least_step=-9)
+            return _e4m3(values).astype(np.float32)
         case "fp4_e2m1":
-            return _round_short(values, E2M1_LARGEST, mantissa_bits=1, least_step=-1)
+            with np.errstate(invalid="ignore"):
+                rounded = values.astype(ml_dtypes.float4_e2m1fn).astype(np.float32)  # saturates by itself
+            return np.where(np.isnan(values), values, rounded)
         case _:
             raise ValueError(f"no rounding to {dtype!r}")
 
 
-def _round_short(values: _Floats, largest: np.float32, *, mantissa_bits: int, least_step: int) -> _Floats:
-    """Steps of 2^(e - mantissa_bits) for numbers with exponent e, of 2^least_step below the normal ones."""
-    clipped = np.clip(values, -largest, largest)
-    _, exponent = np.frexp(clipped)
-    step = np.ldexp(np.float32(1), np.maximum(exponent - 1 - mantissa_bits, least_step)).astype(np.float32)
-    rounded: _Floats = np.rint(clipped / step) * step
-    return rounded
+def e4m3_bits(values: _Floats) -> _Bytes:
+    """Codes of ``values`` rounded as :func:`round_to` does; zeros and NaN have no sign."""
+    bits = _e4m3(values).view(np.uint8)
+    magnitudes = bits & np.uint8(0x7F)
+    return np.where((magnitudes == 0) | (magnitudes == 0x7F), magnitudes, bits)
 
 
-def e4m3_bits(values: _Floats) -> NDArray[np.uint8]:
-    """Codes of ``values``, which :func:`round_to` made; NaN keeps no sign."""
-    codes = np.arange(0x7F, dtype=np.uint8)
-    exponent, mantissa = codes >> 3, codes & 7
-    normal = np.ldexp(1 + mantissa / 8, exponent.astype(np.int32) - 7)
-    magnitudes = np.where(exponent == 0, mantissa * 2.0**-9, normal)
-    found = np.searchsorted(magnitudes, np.abs(values)).astype(np.uint8)  # NaN sorts last: 0x7F
-    bits: NDArray[np.uint8] = found | np.where(values < 0, 0x80, 0).astype(np.uint8)
-    return bits
+def e2m1_bits(values: _Floats) -> _Bytes:
+    """Codes of ``values``, none of them NaN, rounded as :func:`round_to` does: the sign in the highest of four bits.
+
+    Zeros have no sign.
+    """
+    bits = values.astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
+    return np.where(bits == 8, np.uint8(0), bits)
 
 
-def e2m1_bits(values: _Floats) -> NDArray[np.uint8]:
-    """Codes of ``values``, which :func:`round_to` made: the sign in the highest of four bits."""
-    magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-    found = np.searchsorted(magnitudes, np.abs(values)).astype(np.uint8)
-    bits: NDArray[np.uint8] = found | np.where(values < 0, 8, 0).astype(np.uint8)
-    return bits
+def e4m3_values(bits: NDArray[np.unsignedinteger]) -> _Floats:
+    """Numbers that are the codes of e4m3 in ``bits``."""
+    values: _Floats = bits.astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return values
+
+
+def e2m1_values(bits: NDArray[np.unsignedinteger]) -> _Floats:
+    """Numbers that are the codes of e2m1, below 16, in ``bits``."""
+    values: _Floats = bits.astype(np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    return values
+
+
+def e8m0_values(bits: NDArray[np.unsignedinteger]) -> _Floats:
+    """Powers of two that are the codes of e8m0, which is the exponent of a float32, in ``bits``."""
+    values: _Floats = bits.astype(np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    return values
+
+
+def to_bytes(values: NDArray[np.generic], dtype: str) -> bytes:
+    """Elements of a tensor as memory holds them; floats come as float32 and are rounded, anything else is as it is."""
+    if values.dtype != np.float32 or dtype == "fp32":
+        return np.ascontiguousarray(values).tobytes()
+    floats = values.astype(np.float32, copy=False)
+    return e4m3_bits(floats).tobytes() if dtype == "fp8_e4m3" else floats.astype(_NUMPY[dtype]).tobytes()
+
+
+def from_bytes(data: bytes, dtype: str) -> NDArray[np.generic]:
+    """What :func:`to_bytes` wrote, flat: int32 as it is, floats as float32."""
+    values = np.frombuffer(data, _NUMPY[dtype])
+    return values if dtype == "int32" else values.astype(np.float32, copy=False)
+
+
+def _e4m3(values: _Floats) -> NDArray[np.generic]:
+    with np.errstate(invalid="ignore"):
+        return np.clip(values, -E4M3_LARGEST, E4M3_LARGEST).astype(ml_dtypes.float8_e4m3fn)

@@ -8,7 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.numbers.activation_rounding import E4M3_TOP_EXPONENT
-from tilewright.codegen.numbers.dtypes import e2m1_bits, e4m3_bits, round_to
+from tilewright.codegen.numbers.dtypes import (
+    e2m1_bits,
+    e2m1_values,
+    e4m3_bits,
+    e4m3_values,
+    e8m0_values,
+    round_to,
+    to_bytes,
+)
 from tilewright.codegen.numbers.layouts import RowLayout
 from tilewright.codegen.numbers.nvfp4 import nvfp4_parts
 from tilewright.codegen.numbers.precisions import Precision
@@ -21,8 +29,6 @@ _Bytes = NDArray[np.uint8]
 
 _RUN = 16
 """Steps of k whose elements lie in the lower halves of consecutive bytes; the next so many lie in the upper ones."""
-
-_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
 def pack_rows(weight: _Floats, layout: RowLayout) -> _Bytes:
@@ -37,7 +43,7 @@ def pack_rows(weight: _Floats, layout: RowLayout) -> _Bytes:
     packed = np.zeros(layout.packed_bytes(experts, n, k), np.uint8)
     element_bytes = layout.element_bytes(experts, n, k)
     if layout.stored.scales is None:
-        packed[:] = _plain_bytes(weight, layout.precision)
+        packed[:] = np.frombuffer(to_bytes(weight, layout.precision), np.uint8)
         return packed
     codes, scales, outer = _codes_and_scales(weight, layout.stored)
     packed[:element_bytes] = _element_bytes(codes, layout)
@@ -80,19 +86,12 @@ def round_rows(weight: _Floats, precision: Precision, dtype: str) -> _Floats:
             factors, offsets = (spread << 16).view(np.float32), (spread & np.uint32(0xFFFF0000)).view(np.float32)
             return round_to(elements * factors + offsets, dtype)
         case "e8m0":
-            exact = elements * (spread << 23).view(np.float32)
+            exact = elements * e8m0_values(spread)
             return exact if precision.scaled_by_matrix_unit else round_to(exact, dtype)
         case "e4m3":
-            return elements * _e4m3(spread) * outer[:, None, None]
+            return elements * e4m3_values(spread) * outer[:, None, None]
         case _:
             return round_to(elements * spread.view(np.float32), dtype)
-
-
-def _plain_bytes(weight: _Floats, dtype: str) -> _Bytes:
-    if dtype == "fp16":
-        return weight.astype(np.float16).reshape(-1).view(np.uint8)
-    upper = (round_to(weight, "bf16").view(np.uint32) >> 16).astype(np.uint16)
-    return upper.reshape(-1).view(np.uint8)
 
 
 def _codes_and_scales(weight: _Floats, precision: Precision) -> tuple[_Words, _Words, _Floats]:
@@ -158,19 +157,9 @@ def _signed(bits: int) -> Callable[[_Words], _Floats]:
     return lambda codes: ((codes.view(np.int32) << (32 - bits)) >> (32 - bits)).astype(np.float32)
 
 
-def _e4m3(codes: _Words) -> _Floats:
-    magnitude = ((codes & 0x7F) << 20).view(np.float32) * np.float32(2.0**120)
-    return np.where(codes >= 0x80, -magnitude, magnitude)
-
-
-def _e2m1(codes: _Words) -> _Floats:
-    table = np.concatenate((_E2M1, -_E2M1))
-    return table[codes]
-
-
 _VALUES: dict[str, Callable[[_Words], _Floats]] = {
     "int8": _signed(8),
     "int4": _signed(4),
-    "fp8_e4m3": _e4m3,
-    "fp4_e2m1": _e2m1,
+    "fp8_e4m3": e4m3_values,
+    "fp4_e2m1": e2m1_values,
 }

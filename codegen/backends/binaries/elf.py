@@ -46,6 +46,6 @@ def sections(binary: bytes) -> dict[str, Section]:
             if kind != _NOBITS and len(data) < size:
                 raise NotElfError(f"section {name} ends beyond the file")
             found.setdefault(name, Section(name, size, data))
-    except (struct.error, IndexError, ValueError) as error:
+    except (struct.error, IndexError, OverflowError, ValueError) as error:
         raise NotElfError(f"a damaged ELF file: {error}") from error
     return found

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tilewright.codegen.backends.triton.entry import EntrySpec
-from tilewright.codegen.numbers.dtypes import ITEMSIZE, e4m3_bits, round_to
+from tilewright.codegen.numbers.dtypes import ITEMSIZE, from_bytes, to_bytes
 from tilewright.codegen.ops.base import Arrays
 from tilewright.codegen.recipe.expressions import IntExpr
 from tilewright.codegen.recipe.model import Argument, Recipe, TensorSpec
@@ -100,7 +99,7 @@ class Emulator:
                     nbytes = int(np.prod(_shape(spec, sizes))) * ITEMSIZE[spec.dtype]
                     buffers.add(spec.name, None, nbytes)
                 elif spec.name in tensors:
-                    data = _to_bytes(tensors[spec.name], spec.dtype)
+                    data = to_bytes(tensors[spec.name], spec.dtype)
                     buffers.add(spec.name, data, len(data))
             buffers.add("workspace", None, recipe.workspace_for(sizes))
             request = {
@@ -116,7 +115,7 @@ class Emulator:
             if "error" in answer:
                 raise EmulationError(str(answer["error"]))
             return {
-                spec.name: _from_bytes((folder / spec.name).read_bytes(), spec, _shape(spec, sizes))
+                spec.name: from_bytes((folder / spec.name).read_bytes(), spec.dtype).reshape(_shape(spec, sizes))
                 for spec in recipe.tensors
                 if spec.role == "output"
             }
@@ -228,26 +227,3 @@ def _offsets(recipe: Recipe, kind: str, sizes: Mapping[str, int]) -> list[int]:
         for argument in launch.arguments
         if argument.kind == kind and kind != "tensor"
     ]
-
-
-def _to_bytes(array: NDArray[Any], dtype: str) -> bytes:
-    if array.dtype == np.float32 and dtype == "bf16":
-        return (round_to(array, "bf16").view(np.uint32) >> 16).astype(np.uint16).tobytes()
-    if array.dtype == np.float32 and dtype == "fp16":
-        return array.astype(np.float16).tobytes()
-    if array.dtype == np.float32 and dtype == "fp8_e4m3":
-        return e4m3_bits(array).tobytes()
-    return np.ascontiguousarray(array).tobytes()
-
-
-def _from_bytes(data: bytes, spec: TensorSpec, shape: tuple[int, ...]) -> NDArray[Any]:
-    match spec.dtype:
-        case "bf16":
-            array: NDArray[Any] = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-        case "fp16":
-            array = np.frombuffer(data, np.float16).astype(np.float32)
-        case "int32":
-            array = np.frombuffer(data, np.int32)
-        case _:
-            array = np.frombuffer(data, np.float32)
-    return array[: int(np.prod(shape))].reshape(shape)
