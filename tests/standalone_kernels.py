@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from guarded_calls import DTYPES, POISON, sizes_of
+from patience import PATIENCE_S
 
 from tilewright.codegen.backends.cpp.builder import FLAGS
 from tilewright.codegen.hardware.archs import Arch
@@ -57,7 +58,7 @@ class Toolchain:
         head = _numbers(threads, len(buffers), *map(len, buffers.values()), len(arguments), *sum(arguments, ()))
         given.write_bytes(head + b"".join(buffers.values()))
         command: Sequence[str] = [*self.runner, str(program), str(given), str(taken)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
         assert (done.returncode, done.stdout + done.stderr) == (0, "")
         after = dict(zip(buffers, _split(taken.read_bytes(), [len(b) for b in buffers.values()]), strict=True))
         for spec in specs:

@@ -7,7 +7,6 @@ import io
 import multiprocessing
 import os
 import signal
-import time
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -157,13 +156,6 @@ def workers_of(tuner: int) -> list[int]:
             if b"tilewright.tuner.evaluation.cpu.worker" in words and str(tuner).encode() in words:
                 found.append(int(path.parent.name))
     return found
-
-
-def wait_until(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def kill_9(pid: int) -> None:

@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from evaluation_kernels import KernelMaker, evaluator, needs_compiler, problem
+from patience import wait_until
 
 from tilewright.codegen.ops.attention.declaration import Attention
 from tilewright.codegen.ops.attention.signature import AttentionSignature
@@ -26,7 +26,7 @@ from tilewright.errors import TilewrightError
 from tilewright.tuner.evaluation.cpu.evaluator import CpuEvaluator
 from tilewright.tuning_db.records import Outcome
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.xdist_group("candidate_faults")]
 
 
 @pytest.fixture(scope="module")
@@ -171,19 +171,17 @@ def test_the_worker_dies_with_the_tuner(tmp_path: Path) -> None:
         cpu_ticks = wait_until_it_spins(worker)
         assert cpu_ticks > 0
         tuner.kill()
-    deadline = time.monotonic() + 10
-    while state_of(worker) not in (None, "Z"):
-        assert time.monotonic() < deadline, "the worker outlived the tuner"
-        time.sleep(0.01)
+    wait_until(lambda: state_of(worker) in (None, "Z"), "the worker outlived the tuner")
 
 
 def wait_until_it_spins(pid: int) -> int:
     """CPU ticks of a process, once they are more than its start-up takes."""
-    deadline = time.monotonic() + 30
-    while (ticks := int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])) < 50:
-        assert time.monotonic() < deadline, "the kernel never ran"
-        time.sleep(0.01)
-    return ticks
+
+    def ticks() -> int:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])
+
+    wait_until(lambda: ticks() >= 50, "the kernel never ran")
+    return ticks()
 
 
 def state_of(pid: int) -> str | None:

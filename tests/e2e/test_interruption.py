@@ -3,16 +3,14 @@
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S, wait_until
 
 from tilewright.codegen.backends.cpp.builder import find_compiler
 from tilewright.errors import TilewrightError
 from tilewright.tuning_db.store import Store
-
-START_LIMIT_S = 60
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
@@ -29,13 +27,10 @@ def test_an_interrupted_run_keeps_its_trials(signal_number: signal.Signals, tmp_
     command = [sys.executable, "-m", "tilewright.tuner.cli", *words, "--db", str(database)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + START_LIMIT_S
-        while not _trials(database):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until(lambda: _trials(database) or process.poll() is not None, "no trial was ever stored")
+        assert process.poll() is None, process.communicate()
         process.send_signal(signal_number)
-        stdout, stderr = process.communicate(timeout=30)
+        stdout, stderr = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
         process.communicate()

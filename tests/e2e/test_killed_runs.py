@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from evaluation_kernels import needs_compiler
+from patience import PATIENCE_S, wait_until
 from tuning_children import (
     CHILDREN,
     FIELDS,
@@ -21,7 +22,6 @@ from tuning_children import (
     served_result,
     start,
     tune,
-    wait_until,
     workers_of,
 )
 
@@ -67,7 +67,7 @@ def test_twenty_times_kill_9_then_resume(database: Path) -> None:
         known = dict(searched_of_problem(before))
         tuner, results = start(tune, database, 2 + 2 * round_, 2.0, round_)
         if round_ % 3 == 0:  # at any moment, but on a busy machine most of those lie before the first trial is stored
-            assert results.poll(60)
+            assert results.poll(PATIENCE_S)
             time.sleep(moments.uniform(0, whole_s / 4))
         else:
             time.sleep(moments.uniform(0, whole_s))

@@ -15,6 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 from naive_kernels import Built, build, needs_compiler, on_other_arch, store_plan
+from patience import PATIENCE_S
 
 from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
@@ -325,7 +326,7 @@ def test_many_threads_prepare_and_call_at_once(weight, database):
     assert not failures
 
 
-def in_forked_child(work, timeout_s=60):
+def in_forked_child(work):
     """Run ``work`` in a forked child and return its exit status; a child that hangs is killed."""
     pid = os.fork()
     if pid == 0:
@@ -335,7 +336,7 @@ def in_forked_child(work, timeout_s=60):
             os.write(2, f"{error!r}\n".encode())
             os._exit(1)
         os._exit(0)
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -363,7 +364,6 @@ def test_forked_child_completes_with_kernels_and_with_torch(weight, database):
     assert in_forked_child(work) == 0
 
 
-@pytest.mark.timeout(60)
 def test_fork_while_other_threads_prepare(weight, database):
     # What is asserted is that our locks survive the fork. No plain torch product runs beside it: torch's own locks do
     # not, so a child that needs one that another thread held would wait forever, whatever the runtime does.

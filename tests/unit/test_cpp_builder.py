@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S, wait_until
 
 from tilewright.codegen.backends.base import Source
 from tilewright.codegen.backends.building import cache_directory
@@ -66,22 +67,16 @@ def runs(tmp_path: Path) -> int:
 
 def gone(pid: int) -> bool:
     """Whether a process ended; one that nobody waited for yet counts as ended."""
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        status = Path(f"/proc/{pid}/stat")
-        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
-            return True
-        time.sleep(0.01)
-    return False
+    status = Path(f"/proc/{pid}/stat")
+    wait_until(
+        lambda: not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z", f"{pid} never ended"
+    )
+    return True
 
 
 def written_pid(path: Path) -> int:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if path.exists() and path.read_text().strip():
-            return int(path.read_text())
-        time.sleep(0.01)
-    raise AssertionError(f"{path} was never written")
+    wait_until(lambda: path.exists() and path.read_text().strip(), f"{path} was never written")
+    return int(path.read_text())
 
 
 def leftovers(directory: Path) -> list[str]:
@@ -170,7 +165,7 @@ def test_a_hanging_compiler_is_killed_with_its_children(
     builder: Callable[..., CppBuilder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpp, "CPU_LIMIT_S", 1)
-    made = builder(f"sleep 60 &\necho $! > {tmp_path}/pid\nwait")
+    made = builder(f"sleep 1000 &\necho $! > {tmp_path}/pid\nwait")
     build = made.build("a")
     assert build.path is None
     assert build.message == "Scripted 1.0 was stopped after 2 s"
@@ -218,7 +213,7 @@ def test_build_all_keeps_order_and_counts(builder: Callable[..., CppBuilder]) ->
 
 
 def test_an_exception_ends_compilers_that_run(builder: Callable[..., CppBuilder], tmp_path: Path) -> None:
-    made = builder(f"if [ $SOURCE = quick ]; then {COPY}; exit; fi\necho $$ > {tmp_path}/pid\nsleep 60")
+    made = builder(f"if [ $SOURCE = quick ]; then {COPY}; exit; fi\necho $$ > {tmp_path}/pid\nsleep 1000")
 
     def interrupt(_done: int) -> None:
         written_pid(tmp_path / "pid")
@@ -227,13 +222,13 @@ def test_an_exception_ends_compilers_that_run(builder: Callable[..., CppBuilder]
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         made.build_all([Source("quick"), Source("slow"), Source("never started")], jobs=2, progress=interrupt)
-    assert time.monotonic() - started < 30, "it waited for the compiler to end by itself"
+    assert time.monotonic() - started < PATIENCE_S, "it waited for the compiler to end by itself"
     assert gone(written_pid(tmp_path / "pid"))
     assert leftovers(made.directory) == []
 
 
 def test_ctrl_c_ends_the_compilers(script: Callable[..., Path], tmp_path: Path) -> None:
-    compiler = script(f"sleep 60 &\necho $! > {tmp_path}/pid\nwait")
+    compiler = script(f"sleep 1000 &\necho $! > {tmp_path}/pid\nwait")
     program = textwrap.dedent(f"""
         from pathlib import Path
         from tilewright.codegen.hardware.archs import CPU_ARCHS
@@ -248,7 +243,7 @@ def test_ctrl_c_ends_the_compilers(script: Callable[..., Path], tmp_path: Path) 
     try:
         child = written_pid(tmp_path / "pid")
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
     assert "KeyboardInterrupt" in errors
