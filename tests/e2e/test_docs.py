@@ -1,4 +1,4 @@
-"""docs/add-a-kernel.md, followed to the letter in a copy of the tree; and links that lead somewhere."""
+"""docs/add-a-template.md, followed to the letter in a copy of the tree; and links that lead somewhere."""
 
 import os
 import re
@@ -29,7 +29,7 @@ def _run(command: list[str], tree: Path) -> str:
     return done.stdout
 
 
-def test_adding_a_kernel(tmp_path: Path) -> None:
+def test_adding_a_template(tmp_path: Path) -> None:
     try:
         find_compiler()
     except TilewrightError as error:
@@ -38,12 +38,12 @@ def test_adding_a_kernel(tmp_path: Path) -> None:
     for name in ("codegen", "runtime", "src", "templates", "tests", "tuner", "tuning_db"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    page = (ROOT / "docs" / "add-a-kernel.md").read_text()
+    page = (ROOT / "docs" / "add-a-template.md").read_text()
     (template,) = re.findall(r"```jinja\n(.*?)```", page, re.DOTALL)
     space, script = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (entry,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
 
-    (tmp_path / "templates/moe_gemm/cpu_chains.cpp.jinja").write_text(template)
+    (tmp_path / "templates/moe_gemm/cpu/chains.cpp.jinja").write_text(template)
     declaration = tmp_path / "codegen/ops/moe_gemm/cpu/templates.py"
     before, templates = declaration.read_text().split("TEMPLATES = (\n")
     declaration.write_text(f"{before}{space}\n\nTEMPLATES = (\n{entry}{templates}")
@@ -56,3 +56,9 @@ def test_adding_a_kernel(tmp_path: Path) -> None:
     raced = _run([sys.executable, "-c", script], tmp_path).splitlines()
     assert [line.split()[0] for line in raced] == ["ok"] * 13
     assert sum("cpu_chains" in line for line in raced) == 12
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_lines_end_at_column_100(page: Path) -> None:
+    lines = [line for line in page.read_text().splitlines() if not line.startswith("|")]
+    assert [line for line in lines if len(line) > 100] == []
