@@ -3,18 +3,20 @@
 import math
 
 import numpy as np
+import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.trial import TrialState
 from scipy.integrate import quad
 from scipy.stats import norm
 
 from tilewright.codegen.space import Config, Parameter, Space
-from tilewright.tuner.search import Prior, gaussian_process
+from tilewright.tuner.search import Prior, config_of, distributions_of, gaussian_process, suggest
 from tilewright.tuner.search.features import Features, features_of
-from tilewright.tuner.search.gaussian_process import GaussianProcessSearch, log_expected_improvement, spread_rows
+from tilewright.tuner.search.gaussian_process import GaussianProcessSampler, log_expected_improvement, spread_rows
 from tilewright.tuner.search.regression import Kernel, LogPrior, Posterior, fit, negative_log_posterior
-from tilewright.tuner.search.targets import compressed, log_or_nan
+from tilewright.tuner.search.targets import compressed, logs_or_nan
 from tilewright.tuner.search.transfer import with_prior_axes
 
 
@@ -118,8 +120,11 @@ class TestTargets:
         assert values[4] == values[6]
 
     def test_failures_have_no_logarithm(self):
-        assert log_or_nan(math.e) == pytest.approx(1.0)
-        assert math.isnan(log_or_nan(None))
+        assert logs_or_nan([math.e, None, 1.0]) == pytest.approx([1.0, math.nan, 0.0], nan_ok=True)
+
+    def test_what_is_maximised_keeps_its_order_and_what_has_no_logarithm_its_values(self):
+        assert logs_or_nan([-math.e, None, -1.0]) == pytest.approx([-1.0, math.nan, 0.0], nan_ok=True)
+        assert logs_or_nan([-2.0, 0.0, 5.0]).tolist() == [-2.0, 0.0, 5.0]
 
 
 class TestAcquisition:
@@ -195,46 +200,55 @@ class TestPriorAxes:
         assert features.group_count == self.own.group_count
 
     def test_with_a_prior_the_best_config_is_found_in_fewer_tries(self):
-        search = GaussianProcessSearch(BOWL, seed=0, budget=25, priors=[prior_of("other size")])
-        times = []
-        for _ in range(25):
-            config = search.ask()
-            times.append(bowl_us(config))
-            search.tell(config, times[-1])
+        times = searched(GaussianProcessSampler(BOWL, seed=0, budget=25, priors=[prior_of("other size")]), 25)
         assert min(t for t in times if t is not None) == pytest.approx(10.0)
 
 
 class TestSearch:
     @pytest.mark.parametrize("seed", [0, 1])
     def test_it_finds_the_best_of_1296_configs_in_60_tries_though_many_fail(self, seed):
-        search = GaussianProcessSearch(BOWL, seed=seed, budget=60)
-        times = []
-        for _ in range(60):
-            config = search.ask()
-            times.append(bowl_us(config))
-            search.tell(config, times[-1])
+        times = searched(GaussianProcessSampler(BOWL, seed=seed, budget=60), 60)
         assert min(t for t in times if t is not None) == pytest.approx(10.0)
 
+    def test_it_finds_the_largest_where_a_study_maximises(self):
+        study = optuna.create_study(sampler=GaussianProcessSampler(BOWL, seed=0, budget=60), direction="maximize")
+        study.optimize(lambda trial: 1e3 / (bowl_us(suggest(trial, BOWL)) or math.inf), n_trials=60)
+        assert study.best_value == pytest.approx(100.0)
+
     def test_a_config_being_tried_is_certain_enough_not_to_attract_the_next_ask(self):
-        search = GaussianProcessSearch(BOWL, seed=0, budget=60)
-        for _ in range(20):
-            config = search.ask()
-            search.tell(config, bowl_us(config))
-        outstanding = [BOWL.index_of(search.ask()) for _ in range(3)]
-        search.ask()
-        assert search._posterior is not None
-        assert set(outstanding) <= set(search._posterior.observed)
-        for row in outstanding:
-            search.tell(BOWL[row], bowl_us(BOWL[row]))
-        search.ask()
-        assert not set(outstanding) & search._pending
+        sampler = GaussianProcessSampler(BOWL, seed=0, budget=60)
+        study = optuna.create_study(sampler=sampler)
+        distributions = distributions_of(BOWL.parameters)
+        searched(sampler, 20, study)
+        outstanding = [study.ask(distributions) for _ in range(3)]
+        study.ask(distributions)
+        rows = {BOWL.index_of(config_of(BOWL, trial.params)) for trial in outstanding}
+        assert sampler._posterior is not None
+        assert rows <= set(sampler._posterior.observed)
+        for trial in outstanding:
+            study.tell(trial, state=TrialState.FAIL)
+        study.ask(distributions)
+        # What was believed of them has made room for what came out.
+        assert rows <= set(sampler._posterior.observed)
+
+    def test_trials_that_a_posterior_knows_and_a_study_does_not_are_forgotten(self):
+        sampler = GaussianProcessSampler(BOWL, seed=0, budget=60)
+        searched(sampler, 20)
+        times = searched(sampler, 60, optuna.create_study(sampler=sampler))
+        assert min(t for t in times if t is not None) == pytest.approx(10.0)
 
     def test_a_space_larger_than_the_candidates_is_searched_around_the_best_config(self, monkeypatch):
         monkeypatch.setattr(gaussian_process, "MAX_CANDIDATES", 100)
-        search = GaussianProcessSearch(BOWL, seed=0, budget=60)
-        times = []
-        for _ in range(60):
-            config = search.ask()
-            times.append(bowl_us(config))
-            search.tell(config, times[-1])
+        times = searched(GaussianProcessSampler(BOWL, seed=0, budget=60), 60)
         assert min(t for t in times if t is not None) == pytest.approx(10.0)
+
+
+def searched(sampler: GaussianProcessSampler, count: int, study: optuna.Study | None = None) -> list[float | None]:
+    """Times of what was tried."""
+    study = study or optuna.create_study(sampler=sampler)
+    times = []
+    for _ in range(count):
+        trial = study.ask(distributions_of(BOWL.parameters))
+        times.append(bowl_us(config_of(BOWL, trial.params)))
+        study.tell(trial, times[-1], state=TrialState.FAIL if times[-1] is None else TrialState.COMPLETE)
+    return times

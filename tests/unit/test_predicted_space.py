@@ -3,6 +3,7 @@
 import random
 
 import numpy as np
+import optuna
 import pytest
 
 from tilewright.codegen.hardware.devices import DEVICES
@@ -12,7 +13,7 @@ from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.codegen.space import Space
 from tilewright.tuner.prediction.predict import predict_config
 from tilewright.tuner.prediction.space import predict_configs
-from tilewright.tuner.search import Prior, make_search
+from tilewright.tuner.search import Prior, config_of, distributions_of, make_sampler
 
 OP = find_op("moe_gemm")
 H100 = DEVICES["h100-sxm"]
@@ -54,12 +55,12 @@ def test_a_search_that_knows_the_whole_space_begins_with_its_best() -> None:
     configs = list(space)
     times = predict_configs(OP, OP.problem(mine, 8, RoutingSpec.parse("balanced")), configs, H100)
     prior = Prior("model", tuple(zip(configs, times.tolist(), strict=True)))
-    search = make_search("gp", space, seed=0, budget=30, priors=[prior])
+    study = optuna.create_study(sampler=make_sampler("gp", space, seed=0, budget=30, priors=[prior]))
     asked = []
     for _ in range(24):
-        asked.append(search.ask())
-        search.tell(asked[-1], float(times[configs.index(asked[-1])]) * 1.3)
-    assert search.ask() is not None
+        trial = study.ask(distributions_of(space.parameters))
+        asked.append(config_of(space, trial.params))
+        study.tell(trial, float(times[configs.index(asked[-1])]) * 1.3)
     best = set(np.argsort(times, kind="stable")[:4])
     assert {configs.index(config) for config in asked[:4]} == best
     later = np.median([times[configs.index(config)] for config in asked[-8:]])

@@ -78,6 +78,8 @@ class Request:
     """Largest relative error of the op's output that a precision may bring."""
     batch_invariant: bool = False
     """Whether the kernels of a plan must add up in one order."""
+    study: str = ""
+    """Where Optuna's tools can watch the search; empty: nowhere."""
     weight_copies: int = 1
     """Most weight layouts of a plan: each is a copy of the weights where it is served."""
 
@@ -210,7 +212,7 @@ class Campaign:
         variant_builder = VariantBuilder(
             request.op, signature, target.arch, target.builders, batch_invariant=request.batch_invariant
         )
-        origin = Origin(run_id, target.device.key, target.place.threads, request.seed, request.search)
+        origin = Origin(run_id, target.device.key, target.place.threads, request.seed, request.search, request.study)
         self._progress.say(format_shape(signature.to_dict()))
         precisions = storable(request.precisions, request.op.precisions(signature, target.arch), self._progress.say)
         with target.evaluator(request.op, signature, precisions, request.seed) as evaluator:
@@ -248,7 +250,7 @@ class Campaign:
                 remaining = _REFINE_SHARE / (_REFINE_SHARE + _FINAL_SHARE)
                 self._search(tuners, within, request.trials, _share(until, remaining))
                 finals = Finals(make_tuner, evaluator, self._progress, copies=request.weight_copies, until=until)
-                self._finish(mine, constraints, tuners, finals, variant_builder, evaluator)
+                self._finish(mine, constraints, tuners, finals, variant_builder, evaluator, run_id)
             spent = evaluator.spent
         report.build_s += sum(tuner.build_s for tuner in tuners)
         report.check_s += spent.checking_s
@@ -288,6 +290,7 @@ class Campaign:
         finals: Finals,
         variant_builder: VariantBuilder,
         evaluator: Evaluator,
+        run_id: str,
     ) -> None:
         """Race the finalists, store the plan and the kernels that are worth keeping, and probe the plan."""
         self._progress.say(self._target.finals)
@@ -317,7 +320,8 @@ class Campaign:
         others = [constraint for name, constraint in of_precisions.items() if name != mine.plan.precision]
         verdicts = [verdict for constraint in others if (verdict := finals.within(constraint)) and verdict.finals]
         points = [self._point(mine.verdict, mine.plan), *(self._point(v, self._plan(v)) for v in verdicts)]
-        mine.front = front(points)
+        title = f"precision against error of {format_shape(signature.to_dict())} {run_id}"
+        mine.front = front(points, title, self._request.study if len(points) > 1 else "")
         exact = op.lossless(signature)
         admitted = [exact if name == LOSSLESS else name for key, name in self._errors if key == signature.key]
         for line in left_out(admitted, points, mine.front):

@@ -7,17 +7,25 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import TrialState
 
 from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.base import Problem
 from tilewright.codegen.space import Config, Space
+from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.progress import Progress
+from tilewright.tuner.campaign.recorded import attributes_of, finished_trial, state_of, study_attributes, study_title
 from tilewright.tuner.campaign.variants import BuildResult, PlanConstraint, VariantBuilder
 from tilewright.tuner.evaluation.interface import Evaluator
 from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation
-from tilewright.tuner.search import Prior, SearchExhausted, ToldTrial, TuningStudy, make_search
+from tilewright.tuner.search import EnumeratedSampler, Prior, config_of, distributions_of, make_sampler, params_of
+from tilewright.tuner.search.storage import open_storage, saying_where
 from tilewright.tuning_db.records import Outcome, TrialRecord
 from tilewright.tuning_db.store import Store
 
@@ -54,6 +62,17 @@ class Origin:
     threads: int
     seed: int
     search: str
+    study: str = ""
+    """Where Optuna's tools can watch; see :func:`tilewright.tuner.search.storage.open_storage`."""
+
+
+@dataclass(frozen=True)
+class ToldTrial:
+    """A finished trial, with the time that the search was told."""
+
+    config: Config
+    time_us: float | None
+    outcome: str
 
 
 @dataclass(frozen=True)
@@ -82,7 +101,7 @@ class ProblemResult:
     default: Config
     candidates: dict[Config, Candidate] = field(default_factory=dict)
     told: list[ToldTrial] = field(default_factory=list)
-    """Every trial, with the time that the search was told."""
+    """Every trial, earlier runs' included when resumed."""
     performance_warnings: Callable[[BuiltKernel], Sequence[str]] = lambda _kernel: ()
     """What speaks against a kernel that was not timed; nothing against one that was."""
 
@@ -122,6 +141,14 @@ class ProblemResult:
         return clean, others
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A trial that is being tried."""
+
+    trial: optuna.Trial
+    config: Config
+
+
 class ProblemTuner:
     """Tunes one problem. Batches of variants are built, then checked and raced; never both at once on the CPU."""
 
@@ -148,6 +175,10 @@ class ProblemTuner:
         )
         self.build_s = 0.0
         """Wall seconds spent building."""
+        self._replayed: list[TrialRecord] = []
+        """Of earlier runs, as many as ``result`` begins with."""
+        self._study: optuna.Study | None = None
+        self._distributions: dict[str, BaseDistribution] = {}
 
     def replay(self, earlier: Sequence[TrialRecord]) -> None:
         """Take over the trials of earlier runs, and race the best of them again.
@@ -173,6 +204,7 @@ class ProblemTuner:
             config = Config(trial.config)
             time_us = now.get(config, drift * trial.median_us) if trial.median_us is not None else None
             self.result.told.append(ToldTrial(config, time_us, trial.outcome.value))
+        self._replayed = searched
 
     def _worth_racing(self, times: Mapping[Config, float], finals: Sequence[TrialRecord]) -> list[Config]:
         """The default, the fastest of earlier last races, and the fastest of the search in each weight layout."""
@@ -189,46 +221,77 @@ class ProblemTuner:
     def search(self, space: Space, budget: Budget, priors: Iterable[Prior]) -> None:
         """Search ``space`` until the budget is spent; the default config always comes first, then what won elsewhere.
 
+        A second call goes on in the same study, with a sampler of its own. What is left of ``space`` may be less than
+        in the first, its parameters are the same.
+
         Raises:
-            TilewrightError: when the problem does not fit the memory.
+            TilewrightError: when the problem does not fit the memory, or the study's storage fails.
 
         """
         result = self.result
-        study = self._study(space, budget, priors)
+        trials = min(budget.trials, len(space))
+        sampler = make_sampler(self._origin.search, space, seed=self._origin.seed, budget=trials, priors=priors)
+        study = self._study = self._study or self._new_study(space)
+        study.sampler = sampler
         batch_s = 0.0
         while budget.allows(result.trials, batch_s):
-            configs = self._next_batch(study, space, min(BATCH, budget.trials - result.trials))
-            if not configs:
+            asked = self._ask(study, sampler, min(BATCH, budget.trials - result.trials))
+            if not asked:
                 break
             begin = time.monotonic()
-            self._run_batch(configs, study, budget)
+            try:
+                self._run_batch(asked, study, budget)
+            except BaseException:
+                _give_up(study, asked)
+                raise
             batch_s = time.monotonic() - begin
             self._progress.batch_done(result, budget.trials)
 
-    def _study(self, space: Space, budget: Budget, priors: Iterable[Prior]) -> TuningStudy:
-        search = make_search(
-            self._origin.search, space, seed=self._origin.seed, budget=min(budget.trials, len(space)), priors=priors
-        )
-        study = TuningStudy(space, search, name=self._problem.key, problem=self._problem.key)
-        study.rebuild(self.result.told)
+    def _new_study(self, space: Space) -> optuna.Study:
+        """A study that knows the trials of earlier runs."""
+        origin, problem = self._origin, self._problem
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would report every trial beside our own progress
+        # The default is tried even where its template is not searched.
+        self._distributions = distributions_of(space.parameters, [self.result.default])
+        with saying_where(origin.study):
+            study = optuna.create_study(
+                study_name=f"{study_title(problem, origin.device_key, origin.threads)} {origin.run_id}",
+                storage=open_storage(origin.study),
+            )
+            op = self._variant_builder.op.name
+            for name, value in study_attributes(problem, op, origin.device_key, origin.threads).items():
+                study.set_user_attr(name, value)
+            for trial, told in zip(self._replayed, self.result.told, strict=True):
+                params = params_of(space.parameters, told.config)
+                study.add_trial(finished_trial(trial, told.time_us, params, self._distributions))
         return study
 
-    def _next_batch(self, study: TuningStudy, space: Space, count: int) -> list[Config]:
-        """What the search asks for, after the default and the op's starting configs where they have not been tried."""
+    def _ask(self, study: optuna.Study, sampler: EnumeratedSampler, count: int) -> list[Asked]:
+        """Up to ``count`` trials: the default and the op's starting configs where they have not been tried, and others.
+
+        Fewer where the space is exhausted. Whoever enqueues a trial in a study that is watched gets it tried, too.
+        """
+        space = sampler.space
         tried = {trial.config for trial in self.result.told}
         op, signature, arch = self._variant_builder.op, self._variant_builder.signature, self._variant_builder.arch
         precisions = next((p.values for p in space.parameters if p.name == "precision"), (LOSSLESS,))
         starts = op.starting_configs(signature, arch, [str(name) for name in precisions if name is not None])
         first = [self.result.default, *(config for config in starts if space.find(config) is not None)]
-        configs = [config for config in first if config not in tried][:count]
-        while len(configs) < count:
-            try:
-                config = study.ask()
-            except SearchExhausted:
-                break
-            if config not in configs:
-                configs.append(config)
-        return configs
+        queued = [config for config in dict.fromkeys(first) if config not in tried][:count]
+        known = {tuple(params_of(space.parameters, config).values()): config for config in queued}
+        asked: list[Asked] = []
+        with saying_where(self._origin.study):
+            for config in queued:
+                study.enqueue_trial(params_of(space.parameters, config))
+            while len(asked) < count and (len(asked) < len(queued) or not sampler.is_exhausted(study)):
+                trial = study.ask(self._distributions)
+                mine = known.get(tuple(trial.params.values()))
+                try:
+                    asked.append(Asked(trial, mine or config_of(space, trial.params)))
+                except TilewrightError as error:  # enqueued by somebody else
+                    trial.set_user_attr("message", str(error))
+                    study.tell(trial, state=TrialState.PRUNED)
+        return asked
 
     def _build(self, configs: Sequence[Config]) -> list[BuildResult]:
         begin = time.monotonic()
@@ -236,9 +299,9 @@ class ProblemTuner:
         self.build_s += time.monotonic() - begin
         return built
 
-    def _run_batch(self, configs: Sequence[Config], study: TuningStudy, budget: Budget) -> None:
+    def _run_batch(self, asked: Sequence[Asked], study: optuna.Study, budget: Budget) -> None:
         result = self.result
-        built = self._build(configs)
+        built = self._build([each.config for each in asked])
         anchor, best = self._anchor(), result.ranked()[:1]
         again = list({c.config: c for c in [*([anchor] if anchor else []), *best]}.values())
         entrants = [c.kernel for c in again] + [b.kernel for b in built if b.path]
@@ -254,12 +317,25 @@ class ProblemTuner:
             trials.append(trial)
             told_us = trial.median_us * drift if trial.median_us is not None else None
             result.told.append(ToldTrial(build.variant.config, told_us, trial.outcome.value))
-            study.tell(build.variant.config, told_us, outcome=trial.outcome.value)
             if told_us is not None:
                 result.candidates[build.variant.config] = Candidate(
                     build.variant.config, build.kernel, told_us, build.variant.constraint
                 )
         self._store.add_trials(trials)
+        with saying_where(self._origin.study):
+            for each, trial, told in zip(asked, trials, result.told[-len(asked) :], strict=True):
+                self._tell(study, each, trial, told.time_us)
+
+    def _tell(self, study: optuna.Study, asked: Asked, record: TrialRecord, time_us: float | None) -> None:
+        """Finish a trial of the study, after ours is safe in the database."""
+        for name, value in attributes_of(record).items():
+            asked.trial.set_user_attr(name, value)
+        candidate = self.result.candidates.get(asked.config)
+        # Binaries of earlier runs are not read again, and Optuna wants a constraint of all trials or of none.
+        if candidate is not None and candidate.kernel.facts and not self._replayed:
+            spilled = max(each.spill_store_bytes + each.spill_load_bytes for each in candidate.kernel.facts)
+            asked.trial.set_constraint("bytes spilled by a thread", spilled)
+        study.tell(asked.trial, time_us, state=state_of(record.outcome, time_us))
 
     def _anchor(self) -> Candidate | None:
         """What every batch races again, to see how fast the machine is now: the default, unless it is very slow.
@@ -332,3 +408,10 @@ class ProblemTuner:
         evaluations = self._evaluator.evaluate(kernels, self._problem, budget_s=budget_s, finalists=True)
         self._store.add_trials([self._trial(b, e, FINAL_RACE) for b, e in zip(built, evaluations, strict=True)])
         return list(zip(built, evaluations, strict=True))
+
+
+def _give_up(study: optuna.Study, asked: Sequence[Asked]) -> None:
+    """Finish trials that were interrupted: whoever watches would wait for them forever."""
+    for each in asked:
+        with suppress(TilewrightError), saying_where("the storage"):
+            study.tell(each.trial, state=TrialState.FAIL, skip_if_finished=True)

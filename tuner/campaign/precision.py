@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.study import StudyDirection
+from optuna.trial import create_trial
 
 from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.base import Problem
@@ -14,6 +20,7 @@ from tilewright.tuner.campaign.variants import PlanConstraint
 from tilewright.tuner.evaluation.checking import PrecisionError
 from tilewright.tuner.evaluation.interface import Evaluator
 from tilewright.tuner.plan.constraint import Final, choose_constraints
+from tilewright.tuner.search.storage import open_storage, saying_where
 from tilewright.tuning_db.records import PlanRecord
 
 DEFAULT_MAX_ERROR = 0.01
@@ -104,10 +111,29 @@ def left_out(admitted: Iterable[str], points: Sequence[FrontPoint], chosen: Sequ
     ]
 
 
-def front(points: Iterable[FrontPoint]) -> list[FrontPoint]:
-    """Points that no other one beats in both time and error, by rising error."""
-    best: list[FrontPoint] = []
-    for point in sorted(points, key=lambda p: (p.error.relative, p.time_us)):
-        if not best or point.time_us < best[-1].time_us:
-            best.append(point)
-    return best
+def front(points: Iterable[FrontPoint], name: str | None = None, url: str = "") -> list[FrontPoint]:
+    """Points that no other one beats in both time and error, by rising error: the best of a study of two objectives.
+
+    Args:
+        points: of one signature; of those that are equal in both, the first counts.
+        name: of the study; None for any.
+        url: where Optuna's tools can look at it; see :func:`tilewright.tuner.search.storage.open_storage`.
+
+    Raises:
+        TilewrightError: when the storage fails.
+
+    """
+    by_values: dict[tuple[float, float], FrontPoint] = {}
+    for point in points:
+        by_values.setdefault((point.error.relative, point.time_us), point)
+    with saying_where(url):
+        study = optuna.create_study(
+            study_name=name, storage=open_storage(url), directions=[StudyDirection.MINIMIZE, StudyDirection.MINIMIZE]
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            study.set_metric_names(["relative error", "geometric mean us"])
+        for values, point in by_values.items():
+            study.add_trial(create_trial(values=list(values), user_attrs={"precision": point.precision}))
+        best = [by_values[error, time_us] for error, time_us in (trial.values for trial in study.best_trials)]
+    return sorted(best, key=lambda point: point.error.relative)

@@ -1,4 +1,4 @@
-"""What the database knows, as Optuna studies."""
+"""Our trials as Optuna's: those of a search that goes on, and everything that the database knows."""
 
 from __future__ import annotations
 
@@ -8,13 +8,81 @@ from datetime import UTC, datetime
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from tilewright.codegen.ops.base import Problem
 from tilewright.codegen.ops.registry import find_op
 from tilewright.tuner.report.text import format_shape
-from tilewright.tuning_db.records import ProblemSummary, TrialRecord
+from tilewright.tuner.search.encoding import distribution_of
+from tilewright.tuning_db.records import Outcome, ProblemSummary, TrialRecord
 from tilewright.tuning_db.store import Store
+
+
+def state_of(outcome: Outcome, value: float | None) -> TrialState:
+    """What Optuna calls it: pruned is what was given up before it could run, failed what has no value otherwise."""
+    if outcome == Outcome.REJECTED:
+        return TrialState.PRUNED
+    return TrialState.FAIL if value is None else TrialState.COMPLETE
+
+
+def attributes_of(trial: TrialRecord) -> dict[str, Any]:
+    """User attributes of a trial's twin in a study."""
+    return {
+        "outcome": trial.outcome.value,
+        "message": trial.message,
+        "kernel": trial.kernel_key,
+        "run": trial.run_id,
+        "search": trial.search,
+        "seed": trial.seed,
+        "low_us": trial.low_us,
+        "high_us": trial.high_us,
+        "samples": len(trial.samples_us),
+        # Browsers read no infinity in JSON.
+        "error": trial.error if trial.error is None or math.isfinite(trial.error) else str(trial.error),
+        "build_s": trial.build_s,
+    }
+
+
+def study_attributes(problem: Problem, op: str, device_key: str, threads: int) -> dict[str, Any]:
+    """User attributes of a problem's study."""
+    return {
+        "op": op,
+        "problem": problem.to_dict(),
+        "device": device_key,
+        "threads": threads,
+        "value": "median_us",
+    }
+
+
+def study_title(problem: Problem, device_key: str, threads: int) -> str:
+    """What the study of a problem is called; problems may differ in their routing alone, hence the key in it."""
+    size = f"{problem.signature.size_name}={problem.size}"
+    shape = f"{format_shape(problem.signature.to_dict())} {size} threads={threads}"
+    return f"{shape} on {device_key} ({problem.key[:8]})"
+
+
+def finished_trial(
+    trial: TrialRecord,
+    value: float | None,
+    params: Mapping[str, Any],
+    distributions: Mapping[str, BaseDistribution],
+) -> FrozenTrial:
+    """Return a trial's twin for :meth:`optuna.Study.add_trial`; ``value`` is its time in us, None where it failed."""
+    at = datetime.fromtimestamp(trial.created_at, UTC).astimezone().replace(tzinfo=None)
+    return FrozenTrial(
+        number=-1,
+        trial_id=-1,
+        state=state_of(trial.outcome, value),
+        value=value,
+        datetime_start=at,
+        datetime_complete=at,
+        params=dict(params),
+        distributions={name: distributions[name] for name in params},
+        user_attrs=attributes_of(trial),
+        system_attrs={},
+        intermediate_values={},
+    )
 
 
 def recorded_studies(store: Store) -> list[optuna.Study]:
@@ -31,65 +99,23 @@ def _trials(store: Store, summary: ProblemSummary) -> list[TrialRecord]:
 
 def _study(summary: ProblemSummary, trials: Sequence[TrialRecord]) -> optuna.Study:
     problem = find_op(summary.op).problem_from_dict(summary.problem)
-    size = f"{problem.signature.size_name}={problem.size}"
-    shape = f"{format_shape(problem.signature.to_dict())} {size} threads={summary.threads}"
-    # Problems may differ in their routing alone: hence the key.
-    name = f"{shape} on {summary.device_key} ({summary.problem_key[:8]})"
-    study = optuna.create_study(study_name=name, direction="minimize")
-    attributes = {
-        "op": summary.op,
-        "problem": summary.problem,
-        "device": summary.device_key,
-        "threads": summary.threads,
-        "value": "median_us",
-    }
-    for key, value in attributes.items():
+    study = optuna.create_study(study_name=study_title(problem, summary.device_key, summary.threads))
+    for key, value in study_attributes(problem, summary.op, summary.device_key, summary.threads).items():
         study.set_user_attr(key, value)
     distributions = _distributions(trial.config for trial in trials)
-    study.add_trials([_frozen(trial, distributions) for trial in trials])
+    study.add_trials([finished_trial(trial, trial.median_us, trial.config, distributions) for trial in trials])
     return study
 
 
 def _distributions(configs: Iterable[Mapping[str, Any]]) -> dict[str, BaseDistribution]:
-    """Per knob, the values that were tried; numbers in ascending order."""
+    """Per knob, over the values that were tried."""
     values: dict[str, dict[Any, None]] = {}
     for config in configs:
         for name, value in config.items():
             values.setdefault(name, {})[value] = None
-    return {name: CategoricalDistribution(sorted(found, key=_rank)) for name, found in values.items()}
+    return {name: distribution_of(sorted(found, key=_rank)) for name, found in values.items()}
 
 
 def _rank(value: Any) -> tuple[str, float, str]:
     number = isinstance(value, int | float)
     return ("number" if number else type(value).__name__, value if number else 0, str(value))
-
-
-def _frozen(trial: TrialRecord, distributions: Mapping[str, BaseDistribution]) -> FrozenTrial:
-    attributes = {
-        "outcome": trial.outcome.value,
-        "message": trial.message,
-        "kernel": trial.kernel_key,
-        "run": trial.run_id,
-        "search": trial.search,
-        "seed": trial.seed,
-        "low_us": trial.low_us,
-        "high_us": trial.high_us,
-        "samples": len(trial.samples_us),
-        # Browsers read no infinity in JSON.
-        "error": trial.error if trial.error is None or math.isfinite(trial.error) else str(trial.error),
-        "build_s": trial.build_s,
-    }
-    at = datetime.fromtimestamp(trial.created_at, UTC).astimezone().replace(tzinfo=None)
-    return FrozenTrial(
-        number=-1,
-        trial_id=-1,
-        state=TrialState.FAIL if trial.median_us is None else TrialState.COMPLETE,
-        value=trial.median_us,
-        datetime_start=at,
-        datetime_complete=at,
-        params=dict(trial.config),
-        distributions={name: distributions[name] for name in trial.config},
-        user_attrs=attributes,
-        system_attrs={},
-        intermediate_values={},
-    )

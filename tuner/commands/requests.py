@@ -18,7 +18,8 @@ from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.campaign import Request
 from tilewright.tuner.campaign.precision import DEFAULT_MAX_ERROR, storable
 from tilewright.tuner.campaign.progress import ENDLESS_TRIALS
-from tilewright.tuner.search import SEARCHES
+from tilewright.tuner.search import check_search
+from tilewright.tuner.search.storage import open_storage
 from tilewright.tuner.targets.base import DefaultBudget, Target, Wishes
 from tilewright.tuner.targets.registry import find_target
 
@@ -135,8 +136,8 @@ def _request(
     target: Target,
 ) -> Request:
     templates = _templates(arguments, op, target)
-    if arguments.search not in SEARCHES:
-        raise TilewrightError(f"unknown search {arguments.search!r}; choose one of {', '.join(SEARCHES)}")
+    check_search(arguments.search)
+    open_storage(arguments.study)
     routing = RoutingSpec.parse(arguments.routing)
     if not 0 <= arguments.seed <= _MAX_SEED:
         raise TilewrightError(f"--seed {arguments.seed} is impossible; give a number from 0 to {_MAX_SEED}")
@@ -155,6 +156,7 @@ def _request(
         trials=trials,
         time_s=time_s,
         search=arguments.search,
+        study=arguments.study,
         seed=arguments.seed,
         resume=arguments.resume,
         model="" if model is None else model.name,

@@ -20,7 +20,7 @@ from tilewright.tuner.commands.requests import (
     parse_model,
     parse_requests,
 )
-from tilewright.tuner.search import DEFAULT_SEARCH, SEARCHES
+from tilewright.tuner.search import DEFAULT_SEARCH, OPTUNA, SEARCHES
 from tilewright.tuner.targets.base import COMPILING, MEASURING, Shown
 from tilewright.tuning_db.integrity import UntrustedFile, check_private
 from tilewright.tuning_db.store import Store
@@ -53,7 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--trials", type=int, metavar="N", help=trials)
     usual = f"{MEASURING.time_s:.0f}s an op, of GPUs {COMPILING.time_s:.0f}s in all"
     how.add_argument("--time", metavar="T", help=f"for an arch: 90, 90s, 5m, 1h (default {usual})")
-    how.add_argument("--search", default=DEFAULT_SEARCH, help=", ".join(SEARCHES))
+    how.add_argument(
+        "--search",
+        default=DEFAULT_SEARCH,
+        metavar="NAME",
+        help=f"{', '.join(SEARCHES)}, or {OPTUNA}NAME for a sampler of Optuna's, such as {OPTUNA}TPESampler",
+    )
     how.add_argument("--threads", type=int, metavar="N", help="threads of a kernel (default: all cores)")
     how.add_argument(
         "--probes",
@@ -90,6 +95,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where = parser.add_argument_group("where to")
     where.add_argument("--db", metavar="PATH|URL", help="database (default $TILEWRIGHT_DB, or the user's data folder)")
+    where.add_argument(
+        "--study",
+        default="",
+        metavar="FILE|URL",
+        help="journal or database in which optuna-dashboard can watch the search (default: in memory)",
+    )
     where.add_argument("--json", action="store_true", help="one JSON document on stdout, progress on stderr")
 
 

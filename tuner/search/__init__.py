@@ -1,41 +1,77 @@
-"""Searches over an enumerated space, and the Optuna study around them."""
+"""Samplers of Optuna's for enumerated spaces, ours and its own, and where studies are stored."""
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, Protocol
 
 from tilewright.codegen.space import Space
 from tilewright.errors import TilewrightError
-from tilewright.tuner.search.base import EnumeratedSearch, Prior, Search, SearchExhausted
-from tilewright.tuner.search.export import export_studies
-from tilewright.tuner.search.gaussian_process import GaussianProcessSearch
-from tilewright.tuner.search.random_search import RandomSearch
-from tilewright.tuner.search.study import ToldTrial, TuningStudy
-from tilewright.tuner.search.tpe import TpeSearch
-
-SEARCHES: Final[dict[str, type[EnumeratedSearch]]] = {
-    "gp": GaussianProcessSearch,
-    "random": RandomSearch,
-    "tpe": TpeSearch,
-}
-"""Every search by the name that users give it; the first is the default."""
+from tilewright.tuner.search.encoding import config_of, distributions_of, params_of, suggest
+from tilewright.tuner.search.gaussian_process import GaussianProcessSampler
+from tilewright.tuner.search.optuna_samplers import (
+    NearestConfigSampler,
+    RandomConfigSampler,
+    optuna_sampler,
+    pinned_tpe,
+    sampler_names,
+)
+from tilewright.tuner.search.sampler import EnumeratedSampler, Prior, SearchExhausted
 
 DEFAULT_SEARCH: Final = "gp"
 
+OPTUNA: Final = "optuna:"
+"""Before the name of a sampler of Optuna's."""
+
 __all__ = [
     "DEFAULT_SEARCH",
+    "OPTUNA",
     "SEARCHES",
+    "EnumeratedSampler",
+    "GaussianProcessSampler",
+    "NearestConfigSampler",
     "Prior",
-    "Search",
+    "RandomConfigSampler",
     "SearchExhausted",
-    "ToldTrial",
-    "TuningStudy",
-    "export_studies",
-    "make_search",
+    "check_search",
+    "config_of",
+    "distributions_of",
+    "make_sampler",
+    "params_of",
+    "suggest",
 ]
 
 
-def make_search(name: str, space: Space, *, seed: int, budget: int, priors: Iterable[Prior] = ()) -> Search:
-    """Make the search called `name`; raises TilewrightError when there is none of that name."""
-    if name not in SEARCHES:
-        raise TilewrightError(f"There is no search called {name!r}; choose one of {', '.join(SEARCHES)}.")
+class _Maker(Protocol):
+    def __call__(self, space: Space, *, seed: int, budget: int, priors: Iterable[Prior]) -> EnumeratedSampler: ...
+
+
+def _tpe(space: Space, *, seed: int, budget: int, priors: Iterable[Prior]) -> EnumeratedSampler:
+    return NearestConfigSampler(space, pinned_tpe(seed), seed=seed, budget=budget, priors=priors)
+
+
+SEARCHES: Final[dict[str, _Maker]] = {"gp": GaussianProcessSampler, "random": RandomConfigSampler, "tpe": _tpe}
+"""Every search by the name that users give it; beside these, ``optuna:`` and the name of a sampler of Optuna's."""
+
+
+def check_search(name: str) -> None:
+    """Raise TilewrightError, with a sentence that lists the choices, when there is no search called ``name``."""
+    if name.startswith(OPTUNA):
+        optuna_sampler(name.removeprefix(OPTUNA), 0)
+    elif name not in SEARCHES:
+        raise TilewrightError(
+            f"there is no search {name!r}; choose one of {', '.join(SEARCHES)}, or {OPTUNA}NAME for a sampler of "
+            f"Optuna's: {', '.join(sampler_names())}"
+        )
+
+
+def make_sampler(name: str, space: Space, *, seed: int, budget: int, priors: Iterable[Prior] = ()) -> EnumeratedSampler:
+    """Make the sampler of the search called ``name``.
+
+    Raises:
+        TilewrightError: when there is none of that name, or it needs a package that is not installed.
+
+    """
+    check_search(name)
+    if name.startswith(OPTUNA):
+        inner = optuna_sampler(name.removeprefix(OPTUNA), seed)
+        return NearestConfigSampler(space, inner, seed=seed, budget=budget, priors=priors)
     return SEARCHES[name](space, seed=seed, budget=budget, priors=priors)

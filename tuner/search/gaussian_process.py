@@ -1,18 +1,22 @@
-"""Search by a Gaussian process over every valid config, and expected improvement."""
+"""An Optuna sampler: a Gaussian process over every valid config of an enumerated space, and expected improvement."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
+import optuna
+from optuna.trial import FrozenTrial
 from scipy.special import erfcx, ndtr
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from tilewright.codegen.space import Space
-from tilewright.tuner.search.base import EnumeratedSearch, Prior
 from tilewright.tuner.search.features import FloatArray, features_of
 from tilewright.tuner.search.regression import Kernel, Posterior, fit
-from tilewright.tuner.search.targets import compressed, log_or_nan
+from tilewright.tuner.search.sampler import EnumeratedSampler, History, Prior
+from tilewright.tuner.search.targets import compressed, logs_or_nan
 from tilewright.tuner.search.transfer import with_prior_axes
 
 BLAS = ThreadpoolController()
@@ -31,15 +35,16 @@ MAX_CANDIDATES = 30_000
 """Configs that the posterior covers; from a larger space, this many are drawn again at every refit."""
 
 
-class GaussianProcessSearch(EnumeratedSearch):
+class GaussianProcessSampler(EnumeratedSampler):
     """An exact Gaussian process on log time over all valid configs, kept incrementally; no inner optimiser.
 
-    Failures count as badly as the slowest success. A config that is being tried is believed to turn out as predicted,
-    so that outstanding asks spread out. Priors with enough results become further axes of the surrogate. From a space
-    of more than MAX_CANDIDATES configs, a seeded sample, and the neighbours of the best config, are the candidates.
+    Failed and pruned trials count as badly as the slowest success. A config that is being tried is believed to turn
+    out as predicted, so that trials that run side by side spread out. Priors with enough results become further axes
+    of the surrogate. From a space of more than MAX_CANDIDATES configs, a seeded sample, and the neighbours of the best
+    config, are the candidates. Its arguments are those of :class:`~tilewright.tuner.search.sampler.EnumeratedSampler`.
     """
 
-    def __init__(self, space: Space, *, seed: int, budget: int, priors: Iterable[Prior] = ()) -> None:
+    def __init__(self, space: Space, *, seed: int, budget: int = 100, priors: Iterable[Prior] = ()) -> None:
         super().__init__(space, seed=seed, budget=budget, priors=priors)
         own = features_of(space)
         with BLAS.limit(limits=1, user_api="blas"):
@@ -48,77 +53,83 @@ class GaussianProcessSearch(EnumeratedSearch):
         spread = FIRST_SPREAD_WITH_PRIORS if informed else FIRST_SPREAD
         self._start = spread_rows(own.points, min(spread, budget), self._rng)
         self._believed: dict[int, float] = {}
+        """Log times that configs were predicted to take when they were suggested."""
         self._kernel: Kernel | None = None
         self._posterior: Posterior | None = None
         self._candidates = np.arange(0)
         self._fitted_at = 0
 
-    def _propose(self) -> int:
+    def _propose(self, study: optuna.Study, trial: FrozenTrial, history: History) -> int:
+        del study, trial
         while self._start:
             row = self._start.pop(0)
-            if self._free[row]:
+            if history.free[row]:
                 return row
-        successes = sum(time_us is not None for time_us in self._told.values())
+        successes = sum(value is not None for value in history.values.values())
         if successes < 2 or not self._features.group_count:
-            return self._any_free()
+            return self._any_free(history)
         with BLAS.limit(limits=1, user_api="blas"):
-            return self._best_candidate()
+            return self._best_candidate(history)
 
-    def _best_candidate(self) -> int:
-        self._update_posterior()
-        assert self._posterior is not None
-        targets, best, centre, scale = self._targets(self._posterior.observed)
-        mean, deviation = self._posterior.predict(targets)
+    def _best_candidate(self, history: History) -> int:
+        posterior = self._up_to_date(history)
+        targets, best, centre, scale = self._targets(history, posterior.observed)
+        mean, deviation = posterior.predict(targets)
         gain = log_expected_improvement(mean, deviation, best)
-        gain[~self._free[self._candidates]] = -np.inf
+        gain[~history.free[self._candidates]] = -np.inf
         choice = int(np.argmax(gain))
         row = int(self._candidates[choice])
-        if not self._free[row]:
-            return self._any_free()
+        if not history.free[row]:
+            return self._any_free(history)
         self._believed[row] = centre + scale * float(mean[choice])
         return row
 
-    def _update_posterior(self) -> None:
+    def _up_to_date(self, history: History) -> Posterior:
         """Fit the kernel anew after enough new results; otherwise only add the rows that are new."""
-        count = len(self._told)
+        count = len(history.values)
         since_fit = count - self._fitted_at
-        if self._kernel is None or since_fit >= max(10, count // 8) or (count < 30 and since_fit >= 4):
-            self._refit()
-            return
-        assert self._posterior is not None
-        known = set(self._posterior.observed)
-        for row in self._rows():
+        rows = self._rows(history)
+        posterior = self._posterior
+        # Another study, or a config that was given up: the posterior cannot forget.
+        forgotten = posterior is None or not set(posterior.observed) <= set(rows)
+        if posterior is None or forgotten or since_fit >= max(10, count // 8) or (count < 30 and since_fit >= 4):
+            return self._refit(history, rows)
+        known = set(posterior.observed)
+        for row in rows:
             if row not in known:
-                self._posterior.observe(row)
+                posterior.observe(row)
+        return posterior
 
-    def _refit(self) -> None:
-        told = list(self._told)
-        targets, *_ = self._targets(told)
+    def _refit(self, history: History, rows: list[int]) -> Posterior:
+        told = list(history.values)
+        targets, *_ = self._targets(history, told)
         self._kernel = fit(self._features, np.array(told), targets, self._kernel)
-        self._candidates = self._draw_candidates()
-        self._posterior = Posterior(self._kernel, self._features, self._candidates, np.array(self._rows()))
+        self._candidates = self._draw_candidates(history)
+        self._posterior = Posterior(self._kernel, self._features, self._candidates, np.array(rows))
         self._fitted_at = len(told)
+        return self._posterior
 
-    def _rows(self) -> list[int]:
+    def _rows(self, history: History) -> list[int]:
         """Rows that the posterior is to know of: those with a result, and those being tried with a believed one."""
-        return [*self._told, *(row for row in self._believed if row in self._pending)]
+        tried = (row for row in self._believed if row in history.running and row not in history.values)
+        return [*history.values, *tried]
 
-    def _draw_candidates(self) -> npt.NDArray[np.intp]:
-        free = np.flatnonzero(self._free)
+    def _draw_candidates(self, history: History) -> npt.NDArray[np.intp]:
+        free = np.flatnonzero(history.free)
         if len(free) <= MAX_CANDIDATES:
             return free
-        best = min((time_us, row) for row, time_us in self._told.items() if time_us is not None)[1]
+        best = min((value, row) for row, value in history.values.items() if value is not None)[1]
         differing = (self.space.indices[free] != self.space.indices[best]).sum(axis=1)
         sample = self._rng.choice(free, MAX_CANDIDATES, replace=False)
         return np.union1d(sample, free[differing == 1])
 
-    def _targets(self, rows: list[int]) -> tuple[FloatArray, float, float, float]:
+    def _targets(self, history: History, rows: list[int]) -> tuple[FloatArray, float, float, float]:
         """Return the rows' standardised log times, the best success so far, and the centre and scale used."""
+        log_of = dict(zip(history.values, logs_or_nan(list(history.values.values())), strict=True))
         # A config that is being tried has no time yet, but a believed one.
-        logs = [log_or_nan(self._told[row]) if row in self._told else self._believed[row] for row in rows]
-        values = compressed(logs)
+        values = compressed([float(log_of[row]) if row in log_of else self._believed[row] for row in rows])
         centre, scale = float(values.mean()), float(values.std()) or 1.0
-        best = min(math.log(t) for t in self._told.values() if t is not None)
+        best = float(np.nanmin(list(log_of.values())))
         return (values - centre) / scale, (best - centre) / scale, centre, scale
 
 

@@ -14,12 +14,22 @@ SLOW_SLOPE = 0.25
 """How much of a slow config's excess (in log time) is kept, at first; less the further out."""
 
 
-def log_or_nan(time_us: float | None) -> float:
-    """Log of a time in us; nan for a failure."""
-    return math.nan if time_us is None else math.log(time_us)
+def logs_or_nan(values: Sequence[float | None]) -> FloatArray:
+    """Logs of times in us, float64 [n]; nan for a failure (None).
+
+    Values that are no times have no logs: where one is not positive, all stay as they are, and where all are negative
+    (something positive that is maximised), their logs are negated.
+    """
+    array = np.array([math.nan if value is None else value for value in values])
+    known = array[np.isfinite(array)]
+    if (known > 0).all():
+        array = np.log(array)
+    elif (known < 0).all():
+        array = -np.log(-array)
+    return array
 
 
-def compressed(log_times: Sequence[float]) -> FloatArray:
+def compressed(log_times: Sequence[float] | FloatArray) -> FloatArray:
     """Compress the slow ones of log times, and set failures (nan) to the slowest; at least one is no failure."""
     logs = np.array(log_times)
     known = np.isfinite(logs)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from tilewright.codegen.space import Space
-from tilewright.tuner.search.base import Prior
 from tilewright.tuner.search.features import Features, FloatArray
 from tilewright.tuner.search.regression import Posterior, fit
-from tilewright.tuner.search.targets import compressed, log_or_nan
+from tilewright.tuner.search.sampler import Prior
+from tilewright.tuner.search.targets import compressed, logs_or_nan
 
 MAX_SOURCES = 4
 """Priors that become axes, the first ones given: every axis is one more lengthscale to fit."""
@@ -39,7 +39,7 @@ def _predicted(space: Space, features: Features, prior: Prior) -> FloatArray | N
     if len(time_of_row) < FEWEST_RESULTS or not features.group_count:
         return None
     rows = np.array(list(time_of_row))
-    values = compressed([log_or_nan(time_us) for time_us in time_of_row.values()])
+    values = compressed(logs_or_nan(list(time_of_row.values())))
     if values.std() == 0:
         return None
     if len(rows) == len(space):  # a model says it of every config: there is nothing to fit

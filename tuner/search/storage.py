@@ -1,0 +1,109 @@
+"""Where Optuna studies live: in memory, or where Optuna's tools (its dashboard above all) can look at them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Final
+
+import optuna
+import sqlalchemy
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from sqlalchemy.exc import SQLAlchemyError
+
+from tilewright.errors import TilewrightError
+
+JOURNAL: Final = "journal://"
+"""Before the path of a journal; a path alone means the same."""
+
+_EXAMPLES: Final = "give a file for Optuna's journal, such as studies.log, or a database, such as sqlite:///studies.db"
+
+_OPTUNAS_TABLE: Final = "version_info"
+"""A table that every database of Optuna's has, and none of ours."""
+
+
+@lru_cache(maxsize=4)
+def open_storage(url: str) -> BaseStorage | None:
+    """Open the storage that ``--study`` names, and make it where there is none; None, in memory, for no name.
+
+    Args:
+        url: a file for Optuna's journal (``studies.log``, ``journal://studies.log``), or a URL of SQLAlchemy's for
+            Optuna's own tables (``sqlite:///studies.db``, ``postgresql+psycopg://...``).
+
+    Raises:
+        TilewrightError: when it cannot be opened, or holds something else than Optuna studies.
+
+    """
+    if not url:
+        return None
+    with _refusing(url):
+        if url.startswith(JOURNAL) or "://" not in url:
+            return _open_journal(Path(url.removeprefix(JOURNAL)))
+        _refuse_other_tables(url)
+        return RDBStorage(url)
+
+
+@contextmanager
+def saying_where(url: str) -> Iterator[None]:
+    """Turn what the storage that ``--study`` names raises while it is in use into a sentence.
+
+    Raises:
+        TilewrightError: when the storage fails.
+
+    """
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError, OSError) as error:
+        raise TilewrightError(
+            f"--study {_shown(url)} took no more trials ({_first_line(error)}); ours are in the database, "
+            "so go on with --resume, and another --study or none"
+        ) from error
+
+
+@contextmanager
+def _refusing(url: str) -> Iterator[None]:
+    try:
+        yield
+    except TilewrightError:
+        raise
+    except ImportError as error:
+        raise TilewrightError(f"--study {_shown(url)} needs the package {error.name}; pip install it") from error
+    except Exception as error:  # whatever a driver that we do not know raises
+        raise TilewrightError(f"--study {_shown(url)} cannot be opened ({_first_line(error)}); {_EXAMPLES}") from error
+
+
+def _open_journal(path: Path) -> BaseStorage:
+    try:
+        storage = JournalStorage(JournalFileBackend(str(path)))
+        optuna.get_all_study_names(storage)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise TilewrightError(f"--study {path} is a file, but no journal of Optuna's; name a new one") from error
+    return storage
+
+
+def _refuse_other_tables(url: str) -> None:
+    """Optuna would add its tables to a database that is not its own, to ours for example."""
+    engine = sqlalchemy.create_engine(url)
+    try:
+        tables = sqlalchemy.inspect(engine).get_table_names()
+    finally:
+        engine.dispose()
+    if tables and _OPTUNAS_TABLE not in tables:
+        raise TilewrightError(f"--study {_shown(url)} holds other things than Optuna studies; name a new database")
+
+
+def _shown(url: str) -> str:
+    """Without a password."""
+    try:
+        return sqlalchemy.make_url(url).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        return url
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
