@@ -9,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-import optuna
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -22,6 +21,8 @@ JOURNAL: Final = "journal://"
 """Before the path of a journal; a path alone means the same."""
 
 _EXAMPLES: Final = "give a file for Optuna's journal, such as studies.log, or a database, such as sqlite:///studies.db"
+
+_LONGEST_LINE: Final = 1 << 20
 
 _OPTUNAS_TABLE: Final = "version_info"
 """A table that every database of Optuna's has, and none of ours."""
@@ -78,12 +79,20 @@ def _refusing(url: str) -> Iterator[None]:
 
 
 def _open_journal(path: Path) -> BaseStorage:
+    if path.is_file() and not _begins_as_a_journal(path):
+        raise TilewrightError(f"--study {path} is a file, but no journal of Optuna's; name a new one")
+    return JournalStorage(JournalFileBackend(str(path)))
+
+
+def _begins_as_a_journal(path: Path) -> bool:
+    """Whether the first line is an operation, or there is none; Optuna passes over a last line that is none."""
+    with path.open("rb") as file:
+        line = file.readline(_LONGEST_LINE)
     try:
-        storage = JournalStorage(JournalFileBackend(str(path)))
-        optuna.get_all_study_names(storage)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise TilewrightError(f"--study {path} is a file, but no journal of Optuna's; name a new one") from error
-    return storage
+        first = json.loads(line or '{"op_code": 0}')
+    except ValueError:
+        return False
+    return isinstance(first, dict) and isinstance(first.get("op_code"), int)
 
 
 def _refuse_other_tables(url: str) -> None:
@@ -101,7 +110,7 @@ def _shown(url: str) -> str:
     """Without a password."""
     try:
         return sqlalchemy.make_url(url).render_as_string(hide_password=True)
-    except SQLAlchemyError:
+    except (SQLAlchemyError, ValueError):
         return url
 
 
