@@ -43,7 +43,7 @@ class Unbuilt(VariantBuilder):
     """Renders, but compiles nothing; of the configs from the tenth on, one fails to build and one is rejected."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(OP, SIGNATURE, ARCH, CppBuilder(ARCH, Compiler("no-compiler", "none"), folder))
+        super().__init__(OP, SIGNATURE, ARCH, {"cpp": CppBuilder(ARCH, Compiler("no-compiler", "none"), folder)})
         self.built: list[Config] = []
 
     def build(self, configs: Sequence[Config], progress: object = None) -> list[BuildResult]:
