@@ -41,8 +41,6 @@ def trial(run_id: str, **changes: Any) -> TrialRecord:
         seed=2**62,
         search="tpe",
         build_s=0.9,
-        check_s=0.1,
-        measure_s=0.5,
         created_at=1.7e9,
     )
     return replace(record, **changes)
@@ -90,6 +88,7 @@ def plan(kernel_key: str | None, **changes: Any) -> PlanRecord:
         threads=2,
         model="mixtral-8x7b",
         layout="panels-8",
+        precision="fp32",
         timing="measured",
         checked="device",
         entries=(

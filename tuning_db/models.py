@@ -16,6 +16,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+PLAN_IDENTITY = ("op", "signature_key", "device_key", "threads", "precision", "batch_invariant", "timing")
+"""Columns of ``plans`` that together name one plan."""
+
 # SQLite numbers rows by itself only in a column declared INTEGER.
 _RowId = BigInteger().with_variant(Integer, "sqlite")
 
@@ -31,7 +34,13 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {str: Text, float: Double, bytes: LargeBinary, dict[str, Any]: JSON}  # noqa: RUF012
+    type_annotation_map = {  # noqa: RUF012
+        str: Text,
+        float: Double,
+        bytes: LargeBinary,
+        dict[str, Any]: JSON,
+        list[float]: JSON,
+    }
 
 
 class Run(Base):
@@ -127,25 +136,22 @@ class Trial(Base):
     median_us: Mapped[float | None]
     low_us: Mapped[float | None]
     high_us: Mapped[float | None]
-    samples_us: Mapped[dict[str, Any]]
+    samples_us: Mapped[list[float]]
     error: Mapped[float | None]
     message: Mapped[str]
     seed: Mapped[int] = mapped_column(BigInteger)
     search: Mapped[str]
     build_s: Mapped[float]
-    check_s: Mapped[float]
-    measure_s: Mapped[float]
     created_at: Mapped[float]
 
 
 class Plan(Base):
-    """The one current plan for an op, signature, device, thread count, precision and promise about the batch."""
+    """The one current plan of an identity: a plan for other evidence of time stands beside it."""
 
     __tablename__ = "plans"
     __table_args__ = (
-        UniqueConstraint(
-            "op", "signature_key", "device_key", "threads", "precision", "batch_invariant", name="uq_plans_identity"
-        ),
+        # PostgreSQL keeps 63 letters of a name, and the columns' names are more.
+        UniqueConstraint(*PLAN_IDENTITY, name="uq_plans_identity"),
     )
 
     id: Mapped[int] = mapped_column(_RowId, primary_key=True)

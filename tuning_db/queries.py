@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, case, func, select
 from sqlalchemy.orm import DeclarativeBase, Session
 
 from tilewright.tuning_db import codec
 from tilewright.tuning_db.integrity import verified
 from tilewright.tuning_db.models import Artifact, Device, Kernel, KernelArtifact, Plan, PlanEntry, Run, Trial
 from tilewright.tuning_db.records import (
+    TIMINGS,
     ArtifactRecord,
     Counts,
     DeviceRecord,
@@ -59,18 +60,7 @@ class PlanFilter(TypedDict, total=False):
 def trials(session: Session, where: TrialFilter, limit: int | None) -> list[TrialRecord]:
     """Return trials in the order in which they were stored."""
     statement = _filtered(_columns(Trial), Trial, where).order_by(Trial.id).limit(limit)
-    return [codec.decode_trial(row) for row in _rows(session, statement)]
-
-
-def best_trials(session: Session, timing: Timing, where: TrialFilter, limit: int) -> list[TrialRecord]:
-    """Return correct trials with this evidence, fastest first."""
-    statement = (
-        _filtered(_columns(Trial), Trial, where)
-        .where(Trial.outcome == Outcome.OK.value, Trial.timing == timing)
-        .order_by(Trial.median_us, Trial.id)
-        .limit(limit)
-    )
-    return [codec.decode_trial(row) for row in _rows(session, statement)]
+    return [codec.decode(TrialRecord, row) for row in _rows(session, statement)]
 
 
 def neighbours(
@@ -95,7 +85,7 @@ def neighbours(
         .where(ranked.c.rank <= per_problem)
         .order_by(ranked.c.problem_key, ranked.c.device_key, ranked.c.threads, ranked.c.rank)
     )
-    return [codec.decode_trial(row) for row in _rows(session, statement)]
+    return [codec.decode(TrialRecord, row) for row in _rows(session, statement)]
 
 
 def kernels(session: Session, where: KernelFilter) -> list[KernelRecord]:
@@ -119,22 +109,29 @@ def artifact(session: Session, checksum: str) -> ArtifactRecord | None:
 
 
 def plans(session: Session, where: PlanFilter) -> list[PlanRecord]:
-    """Return plans ordered by op, signature, device, thread count and error."""
+    """Return plans ordered by op, signature, device and thread count, measured ones first, then by error."""
     statement = _filtered(_columns(Plan), Plan, where).order_by(
-        Plan.op, Plan.signature_key, Plan.device_key, Plan.threads, Plan.error, Plan.precision, Plan.batch_invariant
+        Plan.op,
+        Plan.signature_key,
+        Plan.device_key,
+        Plan.threads,
+        case({timing: -rank for rank, timing in enumerate(TIMINGS)}, value=Plan.timing),
+        Plan.error,
+        Plan.precision,
+        Plan.batch_invariant,
     )
     return [_plan(session, row) for row in _rows(session, statement)]
 
 
 def devices(session: Session) -> list[DeviceRecord]:
     """Return every device."""
-    return [codec.decode_device(row) for row in _rows(session, _columns(Device).order_by(Device.key))]
+    return [codec.decode(DeviceRecord, row) for row in _rows(session, _columns(Device).order_by(Device.key))]
 
 
 def runs(session: Session) -> list[RunRecord]:
     """Return every run, oldest first."""
     statement = _columns(Run).order_by(Run.started_at, Run.id)
-    return [codec.decode_run(row) for row in _rows(session, statement)]
+    return [codec.decode(RunRecord, row) for row in _rows(session, statement)]
 
 
 def summary(session: Session, where: TrialFilter) -> list[ProblemSummary]:

@@ -10,22 +10,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 from tilewright.errors import TilewrightError
-from tilewright.tuning_db.codec import (
-    KERNEL_DOCUMENTS,
-    PLAN_DOCUMENTS,
-    UndecodableError,
-    decode_kernel,
-    decode_plan,
-    decoding,
-    parse_documents,
-)
+from tilewright.tuning_db.codec import UndecodableError, decode_kernel, decode_plan, decoding, parse_sqlite
 from tilewright.tuning_db.faults import damaged, explain
 from tilewright.tuning_db.integrity import DamagedArtifact, DamagedDatabase, UntrustedFile, check_private, verified
 from tilewright.tuning_db.locations import default_url, require_file, sqlite_path
-from tilewright.tuning_db.records import LOSSLESS, KernelRecord, PlanRecord
+from tilewright.tuning_db.records import TIMINGS, KernelRecord, PlanRecord
 from tilewright.tuning_db.schema import read_only_uri, require_current, schema_version
 
 __all__ = ["DamagedArtifact", "DamagedDatabase", "Reader", "UntrustedFile"]
@@ -61,27 +52,20 @@ class Reader:
         with reader._connected():
             return reader
 
-    def plan(
-        self,
-        op: str,
-        signature_key: str,
-        device_key: str,
-        threads: int,
-        precision: str = LOSSLESS,
-        *,
-        batch_invariant: bool = False,
-    ) -> PlanRecord | None:
-        """Return the plan for exactly this op, signature, device, thread count, precision and promise, or None."""
-        for plan in self._plans(
-            "op = ? AND signature_key = ? AND device_key = ? AND threads = ? AND precision = ? AND batch_invariant = ?",
-            (op, signature_key, device_key, threads, precision, batch_invariant),
-        ):
-            return plan
-        return None
-
     def plans_for(self, op: str, signature_key: str) -> tuple[PlanRecord, ...]:
-        """Return the plans for a signature on every device, thread count and precision."""
-        return self._plans("op = ? AND signature_key = ?", (op, signature_key))
+        """Return the plans for a signature on every device, thread count and precision; measured ones come first."""
+        with self._connected() as connection, decoding("a plan"):
+            rows = connection.execute(
+                "SELECT * FROM plans WHERE op = ? AND signature_key = ? "
+                "ORDER BY device_key, threads, error, precision, batch_invariant",
+                (op, signature_key),
+            ).fetchall()
+            entries = "SELECT * FROM plan_entries WHERE plan_id = ? ORDER BY position"
+            plans = [
+                decode_plan(parse_sqlite(PlanRecord, row), connection.execute(entries, (row["id"],)).fetchall())
+                for row in rows
+            ]
+        return tuple(sorted(plans, key=lambda plan: -TIMINGS.index(plan.timing)))
 
     def kernel(self, key: str) -> KernelRecord:
         """Return the kernel with this key. Raises TilewrightError where there is none."""
@@ -92,7 +76,7 @@ class Reader:
             artifacts = connection.execute(
                 "SELECT checksum FROM kernel_artifacts WHERE kernel_key = ? ORDER BY position", (key,)
             )
-            return decode_kernel(parse_documents(dict(row), KERNEL_DOCUMENTS), [row["checksum"] for row in artifacts])
+            return decode_kernel(parse_sqlite(KernelRecord, row), [row["checksum"] for row in artifacts])
 
     def artifact(self, checksum: str) -> bytes:
         """Return the bytes with this sha256. Raises DamagedArtifact where the stored bytes have another."""
@@ -103,21 +87,6 @@ class Reader:
             if not isinstance(row["data"], bytes):
                 raise DamagedArtifact(f"the artifact {checksum[:16]} in {self.path} is damaged; tune again")
             return verified(checksum, row["data"])
-
-    def _plans(self, condition: str, values: tuple[Any, ...]) -> tuple[PlanRecord, ...]:
-        with self._connected() as connection, decoding("a plan"):
-            plans = connection.execute(
-                # The conditions are those written above.
-                f"SELECT * FROM plans WHERE {condition} ORDER BY device_key, threads, error, batch_invariant",
-                values,
-            ).fetchall()
-            entries = "SELECT * FROM plan_entries WHERE plan_id = ? ORDER BY position"
-            return tuple(
-                decode_plan(
-                    parse_documents(dict(plan), PLAN_DOCUMENTS), connection.execute(entries, (plan["id"],)).fetchall()
-                )
-                for plan in plans
-            )
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:

@@ -112,8 +112,6 @@ class TrialRecord:
     seed: int = 0
     search: str = ""
     build_s: float = 0.0
-    check_s: float = 0.0
-    measure_s: float = 0.0
     created_at: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
@@ -139,13 +137,11 @@ class PlanEntry:
     tuned_size: int | None = None
 
 
-LOSSLESS = "fp32"
-"""Precision of a plan whose weights are as the op declares them."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRecord:
     """For one op, signature, device, thread count and precision: which kernel serves which dynamic size.
+
+    These, ``batch_invariant`` and ``timing`` identify it: a predicted plan stands beside a measured one.
 
     ``precision`` is what the weights are stored in, and ``error`` what that does to the op's output, at the most over
     the tuned sizes: ``||out - reference|| / ||reference||``, 0 for weights as the op declares them. ``timing`` and
@@ -166,7 +162,7 @@ class PlanRecord:
     checked: Checked
     entries: tuple[PlanEntry, ...]
     model: str = ""
-    precision: str = LOSSLESS
+    precision: str
     error: float = 0.0
     batch_invariant: bool = False
     facts: Document = field(default_factory=dict)

@@ -108,7 +108,7 @@ class Store:
     def start_run(self, command: str, *, versions: Document, host: str) -> RunRecord:
         """Record that a command starts; its trials name the id of what is returned."""
         run = RunRecord(id=uuid.uuid4().hex, command=command, versions=versions, host=host, started_at=time.time())
-        self._database.write(lambda session: session.execute(insert(Run), codec.encode_run(run)))
+        self._database.write(lambda session: session.execute(insert(Run), codec.encode(run)))
         return run
 
     def finish_run(self, run_id: str) -> None:
@@ -145,24 +145,18 @@ class Store:
                 raise ValueError(f"artifact {artifact.checksum[:16]} is not named by the checksum of its bytes")
         self._database.write(lambda session: writes.put_kernel(session, kernel, artifacts))
 
-    def put_plan(self, plan: PlanRecord) -> None:
-        """Make this the current plan of its key (see the table), in place of the one before."""
-        self._database.write(lambda session: writes.put_plan(session, plan))
+    def put_plan(self, plan: PlanRecord) -> bool:
+        """Make this the current plan of its identity (see the table), in place of the one before.
+
+        A plan that was checked further than this one stays. Returns whether ``plan`` is now the one that is stored.
+        """
+        return self._database.write(lambda session: writes.put_plan(session, plan))
 
     # Queries
 
     def trials(self, *, limit: int | None = None, **where: Unpack[TrialFilter]) -> list[TrialRecord]:
         """Return trials in the order in which they were stored."""
         return self._database.read(lambda session: queries.trials(session, where, limit))
-
-    def best_trials(
-        self, *, timing: Timing = "measured", limit: int = 10, **where: Unpack[TrialFilter]
-    ) -> list[TrialRecord]:
-        """Return correct trials with this evidence, fastest first.
-
-        Narrow it to one problem, device and thread count: times of different ones do not compare.
-        """
-        return self._database.read(lambda session: queries.best_trials(session, timing, where, limit))
 
     def neighbours(
         self, *, other_than: str, timing: Timing = "measured", per_problem: int = 5, **where: Unpack[TrialFilter]
@@ -187,7 +181,7 @@ class Store:
         return self._database.read(lambda session: queries.artifact(session, checksum))
 
     def plans(self, **where: Unpack[PlanFilter]) -> list[PlanRecord]:
-        """Return plans ordered by op, signature, device and thread count."""
+        """Return plans ordered by op, signature, device and thread count, measured ones first, then by error."""
         return self._database.read(lambda session: queries.plans(session, where))
 
     def devices(self) -> list[DeviceRecord]:

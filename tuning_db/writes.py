@@ -8,13 +8,13 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import DeclarativeBase, Session
 
 from tilewright.tuning_db import codec
-from tilewright.tuning_db.models import Artifact, Device, Kernel, KernelArtifact, Plan, PlanEntry
+from tilewright.tuning_db.models import PLAN_IDENTITY, Artifact, Device, Kernel, KernelArtifact, Plan, PlanEntry
 from tilewright.tuning_db.records import CHECKED_LEVELS, ArtifactRecord, DeviceRecord, KernelRecord, PlanRecord
 
 
 def put_device(session: Session, device: DeviceRecord) -> None:
     """Add or replace a device."""
-    columns = codec.encode_device(device)
+    columns = codec.encode(device)
     _upsert(session, Device, columns, key=("key",), replaced=("name", "arch", "facts"))
 
 
@@ -22,13 +22,7 @@ def put_kernel(session: Session, kernel: KernelRecord, artifacts: Sequence[Artif
     """Add or replace a kernel and its artifacts; what it was checked for only rises."""
     # In one order everywhere, so that two writers on PostgreSQL never wait for each other's rows.
     for artifact in sorted(artifacts, key=lambda artifact: artifact.checksum):
-        columns = {
-            "checksum": artifact.checksum,
-            "kind": artifact.kind,
-            "abi_version": artifact.abi_version,
-            "data": artifact.data,
-        }
-        _upsert(session, Artifact, columns, key=("checksum",), replaced=("kind", "abi_version", "data"))
+        _upsert(session, Artifact, codec.encode(artifact), key=("checksum",), replaced=("kind", "abi_version", "data"))
 
     columns = codec.encode_kernel(kernel)
     known = session.scalar(select(Kernel.checked).where(Kernel.key == kernel.key).with_for_update())
@@ -46,20 +40,25 @@ def put_kernel(session: Session, kernel: KernelRecord, artifacts: Sequence[Artif
         session.execute(insert(KernelArtifact), rows)
 
 
-def put_plan(session: Session, plan: PlanRecord) -> None:
-    """Add or replace the plan of one key (see the table's constraint), with its entries."""
+def put_plan(session: Session, plan: PlanRecord) -> bool:
+    """Add or replace the plan of one identity, with its entries, unless the one before was checked further.
+
+    Returns whether ``plan`` is now the one that is stored.
+    """
     columns = codec.encode_plan(plan)
-    key = ("op", "signature_key", "device_key", "threads", "precision", "batch_invariant")
+    this_plan = [getattr(Plan, name) == columns[name] for name in PLAN_IDENTITY]
+    known = session.scalar(select(Plan.checked).where(*this_plan).with_for_update())
+    if known in CHECKED_LEVELS and CHECKED_LEVELS.index(known) > CHECKED_LEVELS.index(plan.checked):
+        return False
     # The row is updated in place, which on PostgreSQL also makes a second writer of this plan wait.
-    _upsert(session, Plan, columns, key=key, replaced=tuple(name for name in columns if name not in key))
-    this_plan = [getattr(Plan, name) == columns[name] for name in key]
+    _upsert(session, Plan, columns, key=PLAN_IDENTITY, replaced=tuple(n for n in columns if n not in PLAN_IDENTITY))
     plan_id = session.execute(select(Plan.id).where(*this_plan)).scalar_one()
     session.execute(delete(PlanEntry).where(PlanEntry.plan_id == plan_id))
     rows = [
-        {"plan_id": plan_id, "position": position, **codec.encode_plan_entry(entry)}
-        for position, entry in enumerate(plan.entries)
+        {"plan_id": plan_id, "position": position, **codec.encode(entry)} for position, entry in enumerate(plan.entries)
     ]
     session.execute(insert(PlanEntry), rows)
+    return True
 
 
 def _upsert(

@@ -77,10 +77,10 @@ class Resolution:
 def resolve(signature: Signature, options: ServeOptions) -> Resolution:
     """Find the plan for ``signature`` on this machine and load its kernels.
 
-    Plans that bring a larger error than ``max_error`` are left out. Of several plans for this device, those made with
-    as many threads are taken, else those that come nearest, and of these the fastest. With ``batch_invariant`` only
-    plans that promise it count, and one of whose sizes a tuned kernel does not serve is refused, for plain torch adds
-    up in other orders for other batches.
+    Plans that were only predicted, or bring a larger error than ``max_error``, are left out. Of several plans for this
+    device, those made with as many threads are taken, else those that come nearest, and of these the fastest. With
+    ``batch_invariant`` only plans that promise it count, and one of whose sizes a tuned kernel does not serve is
+    refused, for plain torch adds up in other orders for other batches.
 
     Raises:
         TilewrightError: with ``batch_invariant``, when there is no such plan or some of it cannot be served.
@@ -110,7 +110,7 @@ def resolve(signature: Signature, options: ServeOptions) -> Resolution:
 
 
 def is_planned(signature: Signature, options: ServeOptions) -> bool:
-    """Whether the database holds a plan for ``signature`` on this machine that keeps what ``options`` ask for.
+    """Whether the database holds a plan, measured on this machine, for ``signature`` that keeps what is asked for.
 
     False, too, where it cannot be read.
     """
@@ -119,10 +119,8 @@ def is_planned(signature: Signature, options: ServeOptions) -> bool:
     except TilewrightError:
         return False
     return any(
-        plan.device_key == read_cpu_info().key
-        and plan.error <= options.max_error
-        and (plan.batch_invariant or not options.batch_invariant)
-        for plan in plans
+        plan.error <= options.max_error and (plan.batch_invariant or not options.batch_invariant)
+        for plan in _measured_on(read_cpu_info().key, plans)
     )
 
 
@@ -138,9 +136,13 @@ def _batch_invariant(plans: Sequence[PlanRecord]) -> list[PlanRecord]:
     return promising
 
 
+def _measured_on(device_key: str, plans: Sequence[PlanRecord]) -> list[PlanRecord]:
+    return [plan for plan in plans if plan.device_key == device_key and plan.timing == "measured"]
+
+
 def _choose_plan(plans: Sequence[PlanRecord], device_key: str, threads: int, max_error: float) -> PlanRecord:
-    """The plan within ``max_error`` for this device whose thread count is nearest to ``threads``."""
-    here = [plan for plan in plans if plan.device_key == device_key]
+    """The plan measured on this device, within ``max_error``, whose thread count is nearest to ``threads``."""
+    here = _measured_on(device_key, plans)
     allowed = [plan for plan in here if plan.error <= max_error]
     if allowed:
         nearest = min(allowed, key=lambda plan: (abs(plan.threads - threads), plan.threads)).threads
@@ -151,6 +153,8 @@ def _choose_plan(plans: Sequence[PlanRecord], device_key: str, threads: int, max
             f"its plan with the least error ({least.precision}) is off by {least.error:.2g}, and max_error is "
             f"{max_error:g}; allow more, or tune with --precision {LOSSLESS}"
         )
+    if any(plan.device_key == device_key for plan in plans):
+        raise TilewrightError("its plans for this device were predicted, and none was measured here; tune here")
     if plans:
         elsewhere = ", ".join(sorted({plan.device_key for plan in plans}))
         raise TilewrightError(

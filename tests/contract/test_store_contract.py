@@ -1,5 +1,6 @@
 """What every kind of database does alike. A new kind inherits ``StoreContract`` and says where its database is."""
 
+import itertools
 import math
 import os
 import sqlite3
@@ -16,7 +17,7 @@ from tuning_db_samples import DEVICE, artifact, failed_trial, fill, kernel, plan
 
 from tilewright.errors import TilewrightError
 from tilewright.tuning_db.models import Base
-from tilewright.tuning_db.records import DeviceRecord, Outcome, PlanEntry
+from tilewright.tuning_db.records import CHECKED_LEVELS, DeviceRecord, Outcome, PlanEntry
 from tilewright.tuning_db.store import Store
 
 POSTGRESQL_URL = os.environ.get("TILEWRIGHT_TEST_POSTGRESQL", "")
@@ -102,20 +103,6 @@ class StoreContract:
         assert [each.id for each in store.trials(**{name: value})] == [changed]
         assert [each.id for each in store.trials(**{name: None})] == [plain, changed]
         assert [each.trials for each in store.summary(**{name: value})] == [1]
-
-    def test_best_trials_are_the_correct_and_fast_ones_of_one_evidence(self, store: Store, run_id: str) -> None:
-        store.add_trials(
-            [
-                trial(run_id, median_us=30.0),
-                trial(run_id, median_us=10.0),
-                trial(run_id, median_us=5.0, outcome=Outcome.WRONG),
-                trial(run_id, median_us=1.0, timing="predicted"),
-                failed_trial(run_id, Outcome.CRASHED),
-                trial(run_id, median_us=20.0),
-            ]
-        )
-        assert [each.median_us for each in store.best_trials(limit=2)] == [10.0, 20.0]
-        assert [each.median_us for each in store.best_trials(timing="predicted")] == [1.0]
 
     def test_neighbours_are_ranked_within_their_own_problem(self, store: Store, run_id: str) -> None:
         for problem_key, times in {"problem-1": (9.0, 3.0, 6.0), "problem-2": (900.0, 300.0), "mine": (1.0,)}.items():
@@ -213,6 +200,30 @@ class StoreContract:
         slower = replace(invariant, layout="rows")
         store.put_plan(slower)
         assert store.plans() == [filled.plan, slower, lossy]
+
+    def test_a_predicted_plan_stands_beside_a_measured_one(self, store: Store) -> None:
+        filled = fill(store)
+        predicted = replace(filled.plan, timing="predicted", checked="compiled", error=0.5)
+        assert store.put_plan(predicted)
+        assert store.plans() == [filled.plan, predicted]
+        newer = replace(predicted, error=0.0)
+        assert store.put_plan(newer)
+        assert store.plans() == [filled.plan, newer]
+        assert store.put_plan(replace(filled.plan, layout="rows"))
+        assert [(each.timing, each.layout) for each in store.plans()] == [
+            ("measured", "rows"),
+            ("predicted", "panels-8"),
+        ]
+
+    def test_a_plan_replaces_one_that_was_checked_as_far_or_less(self, store: Store) -> None:
+        filled = fill(store)
+        for threads, (stored, given) in enumerate(itertools.product(CHECKED_LEVELS, repeat=2), start=10):
+            old = replace(filled.plan, threads=threads, timing="predicted", checked=stored)
+            new = replace(old, checked=given, layout="rows", entries=(PlanEntry(None, filled.kernel.key),))
+            assert store.put_plan(old)
+            replaces = CHECKED_LEVELS.index(given) >= CHECKED_LEVELS.index(stored)
+            assert store.put_plan(new) == replaces, (stored, given)
+            assert store.plans(threads=threads) == [new if replaces else old]
 
     def test_a_plan_that_cannot_be_stored_leaves_the_old_one(self, store: Store) -> None:
         filled = fill(store)

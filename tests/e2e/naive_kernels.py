@@ -222,6 +222,7 @@ def store_plan(
                 layout="+".join(dict.fromkeys(layouts if copies else layouts[:1])),
                 timing="measured",
                 checked="device",
+                precision="fp32",
                 entries=tuple(PlanEntry(bound, built and built.record.key, 12.5, 25.0, 8) for bound, built in entries),
                 model="test-model",
             )

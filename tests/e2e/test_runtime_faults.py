@@ -23,6 +23,8 @@ from tilewright.codegen.recipe.model import Guard
 from tilewright.errors import TilewrightError
 from tilewright.runtime import PreparedGemm, ServeOptions, TilewrightWarning, prepare
 from tilewright.runtime.notices import forget_warnings
+from tilewright.runtime.serve.plans import is_planned, resolve
+from tilewright.tuning_db.store import Store
 
 pytestmark = needs_compiler
 
@@ -91,6 +93,32 @@ def edit(database, statement, *values):
     with closing(sqlite3.connect(database, isolation_level=None)) as connection:
         connection.execute(statement, values)
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def with_timing(database, timing):
+    """Make the database's only plan one whose times were not measured."""
+    with Store.open(database) as store:
+        (plan,) = store.plans()
+        with closing(sqlite3.connect(database)) as connection, connection:
+            connection.execute("DELETE FROM plan_entries")
+            connection.execute("DELETE FROM plans")
+        assert store.put_plan(replace(plan, timing=timing))
+        return plan
+
+
+def test_a_plan_that_was_only_predicted_for_this_machine_serves_nothing(weight, database):
+    measured = with_timing(database, "predicted")
+    assert not is_planned(SIGNATURE, ServeOptions(database=database))
+    assert_served_by_torch(weight, database, "were predicted, and none was measured here; tune here")
+    with Store.open(database) as store:
+        # A predicted one that says to be faster changes nothing.
+        faster = tuple(replace(entry, median_us=1.0) for entry in measured.entries)
+        store.put_plan(replace(measured, timing="predicted", entries=faster))
+        store.put_plan(measured)
+    assert is_planned(SIGNATURE, ServeOptions(database=database))
+    resolution = resolve(SIGNATURE, ServeOptions(threads=2, database=database))
+    assert resolution.plan == measured
+    assert resolution.kernels
 
 
 def test_the_kernel_is_served_without_any_warning(weight, database):

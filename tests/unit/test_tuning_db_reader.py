@@ -18,7 +18,7 @@ from tilewright.tuning_db.reader import DamagedArtifact, DamagedDatabase, Reader
 from tilewright.tuning_db.schema import SCHEMA_VERSION
 from tilewright.tuning_db.store import Store
 
-PLAN_KEY = ("moe_gemm", "signature-1", "cpu-1", 2)
+SIGNATURE = ("moe_gemm", "signature-1")
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def change(path: Path, statement: str, *values: object) -> None:
 
 def test_it_reads_what_the_store_wrote(path: Path, filled: Filled) -> None:
     reader = Reader.open(path)
-    assert reader.plan(*PLAN_KEY) == filled.plan
+    assert reader.plans_for(*SIGNATURE) == (filled.plan,)
     assert reader.kernel(filled.kernel.key) == filled.kernel
     assert [reader.artifact(each.checksum) for each in filled.artifacts] == [each.data for each in filled.artifacts]
     assert Reader.open(f"sqlite:///{str(path).replace('#', '%23').replace('?', '%3F')}").path == path
@@ -55,10 +55,8 @@ def test_it_reads_what_the_store_wrote(path: Path, filled: Filled) -> None:
 @pytest.mark.usefixtures("filled")
 def test_what_is_not_there(path: Path) -> None:
     reader = Reader.open(path)
-    for other in (("attention", *PLAN_KEY[1:]), (*PLAN_KEY[:1], "s", *PLAN_KEY[2:]), (*PLAN_KEY[:2], "d", 2)):
-        assert reader.plan(*other) is None
-    assert reader.plan(*PLAN_KEY[:3], 1) is None
-    assert reader.plan(*PLAN_KEY, batch_invariant=True) is None
+    assert reader.plans_for("attention", "signature-1") == ()
+    assert reader.plans_for("moe_gemm", "signature-2") == ()
     with pytest.raises(TilewrightError, match="holds no kernel"):
         reader.kernel("c" * 64)
     with pytest.raises(TilewrightError, match="holds no artifact"):
@@ -69,12 +67,17 @@ def test_plans_of_other_devices_can_be_listed(path: Path, filled: Filled, writer
     one_thread = replace(filled.plan, threads=1)
     writer.put_plan(one_thread)
     assert Reader.open(path).plans_for("moe_gemm", "signature-1") == (one_thread, filled.plan)
-    assert Reader.open(path).plans_for("moe_gemm", "signature-2") == ()
+
+
+def test_measured_plans_come_before_predicted_ones(path: Path, filled: Filled, writer: Store) -> None:
+    predicted = replace(filled.plan, timing="predicted", checked="compiled", threads=1)
+    writer.put_plan(predicted)
+    assert Reader.open(path).plans_for(*SIGNATURE) == (filled.plan, predicted)
 
 
 def test_the_environment_names_the_default(path: Path, filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TILEWRIGHT_DB", str(path))
-    assert Reader.open().plan(*PLAN_KEY) == filled.plan
+    assert Reader.open().plans_for(*SIGNATURE) == (filled.plan,)
 
 
 def test_it_sees_what_an_open_writer_has_committed(path: Path, filled: Filled, writer: Store) -> None:
@@ -82,14 +85,14 @@ def test_it_sees_what_an_open_writer_has_committed(path: Path, filled: Filled, w
     newer = replace(filled.plan, layout="rows")
     writer.put_plan(newer)
     assert path.with_name(path.name + "-wal").stat().st_size > 0
-    assert reader.plan(*PLAN_KEY) == newer
+    assert reader.plans_for(*SIGNATURE) == (newer,)
 
 
 def test_an_open_write_does_not_stop_it(path: Path, filled: Filled) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("BEGIN EXCLUSIVE")
         connection.execute("DELETE FROM plan_entries")
-        assert Reader.open(path).plan(*PLAN_KEY) == filled.plan
+        assert Reader.open(path).plans_for(*SIGNATURE) == (filled.plan,)
 
 
 @pytest.mark.usefixtures("filled")
@@ -103,11 +106,11 @@ def test_it_never_writes(path: Path) -> None:
 def test_threads_share_a_reader(path: Path, filled: Filled) -> None:
     reader = Reader.open(path)
     with ThreadPoolExecutor(4) as pool:
-        assert all(each == filled.plan for each in pool.map(lambda _: reader.plan(*PLAN_KEY), range(40)))
+        assert all(each == (filled.plan,) for each in pool.map(lambda _: reader.plans_for(*SIGNATURE), range(40)))
 
 
 def read_in_child(reader: Reader, results: "multiprocessing.queues.SimpleQueue[object]") -> None:
-    results.put(reader.plan(*PLAN_KEY))
+    results.put(reader.plans_for(*SIGNATURE))
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -116,14 +119,14 @@ def test_forked_children_read_while_threads_of_the_parent_do(path: Path, filled:
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     with ThreadPoolExecutor(2) as pool:
-        reading = [pool.submit(reader.plan, *PLAN_KEY) for _ in range(200)]
+        reading = [pool.submit(reader.plans_for, *SIGNATURE) for _ in range(200)]
         children = [context.Process(target=read_in_child, args=(reader, results)) for _ in range(8)]
         for child in children:
             child.start()
-        assert [results.get() for _ in children] == [filled.plan] * len(children)
+        assert [results.get() for _ in children] == [(filled.plan,)] * len(children)
         for child in children:
             child.join()
-        assert all(each.result() == filled.plan for each in reading)
+        assert all(each.result() == (filled.plan,) for each in reading)
 
 
 def test_changed_bytes_of_an_artifact_are_refused_and_tuning_again_mends_them(path: Path, filled: Filled) -> None:
@@ -176,7 +179,7 @@ def test_a_changed_kernel_is_refused(path: Path, filled: Filled, statement: str)
 def test_a_changed_plan_is_refused(path: Path, statement: str) -> None:
     change(path, statement)
     with pytest.raises(DamagedDatabase, match=r"damaged .*restore it"):
-        Reader.open(path).plans_for(*PLAN_KEY[:2])
+        Reader.open(path).plans_for(*SIGNATURE)
 
 
 def test_files_it_cannot_read_are_explained(path: Path, tmp_path: Path) -> None:
@@ -199,7 +202,7 @@ def test_other_schemas_are_refused(path: Path, tmp_path: Path) -> None:
     reader = Reader.open(path)
     change(path, f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     with pytest.raises(TilewrightError, match=r"newer tilewright .*upgrade tilewright"):
-        reader.plan(*PLAN_KEY)
+        reader.plans_for(*SIGNATURE)
     foreign = tmp_path / "foreign.db"
     change(foreign, "CREATE TABLE trials (id INTEGER)")
     foreign.chmod(0o600)
@@ -241,7 +244,7 @@ def test_a_link_is_judged_by_what_it_names(path: Path, filled: Filled, tmp_path:
     link = tmp_path / "elsewhere" / "link.db"
     link.parent.mkdir()
     link.symlink_to(path)
-    assert Reader.open(link).plan(*PLAN_KEY) == filled.plan
+    assert Reader.open(link).plans_for(*SIGNATURE) == (filled.plan,)
     path.chmod(0o666)
     with pytest.raises(UntrustedFile):
         Reader.open(link)
@@ -264,7 +267,7 @@ def test_a_new_database_is_trusted_whatever_the_umask(tmp_path: Path, umask: int
             check_private(tmp_path / "new.db")
     finally:
         os.umask(before)
-    assert Reader.open(tmp_path / "new.db").plan(*PLAN_KEY) is not None
+    assert Reader.open(tmp_path / "new.db").plans_for(*SIGNATURE)
 
 
 def test_it_needs_the_standard_library_alone() -> None:
@@ -289,6 +292,5 @@ def test_a_plan_may_name_the_fallback_alone_and_a_kernel_no_artifact(path: Path,
     writer.put_plan(plan(None))
     reader = Reader.open(path)
     assert reader.kernel("d" * 64).artifacts == ()
-    found = reader.plan(*PLAN_KEY)
-    assert found is not None
+    (found,) = reader.plans_for(*SIGNATURE)
     assert [entry.kernel_key for entry in found.entries] == [None, None]

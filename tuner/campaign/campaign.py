@@ -316,7 +316,7 @@ class Campaign:
         served = [finalist.built.variant.config for finalist in mine.verdict.chosen]
         keep([*served, *defaults])
         mine.plan = self._plan(mine.verdict)
-        self._store.put_plan(mine.plan)
+        self._put_plan(mine.plan)
         others = [constraint for name, constraint in of_precisions.items() if name != mine.plan.precision]
         verdicts = [verdict for constraint in others if (verdict := finals.within(constraint)) and verdict.finals]
         points = [self._point(mine.verdict, mine.plan), *(self._point(v, self._plan(v)) for v in verdicts)]
@@ -329,7 +329,14 @@ class Campaign:
         for point in mine.front:
             if point.precision != mine.plan.precision:
                 keep([final.winner.variant.config for final in point.finals])
-                self._store.put_plan(point.plan)
+                self._put_plan(point.plan)
+
+    def _put_plan(self, plan: PlanRecord) -> None:
+        if not self._store.put_plan(plan):
+            self._progress.say(
+                f"the stored {plan.timing} plan of {plan.precision} stays, for it was checked further than this one "
+                f"(checked: {plan.checked}); tune with the same checks as it to replace it"
+            )
 
     def _point(self, verdict: Verdict, plan: PlanRecord) -> FrontPoint:
         return FrontPoint(plan.precision, self._error(plan.signature_key, plan.precision), verdict.finals, plan)
