@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
-from tilewright.codegen.recipe.model import Argument
+from tilewright.codegen.recipe.model import Argument, Launch, Recipe
 from tilewright.codegen.routing.spec import RoutingSpec, generate_topk_ids
 from tilewright.runtime import Experts
 from tilewright.runtime.calls.bind import IMPLEMENTATION, CallVariant, bind_call, sort_tokens
@@ -57,10 +57,9 @@ def bind_idle(idle_kernel: tuple[int, ctypes.CDLL]):
     signature = MoeGemmSignature(stage="down", experts=EXPERTS, n=HIDDEN, k=INTER, top_k=TOP_K)
     arguments = tuple(Argument("tensor", spec.name) for spec in signature.tensors())
     sizes = (Argument("size", "tokens"), Argument("size", "rows"), Argument("workspace"))
-    variants = [
-        CallVariant(bound, ((address, arguments + sizes),), workspace_bytes="rows * 4096", owner=library)
-        for bound in (1, 4, 16, 64, 256, None)
-    ]
+    launch = Launch("", "idle", arguments + sizes)
+    recipe = Recipe(signature.tensors(), (launch,), signature.size_name, workspace_bytes="rows * 4096")
+    variants = [CallVariant(bound, recipe, (address,), owner=library) for bound in (1, 4, 16, 64, 256, None)]
 
     def unexpected(*_) -> None:
         raise AssertionError("the kernel of no work should have been called")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright.codegen.recipe.model import Argument, TensorSpec
+from tilewright.codegen.recipe.model import Argument, Launch, Recipe, TensorSpec
 from tilewright.runtime.calls.bind import CallVariant
 
 COMPILER = shutil.which(os.environ.get("CC", "cc"))
@@ -115,11 +115,20 @@ def library() -> ctypes.CDLL:
 def variant(
     entry: str = "compute", max_size: int | None = None, *, last_size: str = "rows * 4", **properties: Any
 ) -> CallVariant:
-    """The kernel ``entry`` for sizes up to ``max_size``; ``last_size`` is the expression of its last argument."""
+    """The kernel ``entry`` for sizes up to ``max_size``; ``last_size`` is the expression of its last argument.
+
+    ``properties`` are the recipe's.
+    """
+    launch = Launch("", entry, (*ARGUMENTS, Argument("size", last_size)))
+    recipe = Recipe(TENSORS, (launch,), "rows", **properties)
+    return CallVariant(max_size, recipe, (address_of(entry),), owner=library())
+
+
+def address_of(entry: str) -> int:
+    """Of a function of :func:`library`."""
     address = ctypes.cast(getattr(library(), entry), ctypes.c_void_p).value
     assert address is not None
-    arguments = (*ARGUMENTS, Argument("size", last_size))
-    return CallVariant(max_size, ((address, arguments),), owner=library(), **properties)
+    return address
 
 
 @dataclass

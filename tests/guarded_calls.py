@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.ops.base import Arrays
-from tilewright.codegen.recipe.expressions import IntExpr
 from tilewright.codegen.recipe.host import Host
 from tilewright.codegen.recipe.model import ABI_VERSION, Recipe
+from tilewright.codegen.recipe.resolve import Place, resolve, workspace_bytes
 from tilewright.runtime.weights.packing import pack_array, packed_shape
 
 POISON = 0xFF  # NaN as a float, -1 as an index
@@ -111,8 +111,8 @@ def run_kernel(path: Path, recipe: Recipe, tensors: Arrays, expected: Arrays, ca
     """Outputs of one call, shaped like ``expected``; fails when the kernel wrote to anything else but its workspace."""
     library = ctypes.CDLL(str(path))
     assert library.tilewright_abi_version() == recipe.abi_version == ABI_VERSION
-    sizes = sizes_of(recipe, tensors, expected) | {"threads": call.threads}
-    workspace = Guarded(recipe.workspace_for(sizes))
+    sizes, place = sizes_of(recipe, tensors, expected), Place(threads=call.threads)
+    workspace = Guarded(workspace_bytes(recipe, sizes, place))
     if recipe.workspace_zeroed:
         workspace.bytes[:] = 0
     buffers: dict[str, Guarded] = {}
@@ -126,17 +126,13 @@ def run_kernel(path: Path, recipe: Recipe, tensors: Arrays, expected: Arrays, ca
             buffer.bytes[:] = array.reshape(-1).view(np.uint8)
             buffers[spec.name] = buffer
     before = {name: buffers[name].bytes.tobytes() for name in buffers.keys() & tensors.keys()}
-    (launch,) = recipe.launches
-    addresses = {name: buffer.address for name, buffer in buffers.items()}
-    value = {
-        "tensor": lambda name: addresses.get(name, 0),
-        "workspace": lambda _: workspace.address,
-        "size": lambda text: IntExpr(text).evaluate(sizes),
-    }
-    arguments = [value[argument.kind](argument.source) for argument in launch.arguments]
+    addresses = {name: buffer.address for name, buffer in buffers.items()} | {"workspace": workspace.address}
+    resolved = resolve(recipe, sizes, addresses, place)
+    assert not resolved.refusals
     host = Host(ABI_VERSION, call.threads, call.fork_address)
-    status = getattr(library, launch.entry)(ctypes.byref(host), (ctypes.c_int64 * len(arguments))(*arguments))
-    assert status == 0
+    for launch in resolved.launches:
+        values = [argument.value for argument in launch.arguments]
+        assert getattr(library, launch.entry)(ctypes.byref(host), (ctypes.c_int64 * len(values))(*values)) == 0
     assert not workspace.touched(), f"{call.name}: wrote past {recipe.workspace_bytes} bytes of workspace"
     for name, buffer in buffers.items():
         assert not buffer.touched(), f"{call.name}: wrote beside {name}"

@@ -12,8 +12,8 @@ from patience import PATIENCE_S
 from tilewright.codegen.backends.cpp.builder import FLAGS
 from tilewright.codegen.hardware.archs import Arch
 from tilewright.codegen.ops.base import Arrays
-from tilewright.codegen.recipe.expressions import IntExpr
 from tilewright.codegen.recipe.model import Recipe
+from tilewright.codegen.recipe.resolve import Place, resolve, workspace_bytes
 
 DRIVER = Path(__file__).parent / "data" / "kernel_driver.cpp"
 _OF_SHARED_OBJECTS = ("-shared", "-nodefaultlibs", "-lc")
@@ -40,19 +40,20 @@ class Toolchain:
 
     def run(self, program: Path, recipe: Recipe, tensors: Arrays, expected: Arrays, threads: int) -> Arrays:
         """Outputs of one call, shaped like ``expected``; fails when the program says anything or ends badly."""
-        sizes = sizes_of(recipe, tensors, expected) | {"threads": threads}
+        sizes, place = sizes_of(recipe, tensors, expected), Place(threads=threads)
         specs = [spec for spec in recipe.tensors if spec.role == "output" or spec.name in tensors]
-        buffers = {"": b"\xff" * recipe.workspace_for(sizes)}
+        buffers = {"workspace": b"\xff" * workspace_bytes(recipe, sizes, place)}
         for spec in specs:
             if spec.role == "output":
                 buffers[spec.name] = bytes([POISON]) * (expected[spec.name].size * DTYPES[spec.dtype].itemsize)
             else:
                 buffers[spec.name] = tensors[spec.name].astype(DTYPES[spec.dtype]).tobytes()
         number = {name: index for index, name in enumerate(buffers)}
-        (launch,) = recipe.launches
+        # The program knows the addresses, which are multiples of 64 as these are.
+        resolved = resolve(recipe, sizes, dict.fromkeys(buffers, 1 << 20), place)
+        (launch,) = resolved.launches
         arguments = [
-            (0, IntExpr(a.source).evaluate(sizes)) if a.kind == "size" else (1, number[a.source])
-            for a in launch.arguments
+            (1, number[each.buffer], each.offset) if each.buffer else (0, each.value, 0) for each in launch.arguments
         ]
         given, taken = program.with_name("input"), program.with_name("output")
         head = _numbers(threads, len(buffers), *map(len, buffers.values()), len(arguments), *sum(arguments, ()))

@@ -16,7 +16,7 @@ from tilewright.codegen.numbers.layouts import RowLayout, WeightLayout
 from tilewright.codegen.numbers.precisions import LOSSLESS, PRECISIONS
 from tilewright.codegen.ops.implementation import Implementation
 from tilewright.codegen.ops.signature import Signature, stable_key
-from tilewright.codegen.recipe.model import Recipe, TensorSpec
+from tilewright.codegen.recipe.model import Recipe, TensorSpec, packable
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.codegen.space import Config, Space
 from tilewright.codegen.work import LaunchWork
@@ -134,11 +134,6 @@ class Workload:
 
     flops: float
     min_bytes: float
-
-
-def packable(tensors: Sequence[TensorSpec]) -> TensorSpec | None:
-    """The weight that a :class:`WeightLayout` packs: [experts, n, k]. A bias has the role of a weight, too."""
-    return next((tensor for tensor in tensors if tensor.role == "weight" and len(tensor.dims) == 3), None)
 
 
 class OpDeclaration(ABC, Generic[S, P]):

@@ -11,7 +11,7 @@ import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from tilewright.errors import TilewrightError
 
@@ -93,18 +93,26 @@ class IntExpr:
         """Names of the sizes that the expression reads."""
         return frozenset(str(value) for op, value in self._steps if op is Op.SYMBOL)
 
-    def program(self, symbols: Sequence[str]) -> tuple[int, ...]:
+    def program(self, symbols: Sequence[str], constants: Mapping[str, int] | None = None) -> tuple[int, ...]:
         """Reverse Polish code as a flat tuple ``(op, operand, op, operand, ...)``; symbols become indices.
 
+        Names in ``constants`` become their values.
+
         Raises:
-            TilewrightError: when the expression reads a size that ``symbols`` does not list.
+            TilewrightError: when the expression reads a name that neither ``symbols`` nor ``constants`` hold.
 
         """
-        if unknown := self.symbols - set(symbols):
+        constants = constants or {}
+        if unknown := self.symbols - set(symbols) - set(constants):
             raise TilewrightError(f"recipe expression {self.text!r} reads unknown sizes {sorted(unknown)}")
         code: list[int] = []
         for op, value in self._steps:
-            code += (int(op), symbols.index(value) if isinstance(value, str) else value)
+            if isinstance(value, int):
+                code += (int(op), value)
+            elif value in constants:
+                code += (int(Op.CONSTANT), constants[value])
+            else:
+                code += (int(op), symbols.index(value))
         return tuple(code)
 
     def evaluate(self, sizes: Mapping[str, int]) -> int:
@@ -145,3 +153,14 @@ class IntExpr:
                 return min(left, right)
             case _:
                 return max(left, right)
+
+
+@lru_cache(maxsize=4096)
+def parsed(text: str) -> IntExpr:
+    """``text`` parsed, once per process: recipes have few different expressions, and calls evaluate them often.
+
+    Raises:
+        TilewrightError: when the text is outside the grammar.
+
+    """
+    return IntExpr(text)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from tilewright.codegen.numbers.layouts import RowLayout, WeightLayout, layout_from_dict
+from tilewright.codegen.numbers.layouts import RowLayout, WeightLayout
 from tilewright.codegen.numbers.precisions import LOSSLESS
-from tilewright.codegen.recipe.expressions import IntExpr
-from tilewright.errors import TilewrightError
 
 ABI_VERSION = 1
 """Of the C entry point that a ``host_so`` artifact exports (templates/shared/abi.jinja); the runtime refuses others."""
+
+FORMAT_VERSION = 2
+"""Of a recipe's JSON. 1 called ``size_name`` ``dynamic_size``."""
+
+THREADS, SM_COUNT, WORKSPACE = "threads", "sm_count", "workspace"
+"""Names that expressions may read beside the sizes: of the place where a kernel runs, and an address for guards."""
 
 Role = Literal["input", "weight", "output"]
 ValueCheck = Literal["none", "offsets", "index", "slot", "finite", "logits", "rising", "length", "pages"]
@@ -62,15 +66,10 @@ class TensorMap:
     swizzle: int = -1
     """A ``CUtensorMapSwizzle``: how rows are spread over the banks of shared memory."""
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> TensorMap:
-        """Tensor map from its JSON form."""
-        return cls(**{**data, "shape": tuple(data["shape"]), "box": tuple(data["box"])})
-
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of an entry: the address of a tensor or of the workspace, or the value of an expression.
+    """One argument of an entry: an address in a tensor or in the workspace, or the value of an expression.
 
     Of ``host_so`` artifacts all take 8 bytes; of GPU artifacts a size takes what the entry declares.
     """
@@ -84,16 +83,6 @@ class Argument:
     """Passed in place of the address: a ``CUtensorMap`` of 128 bytes over what lies there, then its shape (32 bits for
     each dimension) and its strides in elements (64 bits each)."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form. Without a map it is what releases before there were any wrote, seals and keys included."""
-        fields = asdict(self)
-        return fields if self.map else {name: value for name, value in fields.items() if name != "map"}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Argument:
-        """Argument from its JSON form."""
-        return cls(data["kind"], data["source"], TensorMap.from_dict(data["map"]) if data.get("map") else None)
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -104,9 +93,14 @@ class Launch:
     entry: str
     arguments: tuple[Argument, ...]
     grid: tuple[str, ...] = ()
+    """Up to three :class:`IntExpr` texts: blocks along x, y, z, as the driver counts them. A grid of none is not
+    launched."""
     block: tuple[str, ...] = ()
+    """Threads along x, y, z."""
     cluster: tuple[str, ...] = ()
+    """Blocks of a cluster along x, y, z; empty: no clusters."""
     shared_memory_bytes: str = "0"
+    """Dynamic shared memory of a block."""
     hidden_arguments: int = 0
     """Trailing null pointers that the compiler adds (two for Triton)."""
 
@@ -115,7 +109,7 @@ class Launch:
 class Guard:
     """A property that was compiled in: ``expression`` must be a multiple of ``multiple`` at dispatch.
 
-    In an expression the name of a tensor, or ``workspace``, stands for its address.
+    In an expression the name of a tensor, or ``workspace``, stands for its address (0 for an absent tensor).
     """
 
     expression: str
@@ -126,8 +120,9 @@ class Guard:
 class Recipe:
     """Everything needed to call a kernel, besides the artifacts' bytes.
 
-    ``size_name`` names the size by which plans pick a kernel. ``workspace_bytes`` is an :class:`IntExpr` over the
-    sizes and ``threads``. Grids may name ``sm_count``, the device's multiprocessors, too.
+    What it comes to for given sizes, :func:`tilewright.codegen.recipe.resolve.resolve` says. ``size_name`` names the
+    size by which plans pick a kernel. Expressions are :class:`IntExpr` texts over the sizes, and over ``threads`` of a
+    CPU or ``sm_count`` (the multiprocessors) of a GPU.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -139,21 +134,7 @@ class Recipe:
     weight_layout: WeightLayout | RowLayout | None = None
     """Layout in which the weight tensor [experts, n, k] is passed; None: as the op declares it."""
     abi_version: int = ABI_VERSION
-    format_version: int = field(default=1)
-
-    @property
-    def panels(self) -> WeightLayout | None:
-        """The layout of a kernel that CPUs call; None: weights are passed as the op declares them.
-
-        Raises:
-            TilewrightError: for a GPU kernel's.
-
-        """
-        if isinstance(self.weight_layout, RowLayout):
-            raise TilewrightError(
-                f"weights in the layout {self.weight_layout.key} are for GPU kernels; tune for this CPU"
-            )
-        return self.weight_layout
+    format_version: int = FORMAT_VERSION
 
     @property
     def precision(self) -> str:
@@ -166,45 +147,34 @@ class Recipe:
         names = dict.fromkeys(dim for tensor in self.tensors for dim in tensor.dims if isinstance(dim, str))
         return tuple(names)
 
-    def workspace_for(self, sizes: Mapping[str, int]) -> int:
-        """Workspace in bytes for ``sizes`` (which must hold ``threads`` too).
-
-        Raises:
-            TilewrightError: when a size is missing.
-
-        """
-        return IntExpr(self.workspace_bytes).evaluate(sizes)
+    @property
+    def expressions(self) -> tuple[str, ...]:
+        """Texts of all its expressions, those of its tensors' bounds left out."""
+        texts = [self.workspace_bytes, *(guard.expression for guard in self.guards)]
+        for launch in self.launches:
+            texts += (*launch.grid, *launch.block, *launch.cluster, launch.shared_memory_bytes)
+            for argument in launch.arguments:
+                texts += argument.map.shape if argument.map else ()
+                texts += [argument.source] if argument.kind != "tensor" and argument.source else []
+        return tuple(texts)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, read back by :meth:`from_dict`."""
-        launches = [
-            {**asdict(launch), "arguments": [each.to_dict() for each in launch.arguments]} for launch in self.launches
-        ]
-        return {**asdict(self), "launches": launches}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
-        """Recipe from its JSON form."""
-        layout = data["weight_layout"]
-        return cls(
-            tensors=tuple(TensorSpec(**{**t, "dims": tuple(t["dims"])}) for t in data["tensors"]),
-            launches=tuple(
-                Launch(
-                    **{
-                        **launch,
-                        "arguments": tuple(Argument.from_dict(a) for a in launch["arguments"]),
-                        "grid": tuple(launch["grid"]),
-                        "block": tuple(launch["block"]),
-                        "cluster": tuple(launch["cluster"]),
-                    }
-                )
-                for launch in data["launches"]
-            ),
-            size_name=data["size_name"],
-            workspace_bytes=data["workspace_bytes"],
-            workspace_zeroed=data["workspace_zeroed"],
-            guards=tuple(Guard(**g) for g in data["guards"]),
-            weight_layout=None if layout is None else layout_from_dict(layout),
-            abi_version=data["abi_version"],
-            format_version=data["format_version"],
-        )
+        """Recipe from its JSON form, valid (codegen/recipe/validity.py).
+
+        Raises:
+            TilewrightError: for another format, and for what is missing, unknown, of another type or impossible.
+
+        """
+        from tilewright.codegen.recipe.validity import read_recipe
+
+        return read_recipe(data)
+
+
+def packable(tensors: Sequence[TensorSpec]) -> TensorSpec | None:
+    """The weight that a layout packs: [experts, n, k]. A bias has the role of a weight, too."""
+    return next((tensor for tensor in tensors if tensor.role == "weight" and len(tensor.dims) == 3), None)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tilewright.codegen.recipe.expressions import IntExpr
-from tilewright.codegen.recipe.model import Argument, Guard, TensorSpec
+from tilewright.codegen.recipe.expressions import parsed
+from tilewright.codegen.recipe.model import THREADS, Recipe, TensorSpec
+from tilewright.codegen.recipe.validity import validate
 from tilewright.errors import TilewrightError
-
-THREADS = "threads"
-"""Symbol that expressions may read besides the sizes."""
+from tilewright.runtime.launchers.host_so import require_host
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "fp64": torch.float64,
@@ -35,24 +34,19 @@ _CHECKED_DTYPE = {
 """The dtype that each check of values reads."""
 
 
-@cache
-def expression(text: str) -> IntExpr:
-    """``text`` parsed, once per process: bindings have few different expressions, and evaluate them in every call."""
-    return IntExpr(text)
-
-
 @dataclass(frozen=True)
 class CallVariant:
-    """What serves dynamic sizes up to ``max_size`` (None: all larger ones): launches in order, none: the fallback.
+    """What serves dynamic sizes up to ``max_size`` (None: all larger ones): a kernel, or without a recipe the fallback.
 
-    A launch is the address of a ``host_so`` entry with its arguments. ``owner`` keeps the loaded code alive.
+    ``owner`` keeps the loaded code alive.
     """
 
     max_size: int | None
-    launches: tuple[tuple[int, tuple[Argument, ...]], ...] = ()
-    workspace_bytes: str = "0"
-    workspace_zeroed: bool = False
-    guards: tuple[Guard, ...] = ()
+    recipe: Recipe | None = None
+    entries: tuple[int, ...] = ()
+    """Address of the ``host_so`` entry of each launch of the recipe."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Tensors of the recipe that have another name in the binding, where kernels take one in several layouts."""
     owner: object = None
 
 
@@ -107,7 +101,9 @@ class Binding:
         required = {dim for spec in self.positional if not spec.optional for dim in spec.dims}
         if unset := [s for s in (*self.symbols, self.size_name) if s not in required and s != THREADS]:
             raise TilewrightError(f"{self.name}: no tensor of a call tells the size {unset[0]!r}")
-        self._require_known_arguments()
+        for variant in self.variants:
+            if variant.recipe is not None:
+                self._require_callable(variant, variant.recipe)
 
     @cached_property
     def positional(self) -> tuple[TensorSpec, ...]:
@@ -129,16 +125,9 @@ class Binding:
         """The first variant that serves ``size``; None when there is none."""
         return next((v for v in self.variants if v.max_size is None or size <= v.max_size), None)
 
-    def expressions(self, variant: CallVariant) -> Iterable[str]:
-        """Texts of all expressions that ``variant`` evaluates."""
-        yield variant.workspace_bytes
-        yield from (guard.expression for guard in variant.guards)
-        for _, arguments in variant.launches:
-            yield from (argument.source for argument in arguments if argument.kind == "size")
-
     def program(self, text: str) -> tuple[int, ...]:
         """Reverse Polish code of an expression over :attr:`symbols`."""
-        return expression(text).program(self.symbols)
+        return parsed(text).program(self.symbols)
 
     def _bound_address(self, spec: TensorSpec) -> int:
         tensor = self.bound[spec.name]
@@ -164,15 +153,22 @@ class Binding:
                 f"{self.name}: the pages in {table.name} need lengths of its rows among the tensors, and a page size"
             )
 
-    def _require_known_arguments(self) -> None:
+    def _require_callable(self, variant: CallVariant, recipe: Recipe) -> None:
+        """The recipe is one that a CPU calls, and all that it reads is known to a call."""
+        try:
+            validate(recipe)
+            require_host(recipe)
+        except TilewrightError as error:
+            raise TilewrightError(f"{self.name}: {error}") from error
+        if len(variant.entries) != len(recipe.launches):
+            raise TilewrightError(
+                f"{self.name}: a kernel has {len(recipe.launches)} launches and {len(variant.entries)} entries"
+            )
         names = {spec.name for spec in self.tensors}
-        for variant in self.variants:
-            for text in self.expressions(variant):
-                self.program(text)
-            for _, arguments in variant.launches:
-                for argument in arguments:
-                    if argument.kind == "tensor" and argument.source not in names:
-                        raise TilewrightError(f"{self.name}: a launch takes {argument.source!r}, which is no tensor")
+        if unknown := [each.name for each in recipe.tensors if variant.aliases.get(each.name, each.name) not in names]:
+            raise TilewrightError(f"{self.name}: a kernel takes {unknown[0]!r}, which is no tensor of the call")
+        if unset := [size for size in recipe.sizes if size not in self.symbols]:
+            raise TilewrightError(f"{self.name}: a kernel reads the size {unset[0]!r}, which no tensor of a call tells")
 
 
 def make_binding(

@@ -1,4 +1,8 @@
-"""A binding as the plain tuples that the extension reads (runtime/native/description.h)."""
+"""A binding as the plain tuples that the extension reads (runtime/native/description.h).
+
+The extension is the twin of codegen/recipe/resolve.py: it gets all expressions compiled, and hands a call that it
+cannot evaluate to the Python call, which says why.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from tilewright.codegen.recipe.model import Argument, TensorSpec
+from tilewright.codegen.recipe.expressions import parsed
+from tilewright.codegen.recipe.model import THREADS, WORKSPACE, Argument, Guard, Recipe, TensorSpec, packable
 from tilewright.errors import TilewrightError
-from tilewright.runtime.calls.binding import THREADS, Binding, CallVariant
+from tilewright.runtime.calls.binding import Binding, CallVariant
 from tilewright.runtime.calls.pure import PureCall
 
 _DLPACK_INT, _DLPACK_UINT, _DLPACK_FLOAT, _DLPACK_BFLOAT = 0, 1, 2, 4
@@ -42,10 +47,14 @@ def native_call(native: ModuleType, binding: Binding) -> Any:
     """``BoundCall`` of the extension for ``binding``.
 
     Raises:
-        ValueError: when the binding has more tensors, dimensions or sizes than the extension holds.
+        TilewrightError: when the binding has more tensors, dimensions, sizes, launches or arguments than the extension
+            holds, or an expression that is nested too deeply.
 
     """
-    return native.BoundCall(PureCall(binding), describe(binding))
+    try:
+        return native.BoundCall(PureCall(binding), describe(binding))
+    except (OverflowError, ValueError) as error:
+        raise TilewrightError(f"{binding.name}: the compiled call layer cannot hold this kernel: {error}") from error
 
 
 def describe(binding: Binding) -> tuple[Any, ...]:
@@ -72,25 +81,49 @@ def _tensor(binding: Binding, spec: TensorSpec) -> tuple[Any, ...]:
 
 
 def _variant(binding: Binding, variant: CallVariant) -> tuple[Any, ...]:
-    return (
-        _LARGEST if variant.max_size is None else variant.max_size,
-        binding.program(variant.workspace_bytes),
-        variant.workspace_zeroed,
-        tuple((entry, tuple(_argument(binding, a) for a in arguments)) for entry, arguments in variant.launches),
-        tuple((binding.program(guard.expression), guard.multiple) for guard in variant.guards),
+    max_size = _LARGEST if variant.max_size is None else variant.max_size
+    recipe = variant.recipe
+    if recipe is None:
+        return max_size, binding.program("0"), False, (), (), ()
+    late = [guard for guard in recipe.guards if WORKSPACE in parsed(guard.expression).symbols]
+    early = [guard for guard in recipe.guards if guard not in late]
+    guards = [tuple(_guard(binding, variant, recipe, guard) for guard in some) for some in (early, late)]
+    launches = tuple(
+        (entry, tuple(_argument(binding, variant, recipe, argument) for argument in launch.arguments))
+        for entry, launch in zip(variant.entries, recipe.launches, strict=True)
     )
+    workspace_bytes = binding.program(recipe.workspace_bytes)
+    return max_size, workspace_bytes, recipe.workspace_zeroed, launches, *guards
 
 
-def _argument(binding: Binding, argument: Argument) -> tuple[int, int, tuple[int, ...]]:
+def _guard(binding: Binding, variant: CallVariant, recipe: Recipe, guard: Guard) -> tuple[tuple[int, ...], int]:
+    """Its code: after the sizes come the addresses of the call's tensors in order, and of the workspace."""
+    symbols = (*binding.symbols, *(spec.name for spec in binding.positional), WORKSPACE)
+    passed_once = {
+        tensor.name: binding.addresses[name]
+        for tensor in recipe.tensors
+        if (name := variant.aliases.get(tensor.name, tensor.name)) in binding.addresses
+    }
+    return parsed(guard.expression).program(symbols, passed_once), guard.multiple
+
+
+def _argument(
+    binding: Binding, variant: CallVariant, recipe: Recipe, argument: Argument
+) -> tuple[int, int, tuple[int, ...]]:
+    """Where an argument begins, with the code of its offset in bytes (none: 0); of a size, the code of its value."""
+    offset = binding.program(argument.source) if argument.kind != "tensor" and argument.source else ()
     match argument.kind:
         case "workspace":
-            return _WORKSPACE, 0, ()
+            return _WORKSPACE, 0, offset
         case "size":
-            return _SIZE, 0, binding.program(argument.source)
+            return _SIZE, 0, offset
         case "tensor":
-            if argument.source in binding.addresses:
-                return _ADDRESS, binding.addresses[argument.source], ()
-            positions = [spec.name for spec in binding.positional]
-            return _POSITIONAL, positions.index(argument.source), ()
+            name = argument.source
         case "scales":
-            raise TilewrightError("a kernel that takes scales by themselves is for GPUs; tune for this CPU")
+            weight = packable(recipe.tensors)
+            assert weight is not None  # the recipe was found valid
+            name = weight.name
+    name = variant.aliases.get(name, name)
+    if name in binding.addresses:
+        return _ADDRESS, binding.addresses[name], offset
+    return _POSITIONAL, [spec.name for spec in binding.positional].index(name), offset

@@ -12,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tilewright.codegen.recipe.expressions import parsed
 from tilewright.codegen.recipe.host import Host
-from tilewright.codegen.recipe.model import ABI_VERSION, Argument, TensorSpec
+from tilewright.codegen.recipe.model import ABI_VERSION, THREADS, WORKSPACE, Recipe, TensorSpec
+from tilewright.codegen.recipe.resolve import Place, Refusal, refused_guards, resolve, workspace_bytes
 from tilewright.errors import TilewrightError
-from tilewright.runtime.calls.binding import THREADS, TORCH_DTYPES, Binding, CallVariant, expression
+from tilewright.runtime.calls.binding import TORCH_DTYPES, Binding, CallVariant
 from tilewright.runtime.launchers.openmp import fork_address
 from tilewright.runtime.notices import warn_once
 
@@ -33,6 +35,7 @@ class PureCall:
 
     def __init__(self, binding: Binding) -> None:
         self.binding = binding
+        self._place = Place(threads=binding.threads)
 
     def __call__(self, *tensors: Any) -> Any:
         """Compute into the tensors of role ``output`` and return them: one by itself, several as a tuple.
@@ -56,14 +59,12 @@ class PureCall:
         self._check_values(unwrapped, sizes)
         self._check_overlap(unwrapped)
         if any(output is not None and output.numel() > 0 for output in map(unwrapped.__getitem__, binding.outputs)):
-            variant = binding.variant_for(sizes[binding.size_name])
-            reason = self._refusal(variant, unwrapped, sizes)
-            if reason:
-                warn_once(f"{binding.name}: {reason}; plain torch serves such calls")
-            if variant is None or reason or not variant.launches:
+            try:
+                served = self._run_kernel(unwrapped, sizes)
+            except TilewrightError as error:
+                raise TilewrightError(f"{binding.name}: {error}") from error
+            if not served:
                 binding.fallback(*unwrapped)
-            else:
-                self._launch(variant, unwrapped, sizes)
         written = tuple(tensors[index] for index in binding.outputs)
         return written if len(written) > 1 else written[0]
 
@@ -74,7 +75,7 @@ class PureCall:
             TilewrightError: always.
 
         """
-        raise TilewrightError(f"{self.binding.name}: the kernel reported error {code}, and its output is not valid")
+        raise TilewrightError(f"{self.binding.name}: {_failure(code)}")
 
     def _as_tensor(self, spec: TensorSpec, value: Any) -> Tensor | None:
         """``value`` as a strided CPU tensor of the right dtype and rank; None stands for an absent optional one."""
@@ -104,8 +105,8 @@ class PureCall:
         return tensor
 
     def _checked_sizes(self, tensors: Sequence[Tensor | None]) -> dict[str, int]:
-        """Value of every symbol, all shapes agreeing."""
-        sizes: dict[str, int] = {THREADS: self.binding.threads}
+        """Value of every size, all shapes agreeing."""
+        sizes: dict[str, int] = {}
         for spec, tensor in zip(self.binding.positional, tensors, strict=True):
             if tensor is None:
                 continue
@@ -135,7 +136,7 @@ class PureCall:
                 continue
             # numpy, not torch: in a forked child, torch's operations on large tensors would wait for lost threads.
             values = tensor.detach().numpy()
-            end = expression(spec.bound).evaluate(sizes) if spec.bound else 0
+            end = parsed(spec.bound).evaluate({**sizes, THREADS: self.binding.threads}) if spec.bound else 0
             wrong = _wrong_values(spec, values, end, lengths_of(spec))
             if wrong is not None:
                 where, expected = wrong
@@ -154,54 +155,78 @@ class PureCall:
                         f"{self.binding.name}: {written.name} overlaps {spec.name} in memory; give it memory of its own"
                     )
 
-    def _refusal(self, variant: CallVariant | None, tensors: Sequence[Tensor | None], sizes: dict[str, int]) -> str:
-        """Why no kernel may run on these tensors; empty when one may, or when the plan says torch."""
+    def _run_kernel(self, tensors: Sequence[Tensor | None], sizes: dict[str, int]) -> bool:
+        """Whether a kernel computed the outputs; where none may run, a warning says why, unless the plan says torch.
+
+        Raises:
+            TilewrightError: when the kernel cannot be called, or reports an error.
+
+        """
+        variant = self.binding.variant_for(sizes[self.binding.size_name])
         if variant is None:
             largest = self.binding.variants[-1].max_size if self.binding.variants else 0
-            return f"there is no kernel for {self.binding.size_name} above {largest}"
-        if not variant.launches:
-            return ""
+            return self._decline(f"there is no kernel for {self.binding.size_name} above {largest}")
+        recipe = variant.recipe
+        if recipe is None or not recipe.launches:
+            return False
         for spec, tensor in zip(self.binding.positional, tensors, strict=True):
             if tensor is not None and not tensor.is_contiguous():
-                return f"{spec.name} is not contiguous"
+                return self._decline(f"{spec.name} is not contiguous")
             if tensor is not None and tensor.data_ptr() % tensor.element_size():
-                return f"{spec.name} is not aligned to its elements"
-        for guard in variant.guards:
-            if expression(guard.expression).evaluate(sizes) % guard.multiple:
-                return f"the kernel needs {guard.expression} to be a multiple of {guard.multiple}"
-        return ""
-
-    def _launch(self, variant: CallVariant, tensors: Sequence[Tensor | None], sizes: dict[str, int]) -> None:
-        nbytes = expression(variant.workspace_bytes).evaluate(sizes)
-        workspace = self._workspace(nbytes)
-        if variant.workspace_zeroed and nbytes > 0:
+                return self._decline(f"{spec.name} is not aligned to its elements")
+        addresses = self._addresses(recipe, variant, tensors)
+        if refusals := refused_guards(recipe, sizes, addresses, self._place):
+            return self._decline(_needs(refusals[0]))
+        nbytes = workspace_bytes(recipe, sizes, self._place)
+        workspace = _workspace(nbytes)
+        call = resolve(recipe, sizes, {**addresses, WORKSPACE: workspace}, self._place)
+        if call.refusals:
+            return self._decline(_needs(call.refusals[0]))
+        if recipe.workspace_zeroed and nbytes > 0:
             ctypes.memset(workspace, 0, nbytes)
+        host = Host(ABI_VERSION, self.binding.threads, fork_address() or None)
+        for entry, launch in zip(variant.entries, call.launches, strict=True):
+            values = [argument.value for argument in launch.arguments]
+            code = _ENTRY(entry)(ctypes.byref(host), (ctypes.c_int64 * max(1, len(values)))(*values))
+            if code != 0:
+                raise TilewrightError(_failure(code))
+        return True
+
+    def _decline(self, reason: str) -> bool:
+        warn_once(f"{self.binding.name}: {reason}; plain torch serves such calls")
+        return False
+
+    def _addresses(self, recipe: Recipe, variant: CallVariant, tensors: Sequence[Tensor | None]) -> dict[str, int]:
+        """Of the recipe's tensors."""
         addresses = dict(self.binding.addresses)
         for spec, tensor in zip(self.binding.positional, tensors, strict=True):
             addresses[spec.name] = 0 if tensor is None else tensor.data_ptr()
-        host = Host(ABI_VERSION, self.binding.threads, fork_address() or None)
-        for entry, arguments in variant.launches:
-            values = [_argument(argument, addresses, workspace, sizes) for argument in arguments]
-            code = _ENTRY(entry)(ctypes.byref(host), (ctypes.c_int64 * max(1, len(values)))(*values))
-            if code != 0:
-                self.kernel_failed(code)
+        return {each.name: addresses[variant.aliases.get(each.name, each.name)] for each in recipe.tensors}
 
-    def _workspace(self, nbytes: int) -> int:
-        """Address of ``nbytes`` bytes that belong to the calling thread."""
-        if nbytes == 0:
-            return 0
-        if nbytes < 0:
-            raise TilewrightError(f"{self.binding.name}: the kernel asks for {nbytes} bytes of workspace")
-        held: NDArray[np.uint8] | None = getattr(_scratch, "memory", None)
-        if held is None or held.nbytes < nbytes + _ALIGNMENT:
-            try:
-                held = _scratch.memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
-            except (MemoryError, ValueError) as error:
-                raise TilewrightError(
-                    f"{self.binding.name}: the kernel needs {nbytes} bytes of workspace, which this machine cannot give"
-                ) from error
-        address: int = held.ctypes.data
-        return -(-address // _ALIGNMENT) * _ALIGNMENT
+
+def _failure(code: int) -> str:
+    return f"the kernel reported error {code}, and its output is not valid"
+
+
+def _needs(refusal: Refusal) -> str:
+    """Without the value, so that calls that differ in nothing else share a warning."""
+    return f"the kernel needs {refusal.guard.expression} to be a multiple of {refusal.guard.multiple}"
+
+
+def _workspace(nbytes: int) -> int:
+    """Address of ``nbytes`` bytes that belong to the calling thread."""
+    if nbytes == 0:
+        return 0
+    held: NDArray[np.uint8] | None = getattr(_scratch, "memory", None)
+    if held is None or held.nbytes < nbytes + _ALIGNMENT:
+        try:
+            held = _scratch.memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+        except (MemoryError, OverflowError, ValueError) as error:
+            raise TilewrightError(
+                f"the kernel needs {nbytes} bytes of workspace, which this machine cannot give"
+            ) from error
+    address: int = held.ctypes.data
+    return -(-address // _ALIGNMENT) * _ALIGNMENT
 
 
 def _dims(spec: TensorSpec) -> str:
@@ -218,18 +243,6 @@ def _address(tensor: Tensor) -> int:
         return tensor.data_ptr()
     except RuntimeError:
         return 0
-
-
-def _argument(argument: Argument, addresses: dict[str, int], workspace: int, sizes: dict[str, int]) -> int:
-    match argument.kind:
-        case "tensor":
-            return addresses[argument.source]
-        case "workspace":
-            return workspace
-        case "size":
-            return expression(argument.source).evaluate(sizes)
-        case "scales":
-            raise TilewrightError("a kernel that takes scales by themselves is for GPUs; tune for this CPU")
 
 
 def _wrong_values(

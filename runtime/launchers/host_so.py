@@ -15,7 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tilewright.codegen.recipe.model import ABI_VERSION
+from tilewright.codegen.numbers.layouts import RowLayout, WeightLayout
+from tilewright.codegen.recipe.expressions import parsed
+from tilewright.codegen.recipe.model import ABI_VERSION, SM_COUNT, Recipe
 from tilewright.errors import TilewrightError
 from tilewright.runtime.locks import fork_safe_lock
 from tilewright.tuning_db.integrity import DamagedArtifact, check_private
@@ -51,6 +53,36 @@ class LoadedArtifact:
         return address
 
 
+def require_host(recipe: Recipe) -> None:
+    """Refuse a kernel that is not called as a ``host_so`` entry is.
+
+    Raises:
+        KernelRefused: when the recipe passes what only a GPU's launch knows: a grid, a tensor map, rows of weights.
+
+    """
+    host_layout(recipe)
+    for launch in recipe.launches:
+        if launch.grid or launch.hidden_arguments or launch.shared_memory_bytes != "0":
+            raise KernelRefused(f"the kernel's entry {launch.entry} is launched over a grid: {_FOR_GPUS}")
+        if any(argument.map for argument in launch.arguments):
+            raise KernelRefused(f"the kernel's entry {launch.entry} takes a tensor map: {_FOR_GPUS}")
+    if any(SM_COUNT in parsed(text).symbols for text in recipe.expressions):
+        raise KernelRefused(f"the kernel asks for {SM_COUNT}, a number of multiprocessors: {_FOR_GPUS}")
+
+
+def host_layout(recipe: Recipe) -> WeightLayout | None:
+    """The layout in which a ``host_so`` kernel takes its weight; None: as the op declares it.
+
+    Raises:
+        KernelRefused: when it is one of GPU kernels.
+
+    """
+    if isinstance(recipe.weight_layout, RowLayout):
+        raise KernelRefused(f"the kernel takes its weight in the layout {recipe.weight_layout.key}: {_FOR_GPUS}")
+    return recipe.weight_layout
+
+
+_FOR_GPUS = "it is for GPUs; tune for this CPU"
 _loaded: dict[str, LoadedArtifact] = {}
 _loading = fork_safe_lock()
 

@@ -1,4 +1,4 @@
-/* A bound call: unwrap, check, choose, launch. Anything out of the ordinary goes to the Python twin (runtime/calls/pure.py),
+/* A bound call: unwrap, check, choose, launch; the twin of codegen/recipe/resolve.py for host_so entries. Anything out of the ordinary goes to the Python twin (runtime/calls/pure.py),
  * which says what is wrong, calls the fallback, or runs the kernel. */
 #include "bound_call.h"
 
@@ -24,7 +24,7 @@ typedef struct {
     DLTensor tensors[TW_MAX_TENSORS];
     int64_t elements[TW_MAX_TENSORS];
     bool present[TW_MAX_TENSORS];
-    int64_t symbols[TW_MAX_SYMBOLS];
+    int64_t symbols[TW_MAX_GUARD_SYMBOLS];
     const tw_variant *variant;
 } call_frame;
 
@@ -178,6 +178,20 @@ static bool values_fit(const tw_description *d, const call_frame *frame) {
     return true;
 }
 
+static int64_t address_of(const call_frame *frame, int64_t i) {
+    return frame->present[i] ? (int64_t)(intptr_t)frame->tensors[i].data : 0;
+}
+
+static bool guards_hold(const tw_guard *guards, int count, const call_frame *frame) {
+    for (int g = 0; g < count; g++) {
+        int64_t value;
+        if (!tw_evaluate(&guards[g].expression, frame->symbols, &value) || value % guards[g].multiple != 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
 static bool choose(const tw_description *d, call_frame *frame) {
     int64_t size = frame->symbols[d->dynamic_symbol];
     int v = 0;
@@ -188,34 +202,47 @@ static bool choose(const tw_description *d, call_frame *frame) {
         return false;
     }
     frame->variant = &d->variants[v];
-    for (int g = 0; g < frame->variant->guard_count; g++) {
-        int64_t value;
-        const tw_guard *guard = &frame->variant->guards[g];
-        if (!tw_evaluate(&guard->expression, frame->symbols, &value) || value % guard->multiple != 0) {
-            return false;
+    if (frame->variant->guards_read_addresses) {
+        for (int i = 0; i < d->tensor_count; i++) {
+            frame->symbols[d->symbol_count + i] = address_of(frame, i);
         }
     }
-    return true;
+    return guards_hold(frame->variant->guards, frame->variant->guard_count, frame);
 }
 
-static bool fill_arguments(const tw_launch *launch, const call_frame *frame, void *workspace, int64_t *values) {
+/* Moves an address by the argument's offset, which is at most `most`. */
+static bool add_offset(const tw_argument *argument, const call_frame *frame, int64_t most, int64_t *address) {
+    int64_t offset = 0;
+    if (argument->program.length > 0 && !tw_evaluate(&argument->program, frame->symbols, &offset)) {
+        return false;
+    }
+    return offset >= 0 && offset <= most && !__builtin_add_overflow(*address, offset, address);
+}
+
+static bool fill_arguments(const tw_launch *launch, const call_frame *frame, void *workspace, int64_t bytes,
+                           int64_t *values) {
     for (int i = 0; i < launch->argument_count; i++) {
         const tw_argument *argument = &launch->arguments[i];
+        bool known = true;
         switch (argument->kind) {
         case TW_POSITIONAL:
-            values[i] = frame->present[argument->value] ? (int64_t)(intptr_t)frame->tensors[argument->value].data : 0;
+            values[i] = address_of(frame, argument->value);
+            known = add_offset(argument, frame, INT64_MAX, &values[i]);
             break;
         case TW_ADDRESS:
             values[i] = argument->value;
+            known = add_offset(argument, frame, INT64_MAX, &values[i]);
             break;
         case TW_WORKSPACE:
             values[i] = (int64_t)(intptr_t)workspace;
+            known = add_offset(argument, frame, bytes, &values[i]);
             break;
         case TW_SIZE:
-            if (!tw_evaluate(&argument->program, frame->symbols, &values[i])) {
-                return false;
-            }
+            known = tw_evaluate(&argument->program, frame->symbols, &values[i]);
             break;
+        }
+        if (!known) {
+            return false;
         }
     }
     return true;
@@ -224,7 +251,7 @@ static bool fill_arguments(const tw_launch *launch, const call_frame *frame, voi
 typedef enum { RAN, NOT_RUN, FAILED } launch_result;
 
 /* Runs all launches without the GIL. FAILED leaves the kernel's code in `code`. */
-static launch_result launch(const tw_description *d, const call_frame *frame, int32_t *code) {
+static launch_result launch(const tw_description *d, call_frame *frame, int32_t *code) {
     const tw_variant *variant = frame->variant;
     int64_t bytes, values[TW_MAX_ARGUMENTS];
     if (!tw_evaluate(&variant->workspace_bytes, frame->symbols, &bytes) || bytes < 0) {
@@ -234,6 +261,18 @@ static launch_result launch(const tw_description *d, const call_frame *frame, in
     if (bytes > 0 && workspace == NULL) {
         return NOT_RUN;
     }
+    if (variant->workspace_guard_count > 0) {
+        frame->symbols[d->symbol_count + d->tensor_count] = (int64_t)(intptr_t)workspace;
+        if (!guards_hold(variant->workspace_guards, variant->workspace_guard_count, frame)) {
+            return NOT_RUN;
+        }
+    }
+    /* All or nothing: what the twin has to look at must not have run in part. The first is filled right before it runs. */
+    for (int i = 1; i < variant->launch_count; i++) {
+        if (!fill_arguments(&variant->launches[i], frame, workspace, bytes, values)) {
+            return NOT_RUN;
+        }
+    }
     tw_host host = {TW_ABI_VERSION, d->threads, tw_fork()};
     launch_result result = RAN;
     PyThreadState *state = PyEval_SaveThread();
@@ -242,7 +281,7 @@ static launch_result launch(const tw_description *d, const call_frame *frame, in
     }
     for (int i = 0; i < variant->launch_count && result == RAN; i++) {
         const tw_launch *step = &variant->launches[i];
-        if (!fill_arguments(step, frame, workspace, values)) {
+        if (!fill_arguments(step, frame, workspace, bytes, values)) {
             result = NOT_RUN;
         } else if ((*code = step->entry(&host, values)) != 0) {
             result = FAILED;

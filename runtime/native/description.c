@@ -40,7 +40,7 @@ static int length_of(PyObject *tuple, Py_ssize_t most) {
     return (int)length;
 }
 
-static int parse_program(tw_description *description, PyObject *tuple, tw_program *program) {
+static int parse_program_over(tw_description *description, PyObject *tuple, int symbols, tw_program *program) {
     int length = length_of(tuple, 4096);
     int64_t *code = length < 0 ? NULL : allocate(description, (size_t)length, sizeof(int64_t));
     if (code == NULL) {
@@ -53,11 +53,15 @@ static int parse_program(tw_description *description, PyObject *tuple, tw_progra
         }
     }
     *program = (tw_program){length, code};
-    if (length > 0 && !tw_program_valid(program, description->symbol_count)) {
+    if (length > 0 && !tw_program_valid(program, symbols)) {
         PyErr_SetString(PyExc_ValueError, "an expression is malformed or too deep");
         return -1;
     }
     return 0;
+}
+
+static int parse_program(tw_description *description, PyObject *tuple, tw_program *program) {
+    return parse_program_over(description, tuple, description->symbol_count, program);
 }
 
 static int parse_tensor(tw_description *description, PyObject *tuple, tw_tensor_rule *rule) {
@@ -117,33 +121,51 @@ static int parse_guard(tw_description *description, PyObject *tuple, tw_guard *g
     if (!PyArg_ParseTuple(tuple, "OL", &expression, &multiple)) {
         return -1;
     }
+    if (multiple < 1) {
+        PyErr_SetString(PyExc_ValueError, "a guard wants multiples of less than 1");
+        return -1;
+    }
     guard->multiple = multiple;
-    return parse_program(description, expression, &guard->expression);
+    int symbols = description->symbol_count + description->tensor_count + 1;
+    return parse_program_over(description, expression, symbols, &guard->expression);
+}
+
+static int parse_guards(tw_description *description, PyObject *tuple, int *count, tw_guard **guards) {
+    if ((*count = length_of(tuple, 256)) < 0 ||
+        (*guards = allocate(description, (size_t)*count, sizeof(tw_guard))) == NULL) {
+        return -1;
+    }
+    for (int i = 0; i < *count; i++) {
+        if (parse_guard(description, PyTuple_GET_ITEM(tuple, i), &(*guards)[i]) != 0) {
+            return -1;
+        }
+    }
+    return 0;
 }
 
 static int parse_variant(tw_description *description, PyObject *tuple, tw_variant *variant) {
     long long max_size;
     int zeroed;
-    PyObject *workspace, *launches, *guards;
-    if (!PyArg_ParseTuple(tuple, "LOpOO", &max_size, &workspace, &zeroed, &launches, &guards) ||
+    PyObject *workspace, *launches, *guards, *workspace_guards;
+    if (!PyArg_ParseTuple(tuple, "LOpOOO", &max_size, &workspace, &zeroed, &launches, &guards, &workspace_guards) ||
         parse_program(description, workspace, &variant->workspace_bytes) != 0 ||
-        (variant->launch_count = length_of(launches, 64)) < 0 || (variant->guard_count = length_of(guards, 256)) < 0) {
+        (variant->launch_count = length_of(launches, 64)) < 0 ||
+        parse_guards(description, guards, &variant->guard_count, &variant->guards) != 0 ||
+        parse_guards(description, workspace_guards, &variant->workspace_guard_count, &variant->workspace_guards) != 0) {
         return -1;
     }
     variant->max_size = max_size;
     variant->workspace_zeroed = zeroed;
+    variant->guards_read_addresses = variant->workspace_guard_count > 0;
+    for (int i = 0; i < variant->guard_count; i++) {
+        variant->guards_read_addresses |= tw_program_reads(&variant->guards[i].expression, description->symbol_count);
+    }
     variant->launches = allocate(description, (size_t)variant->launch_count, sizeof(tw_launch));
-    variant->guards = allocate(description, (size_t)variant->guard_count, sizeof(tw_guard));
-    if (variant->launches == NULL || variant->guards == NULL) {
+    if (variant->launches == NULL) {
         return -1;
     }
     for (int i = 0; i < variant->launch_count; i++) {
         if (parse_launch(description, PyTuple_GET_ITEM(launches, i), &variant->launches[i]) != 0) {
-            return -1;
-        }
-    }
-    for (int i = 0; i < variant->guard_count; i++) {
-        if (parse_guard(description, PyTuple_GET_ITEM(guards, i), &variant->guards[i]) != 0) {
             return -1;
         }
     }

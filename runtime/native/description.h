@@ -11,6 +11,9 @@
 
 enum { TW_MAX_TENSORS = 16, TW_MAX_DIMS = 6, TW_MAX_SYMBOLS = 16, TW_MAX_ARGUMENTS = 32 };
 
+/* What a guard may read: the sizes, then the address of each tensor, then that of the workspace. */
+enum { TW_MAX_GUARD_SYMBOLS = TW_MAX_SYMBOLS + TW_MAX_TENSORS + 1 };
+
 typedef enum { TW_ANY, TW_OFFSETS, TW_INDEX, TW_SLOT, TW_FINITE, TW_LOGITS, TW_RISING, TW_LENGTH, TW_PAGES } tw_value_check;
 typedef enum { TW_POSITIONAL, TW_ADDRESS, TW_WORKSPACE, TW_SIZE } tw_argument_kind;
 
@@ -33,8 +36,8 @@ typedef struct {
 
 typedef struct {
     tw_argument_kind kind;
-    int64_t value; /* position of a tensor, or an address */
-    tw_program program;
+    int64_t value;      /* position of a tensor, or an address */
+    tw_program program; /* of TW_SIZE the value, else an offset in bytes; empty: 0 */
 } tw_argument;
 
 typedef struct {
@@ -54,6 +57,9 @@ typedef struct {
     tw_launch *launches;
     int guard_count;
     tw_guard *guards;
+    bool guards_read_addresses;
+    int workspace_guard_count; /* those that can be judged only once there is a workspace */
+    tw_guard *workspace_guards;
     tw_program workspace_bytes;
     bool workspace_zeroed;
 } tw_variant;

@@ -29,6 +29,15 @@ bool tw_program_valid(const tw_program *program, int symbols) {
     return depth == 1;
 }
 
+bool tw_program_reads(const tw_program *program, int first) {
+    for (int i = 0; i < program->length; i += 2) {
+        if (program->code[i] == SYMBOL && program->code[i + 1] >= first) {
+            return true;
+        }
+    }
+    return false;
+}
+
 static bool divide(int64_t left, int64_t right, bool round_up, int64_t *result) {
     if (right == 0 || (left == INT64_MIN && right == -1)) {
         return false;

@@ -13,6 +13,9 @@ typedef struct {
 /* Whether the code is well formed: known instructions, symbols in range, one result, no deeper stack than there is. */
 bool tw_program_valid(const tw_program *program, int symbols);
 
+/* Whether the program reads a symbol at `first` or behind it. */
+bool tw_program_reads(const tw_program *program, int first);
+
 /* The program's value, with Python's rounding. False for a division by zero or a result beyond 64 bits. */
 bool tw_evaluate(const tw_program *program, const int64_t *symbols, int64_t *result);
 

@@ -16,16 +16,14 @@ from tilewright.codegen.hardware.cpu_info import read_cpu_info
 from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.signature import Signature
-from tilewright.codegen.recipe.model import ABI_VERSION, Argument, Recipe
+from tilewright.codegen.recipe.model import ABI_VERSION, FORMAT_VERSION, Recipe
 from tilewright.errors import TilewrightError
-from tilewright.runtime.launchers.host_so import KernelRefused, LoadedArtifact, load_artifact
+from tilewright.runtime.launchers.host_so import KernelRefused, LoadedArtifact, host_layout, load_artifact, require_host
 from tilewright.runtime.notices import warn_once
 from tilewright.runtime.serve.options import ServeOptions
 from tilewright.tuning_db.locations import default_url
 from tilewright.tuning_db.reader import Reader
 from tilewright.tuning_db.records import KernelRecord, PlanEntry, PlanRecord
-
-RECIPE_FORMAT = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +32,10 @@ class LoadedKernel:
 
     record: KernelRecord
     recipe: Recipe
-    launches: tuple[tuple[int, tuple[Argument, ...]], ...]
-    """Address of the entry and its arguments, per launch."""
+    layout: WeightLayout | None
+    """In which it takes its weight; None: as the op declares it."""
+    entries: tuple[int, ...]
+    """Address of the entry of each launch of the recipe."""
     artifacts: tuple[LoadedArtifact, ...]
 
 
@@ -71,7 +71,7 @@ class Resolution:
     @property
     def layouts(self) -> tuple[WeightLayout | None, ...]:
         """Layouts that served kernels take their weight in, each once; None: as declared."""
-        return tuple(dict.fromkeys(kernel.recipe.panels for kernel in self.kernels))
+        return tuple(dict.fromkeys(kernel.layout for kernel in self.kernels))
 
 
 def resolve(signature: Signature, options: ServeOptions) -> Resolution:
@@ -185,7 +185,7 @@ def _load_ranges(reader: Reader, plan: PlanRecord, signature: Signature) -> tupl
             try:
                 kernel = _load_kernel(reader, entry.kernel_key, signature)
                 _require_allowed_layout(layouts, kernel, plan)
-                layouts.add(kernel.recipe.panels)
+                layouts.add(kernel.layout)
             except TilewrightError as error:
                 kernel, why_torch = None, str(error)
                 sizes = f"{above + 1} to {entry.max_size}" if entry.max_size else f"above {above}"
@@ -200,7 +200,7 @@ def _load_ranges(reader: Reader, plan: PlanRecord, signature: Signature) -> tupl
 def _require_allowed_layout(layouts: Set[WeightLayout | None], kernel: LoadedKernel, plan: PlanRecord) -> None:
     """Each layout is a copy of the weights, and the plan names those that it needs."""
     allowed = len(plan.layout.split("+"))
-    if len(layouts | {kernel.recipe.panels}) > allowed:
+    if len(layouts | {kernel.layout}) > allowed:
         raise KernelRefused(
             f"kernel {kernel.record.key[:16]} takes its weight in another layout than "
             f"{'the one' if allowed == 1 else f'the {allowed}'} of the plan; tune again"
@@ -221,24 +221,23 @@ def _load_kernel(reader: Reader, key: str, signature: Signature) -> LoadedKernel
     recipe = _read_recipe(record)
     if recipe.tensors != signature.tensors() or recipe.size_name != signature.size_name:
         raise KernelRefused(f"kernel {key[:16]} takes other tensors than this tilewright's {signature.op}; tune again")
+    require_host(recipe)
     artifacts = {
         checksum: load_artifact(checksum, partial(reader.artifact, checksum))
         for checksum in dict.fromkeys(launch.artifact for launch in recipe.launches)
     }
-    launches = tuple(
-        (artifacts[launch.artifact].entry_address(launch.entry), launch.arguments) for launch in recipe.launches
-    )
-    return LoadedKernel(record, recipe, launches, tuple(artifacts.values()))
+    entries = tuple(artifacts[launch.artifact].entry_address(launch.entry) for launch in recipe.launches)
+    return LoadedKernel(record, recipe, host_layout(recipe), entries, tuple(artifacts.values()))
 
 
 def _read_recipe(record: KernelRecord) -> Recipe:
     version, abi = record.recipe.get("format_version"), record.recipe.get("abi_version")
-    if (version, abi) != (RECIPE_FORMAT, ABI_VERSION):
+    if (version, abi) != (FORMAT_VERSION, ABI_VERSION):
         raise KernelRefused(
             f"kernel {record.key[:16]} has recipe format {version} for ABI version {abi}, this tilewright reads "
-            f"{RECIPE_FORMAT} for {ABI_VERSION}; tune again"
+            f"{FORMAT_VERSION} for {ABI_VERSION}; tune again"
         )
     try:
         return Recipe.from_dict(record.recipe)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise KernelRefused(f"the recipe of kernel {record.key[:16]} cannot be read ({error!r}); tune again") from error
+    except TilewrightError as error:
+        raise KernelRefused(f"the recipe of kernel {record.key[:16]} cannot be read ({error}); tune again") from error

@@ -147,19 +147,9 @@ def _variant(part: SizeRange, bound: BoundWeights) -> CallVariant:
     """One range of the plan as the call layer takes it; without launches, torch serves it."""
     if part.kernel is None:
         return CallVariant(part.max_size)
-    recipe = part.kernel.recipe
-    aliases = {copy.name: copy.alias for copy in bound.copies if copy.layout == recipe.panels}
-    return CallVariant(
-        part.max_size,
-        tuple(
-            (entry, tuple(replace(each, source=aliases.get(each.source, each.source)) for each in arguments))
-            for entry, arguments in part.kernel.launches
-        ),
-        workspace_bytes=recipe.workspace_bytes,
-        workspace_zeroed=recipe.workspace_zeroed,
-        guards=recipe.guards,
-        owner=part.kernel.artifacts,
-    )
+    kernel = part.kernel
+    aliases = {copy.name: copy.alias for copy in bound.copies if copy.layout == kernel.layout}
+    return CallVariant(part.max_size, kernel.recipe, kernel.entries, aliases, owner=kernel.artifacts)
 
 
 def _refusing(signature: Signature) -> Callable[..., None]:

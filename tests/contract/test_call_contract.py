@@ -5,6 +5,7 @@ import os
 import threading
 import warnings
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -278,8 +279,9 @@ class CallTests(CallContract):
 
     def test_launches_run_in_order(self):
         first, second = variant("report"), variant("compute")
+        both = replace(first.recipe, launches=first.recipe.launches + second.recipe.launches)
         inputs = make_inputs()
-        bind(CallVariant(None, first.launches + second.launches))(*inputs.arguments())
+        bind(CallVariant(None, both, first.entries + second.entries))(*inputs.arguments())
         torch.testing.assert_close(inputs.out, expected(inputs.x, SCALE, *inputs.arguments()[1:5]))
 
     def test_errors_of_the_fallback_pass_through(self):
@@ -331,7 +333,7 @@ class CallTests(CallContract):
         owner, scale = Owner(), SCALE.clone()
         held, held_scale = weakref.ref(owner), weakref.ref(scale)
         kernel = variant()
-        call = bind(CallVariant(None, kernel.launches, owner=owner), scale=scale)
+        call = bind(replace(kernel, owner=owner), scale=scale)
         del owner, scale
         gc.collect()
         assert held() is not None

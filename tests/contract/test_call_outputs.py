@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tilewright.codegen.recipe.model import Argument, TensorSpec
+from tilewright.codegen.recipe.model import Argument, Launch, Recipe, TensorSpec
 from tilewright.errors import TilewrightError
 from tilewright.runtime.calls import bind as calls
 from tilewright.runtime.calls.bind import CallVariant, bind_call
@@ -65,7 +65,8 @@ def call(request, monkeypatch, library):
         pytest.skip("the extension was not built")
     arguments = (*(Argument("tensor", spec.name) for spec in TENSORS), Argument("size", "tokens"))
     address = ctypes.cast(library.best, ctypes.c_void_p).value
-    variants = [CallVariant(None, ((address, arguments),), owner=library)]
+    recipe = Recipe(TENSORS, (Launch("", "best", arguments),), "tokens")
+    variants = [CallVariant(None, recipe, (address,), owner=library)]
     return bind_call(TENSORS, {}, variants, size_name="tokens", threads=1, fallback=fallback, name="demo")
 
 

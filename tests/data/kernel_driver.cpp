@@ -1,7 +1,8 @@
 // Calls one kernel in a program of its own, for CPUs that an emulator runs and for sanitizers:
 //   driver INPUT OUTPUT
 // INPUT holds 64-bit numbers: threads, the count of buffers, the size of each in bytes, the count of arguments, and
-// per argument whether it is the address of a buffer (1) or plain (0) and its number; then the buffers' bytes.
+// per argument whether it is an address in a buffer (1) or plain (0), the buffer's number or its value, and the offset
+// in the buffer; then the buffers' bytes.
 // OUTPUT gets the buffers' bytes after the call. Compile with -DENTRY= the kernel's name.
 #include <pthread.h>
 #include <stdint.h>
@@ -46,15 +47,15 @@ int main(int, char **paths) {
   int64_t *sizes = new int64_t[buffers];
   for (int64_t b = 0; b < buffers; b++) sizes[b] = number();
   const int64_t count = number();
-  int64_t *is_buffer = new int64_t[count], *arguments = new int64_t[count];
-  for (int64_t a = 0; a < count; a++) is_buffer[a] = number(), arguments[a] = number();
+  int64_t *is_buffer = new int64_t[count], *arguments = new int64_t[count], *offsets = new int64_t[count];
+  for (int64_t a = 0; a < count; a++) is_buffer[a] = number(), arguments[a] = number(), offsets[a] = number();
   void **memory = new void *[buffers];
   for (int64_t b = 0; b < buffers; b++) {
     if (posix_memalign(&memory[b], 64, sizes[b] ? sizes[b] : 1)) return 3;
     if (fread(memory[b], 1, sizes[b], input) != (size_t)sizes[b]) return 3;
   }
   for (int64_t a = 0; a < count; a++) {
-    if (is_buffer[a]) arguments[a] = (int64_t)memory[arguments[a]];
+    if (is_buffer[a]) arguments[a] = (int64_t)memory[arguments[a]] + offsets[a];
   }
   const int32_t status = ENTRY(&host, arguments);
   for (int64_t b = 0; b < buffers; b++) {
@@ -64,6 +65,7 @@ int main(int, char **paths) {
   delete[] sizes;
   delete[] is_buffer;
   delete[] arguments;
+  delete[] offsets;
   delete[] memory;
   return fclose(output) || status ? 4 : 0;
 }

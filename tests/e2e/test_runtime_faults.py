@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from patience import PATIENCE_S
 
 from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
-from tilewright.codegen.recipe.model import Guard
+from tilewright.codegen.recipe.model import Guard, TensorSpec
 from tilewright.errors import TilewrightError
 from tilewright.runtime import PreparedGemm, ServeOptions, TilewrightWarning, prepare
 from tilewright.runtime.notices import forget_warnings
@@ -195,6 +195,9 @@ def test_kernel_that_speaks_another_abi(weight, tmp_path):
     assert_served_by_torch(weight, database, "speaks ABI version 2, this tilewright 1")
 
 
+MORE_TENSORS = [asdict(each) for each in (*SIGNATURE.tensors(), TensorSpec("more", "fp32", (1,)))]
+
+
 def tampered(**changes):
     """A kernel whose recipe says something else than its code."""
     built = fresh_kernel()
@@ -206,8 +209,12 @@ def tampered(**changes):
     [
         ({"abi_version": 9}, "for ABI version 9"),
         ({"format_version": 9}, "has recipe format 9"),
-        ({"tensors": []}, "takes other tensors"),
-        ({"guards": [{"unknown": 1}]}, "recipe of kernel .* cannot be read"),
+        ({"tensors": MORE_TENSORS}, "takes other tensors"),
+        ({"tensors": []}, "recipe of kernel .* cannot be read .*picks by the size"),
+        ({"size_name": "tokens"}, "recipe of kernel .* cannot be read .*picks by the size"),
+        ({"guards": [{"unknown": 1}]}, r"cannot be read \(the recipe.guards\[0\] has the field 'unknown'"),
+        ({"guards": [{"expression": "rows", "multiple": 0}]}, "wants 'rows' to be a multiple of 0"),
+        ({"weight_layout": {"form": "rows", "precision": "int8", "nibbles": "none"}}, "is for GPUs; tune for this CPU"),
     ],
 )
 def test_recipe_that_this_release_does_not_know(weight, tmp_path, changes, said):

@@ -12,7 +12,7 @@ from call_kernels import TENSORS, Fallback
 from numpy import ones
 
 from tilewright.codegen.numbers.layouts import WeightLayout
-from tilewright.codegen.recipe.model import Argument, Guard, TensorSpec
+from tilewright.codegen.recipe.model import Argument, Guard, Launch, Recipe, TensorSpec
 from tilewright.errors import TilewrightError
 from tilewright.runtime.calls.bind import CallVariant, bind_call
 from tilewright.runtime.launchers import openmp
@@ -30,7 +30,7 @@ def bind(tensors=TENSORS, bound=None, variants=TORCH_ONLY, **changes):
 
 
 def launching(*arguments: Argument, **properties) -> tuple[CallVariant, ...]:
-    return (CallVariant(None, ((1, arguments),), **properties),)
+    return (CallVariant(None, Recipe(TENSORS, (Launch("", "entry", arguments),), "rows", **properties), (1,)),)
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -55,7 +55,10 @@ def run_python(code: str, **environment: str) -> str:
         ({"bound": {"scale": SCALE.double()}}, "scale is torch.float64 on cpu"),
         ({"bound": {"scale": torch.ones(6)[::2]}}, "with strides [2]; expected contiguous torch.float32 on the CPU"),
         ({"bound": {"scale": SCALE, "out": SCALE}}, "every output must be passed with the call"),
-        ({"variants": launching(Argument("tensor", "weight"))}, "a launch takes 'weight', which is no tensor"),
+        (
+            {"variants": launching(Argument("tensor", "weight"))},
+            "the launch of entry takes 'weight', which is no tensor of the recipe",
+        ),
         ({"variants": launching(Argument("size", "lines"))}, "reads unknown sizes ['lines']"),
         ({"variants": launching(workspace_bytes="lines")}, "reads unknown sizes ['lines']"),
         ({"variants": launching(guards=(Guard("lines", 2),))}, "reads unknown sizes ['lines']"),

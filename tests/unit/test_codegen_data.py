@@ -13,6 +13,7 @@ from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.recipe.expressions import IntExpr
 from tilewright.codegen.recipe.model import Recipe
+from tilewright.codegen.recipe.resolve import Place, workspace_bytes
 from tilewright.codegen.rendering import render
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.errors import TilewrightError
@@ -52,7 +53,7 @@ def test_default_config_is_valid_and_renders(name: str, arch) -> None:
         assert f"constexpr int64_t kK = {signature.k};" in source
         recipe = template.recipe(signature, config, arch)
         assert Recipe.from_dict(recipe.to_dict()) == recipe
-        assert recipe.workspace_for({"tokens": 1, "rows": 2, "threads": 2}) >= 0
+        assert workspace_bytes(recipe, {"tokens": 1, "rows": 2}, Place(threads=2)) >= 0
 
 
 @pytest.mark.parametrize("arch", CPU_ARCHS.values(), ids=lambda arch: arch.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -13,14 +14,17 @@ from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.ops.examples import examples_of
 from tilewright.codegen.ops.registry import OPS
 from tilewright.codegen.recipe.expressions import IntExpr
-from tilewright.codegen.recipe.model import ABI_VERSION, Argument, Guard, Launch, Recipe, TensorSpec
+from tilewright.codegen.recipe.model import ABI_VERSION, Argument, Guard, Launch, Recipe, TensorMap, TensorSpec
+from tilewright.codegen.recipe.resolve import Place, Refusal, ResolvedMap, refused_guards, resolve, workspace_bytes
 from tilewright.errors import TilewrightError
+from tilewright.runtime.launchers.host_so import require_host
 
 GPU_RECIPE = Recipe(
     tensors=(
         TensorSpec("x", "fp32", ("tokens", 64)),
         TensorSpec("bias", "fp32", (8,), role="weight", optional=True),
         TensorSpec("ids", "int32", ("rows", 2), values="index", bound="tokens"),
+        TensorSpec("weight", "fp32", (2, 32, 64), role="weight"),
         TensorSpec("out", "fp32", ("tokens", "rows"), role="output"),
     ),
     launches=(
@@ -34,7 +38,16 @@ GPU_RECIPE = Recipe(
             shared_memory_bytes="4096 * 2",
             hidden_arguments=2,
         ),
-        Launch(artifact="cd34", entry="multiply", arguments=()),
+        Launch(
+            artifact="cd34",
+            entry="multiply",
+            arguments=(
+                Argument("tensor", "x", TensorMap(("tokens", "64"), 4, (8, 64), 7, 3)),
+                Argument("scales", "tokens * 0 + 4096"),
+            ),
+            grid=("tokens",),
+            block=("32",),
+        ),
     ),
     size_name="tokens",
     workspace_bytes="4 * rows + threads * tokens",
@@ -44,7 +57,10 @@ GPU_RECIPE = Recipe(
 )
 
 
-@pytest.mark.parametrize("recipe", [GPU_RECIPE, Recipe((), (), "rows")], ids=["full", "bare"])
+BARE_RECIPE = Recipe((TensorSpec("x", "fp32", ("rows",)),), (), "rows")
+
+
+@pytest.mark.parametrize("recipe", [GPU_RECIPE, BARE_RECIPE], ids=["full", "bare"])
 def test_recipe_survives_its_json(recipe: Recipe) -> None:
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
@@ -55,13 +71,13 @@ def test_sizes_stand_in_the_order_of_their_first_appearance() -> None:
 
 @given(st.integers(0, 1 << 20), st.integers(0, 1 << 20), st.integers(1, 512))
 def test_workspace_is_its_expression(tokens: int, rows: int, threads: int) -> None:
-    sizes = {"tokens": tokens, "rows": rows, "threads": threads}
-    assert GPU_RECIPE.workspace_for(sizes) == 4 * rows + threads * tokens
+    sizes = {"tokens": tokens, "rows": rows}
+    assert workspace_bytes(GPU_RECIPE, sizes, Place(threads=threads)) == 4 * rows + threads * tokens
 
 
 def test_workspace_needs_every_size() -> None:
     with pytest.raises(TilewrightError, match="needs the size 'threads'"):
-        GPU_RECIPE.workspace_for({"tokens": 1, "rows": 1})
+        workspace_bytes(GPU_RECIPE, {"tokens": 1, "rows": 1}, Place(sm_count=1))
 
 
 @pytest.mark.parametrize("arch", CPU_ARCHS.values(), ids=lambda arch: arch.name)
@@ -74,16 +90,9 @@ def test_recipes_of_an_op_agree_with_its_signatures(op, arch) -> None:
             assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
             assert recipe.tensors == op.tensors(signature)
             assert recipe.abi_version == ABI_VERSION
-            assert recipe.size_name in recipe.sizes
-            known = {*recipe.sizes, "threads"}
-            assert IntExpr(recipe.workspace_bytes).symbols <= known
-            names = [tensor.name for tensor in recipe.tensors]
-            for launch in recipe.launches:
-                for argument in launch.arguments:
-                    assert argument.kind != "tensor" or argument.source in names
-                    assert argument.kind != "size" or IntExpr(argument.source).symbols <= known
-            small = recipe.workspace_for({**dict.fromkeys(recipe.sizes, 0), "threads": 1})
-            large = recipe.workspace_for({**dict.fromkeys(recipe.sizes, 1000), "threads": 64})
+            require_host(recipe)
+            small = workspace_bytes(recipe, dict.fromkeys(recipe.sizes, 0), Place(threads=1))
+            large = workspace_bytes(recipe, dict.fromkeys(recipe.sizes, 1000), Place(threads=64))
             assert 0 <= small <= large
 
 
@@ -99,3 +108,179 @@ def test_tensors_of_an_op_are_well_formed(op) -> None:
             bounded = tensor.values in ("offsets", "index", "slot", "rising", "length", "pages")
             assert bool(tensor.bound) == bounded
             assert not bounded or set() < IntExpr(tensor.bound).symbols <= sizes
+
+
+def change(*path: str | int, to: object):
+    """The JSON of ``GPU_RECIPE`` with one place changed."""
+    data = json.loads(json.dumps(GPU_RECIPE.to_dict()))
+    place = data
+    for step in path[:-1]:
+        place = place[step]
+    if to is GONE:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = to
+    return data
+
+
+GONE = object()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ([], "the recipe is a list"),
+        (change("format_version", to=1), "the recipe has format 1; this tilewright reads 2"),
+        (change("format_version", to=GONE), "the recipe has format None"),
+        (change("size_name", to=GONE), "the recipe lacks the field 'size_name'"),
+        (change("dynamic_size", to="rows"), "the recipe has the field 'dynamic_size', which this tilewright does not"),
+        (change("size_name", to="lines"), "picks by the size 'lines', which none of its tensors has"),
+        (change("tensors", to="x"), "the recipe.tensors is 'x'; expected a list"),
+        (change("tensors", 0, to=3), "the recipe.tensors[0] is 3; expected an object"),
+        (
+            change("tensors", 0, "dims", 0, to=1.5),
+            "the recipe.tensors[0].dims[0] is 1.5; expected an integer or a text",
+        ),
+        (change("tensors", 0, "dims", 1, to=-1), "tensor x has a dimension of -1"),
+        (change("tensors", 0, "dims", 1, to=True), "dims[1] is True; expected an integer or a text"),
+        (change("tensors", 0, "role", to="guest"), "role is 'guest'; expected one of input, weight, output"),
+        (change("tensors", 0, "name", to="out"), "gives the name 'out' to two things"),
+        (change("tensors", 0, "name", to="tokens"), "gives the name 'tokens' to two things"),
+        (change("tensors", 0, "name", to="workspace"), "calls a tensor or a size 'workspace'"),
+        (change("tensors", 2, "bound", to="lines"), "(the bound of ids) reads unknown sizes ['lines']"),
+        (change("launches", 0, "arguments", 0, "kind", to="map"), "kind is 'map'; expected one of tensor, workspace"),
+        (change("launches", 0, "arguments", 0, "source", to="z"), "align takes 'z', which is no tensor of the recipe"),
+        (change("launches", 0, "arguments", 2, "source", to=""), "recipe expression '' is not an integer expression"),
+        (change("launches", 0, "arguments", 1, "source", to="lines"), "reads unknown sizes ['lines']"),
+        (change("launches", 0, "grid", to=["1"] * 4), "has more than 3 dimensions"),
+        (change("launches", 0, "block", to=[]), "needs both a grid and a block"),
+        (change("launches", 0, "hidden_arguments", to=-1), "has -1 hidden arguments"),
+        (change("launches", 0, "entry", to="a b"), "launches 'a b', which is no name of an entry"),
+        (change("launches", 1, "arguments", 0, "map", "box", to=[8]), "a tensor map that needs an address, a shape"),
+        (change("launches", 1, "arguments", 0, "map", "shape", 0, to="x"), "reads unknown sizes ['x']"),
+        (change("launches", 1, "arguments", 0, "map", "swizzle", to=None), "swizzle is None; expected an integer"),
+        (change("workspace_bytes", to="out"), "(workspace_bytes) reads unknown sizes ['out']"),
+        (change("workspace_zeroed", to=1), "workspace_zeroed is 1; expected true or false"),
+        (change("guards", 0, "multiple", to=0), "wants 'tokens' to be a multiple of 0"),
+        (change("guards", 0, "multiple", to=1 << 63), "to be a multiple of 9223372036854775808; expected 1 to"),
+        (change("guards", 0, "expression", to="tokens %"), "is not an integer expression"),
+        (change("guards", 0, "expression", to="y"), "reads unknown sizes ['y']"),
+        (change("weight_layout", to=7), "weight_layout is 7; expected an object or an object or null"),
+        (change("weight_layout", "columns", to="8"), "columns is '8'; expected an integer"),
+        (change("weight_layout", "columns", to=0), "holds no columns"),
+        (change("weight_layout", "precision", to="int3"), "unknown precision 'int3'"),
+        (change("weight_layout", "precision", to=[]), "weight layout cannot be read"),
+        (change("tensors", 3, "optional", to=True), "takes scales behind a packed weight, and the recipe has none"),
+        (change("tensors", 3, "role", to="input"), "but no weight of three dimensions"),
+    ],
+)
+def test_a_recipe_that_nothing_can_be_called_by_is_refused_in_one_sentence(data, said) -> None:
+    with pytest.raises(TilewrightError) as refused:
+        Recipe.from_dict(data)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_recipe_from_before_there_were_tensor_maps_is_read() -> None:
+    assert Recipe.from_dict(change("launches", 0, "arguments", 0, "map", to=GONE)) == GPU_RECIPE
+
+
+SIZES = {"tokens": 70, "rows": 6}
+ADDRESSES = {"x": 1 << 20, "ids": 1 << 21, "weight": 1 << 22, "out": 1 << 23, "workspace": 1 << 24}
+
+
+def test_launches_of_a_gpu_by_hand() -> None:
+    call = resolve(replace(GPU_RECIPE, guards=()), SIZES, ADDRESSES, Place(threads=3))
+    align, multiply = call.launches
+    assert call.workspace_bytes == 4 * 6 + 3 * 70
+    assert (align.artifact, align.entry, align.hidden_arguments) == ("ab12", "align", 2)
+    assert (align.grid, align.block, align.cluster, align.shared_memory_bytes) == (
+        (2, 1, 1),
+        (128, 1, 1),
+        (2, 1, 1),
+        8192,
+    )
+    assert [each.value for each in align.arguments] == [1 << 20, 1 << 24, 140]
+    assert (multiply.grid, multiply.block, multiply.cluster) == ((70, 1, 1), (32, 1, 1), None)
+    mapped, scales = multiply.arguments
+    assert mapped.map == ResolvedMap(GPU_RECIPE.launches[1].arguments[0].map, (70, 64), (64, 1))
+    assert (scales.value, scales.buffer, scales.offset) == ((1 << 22) + 4096, "weight", 4096)
+    assert resolve(GPU_RECIPE, SIZES, ADDRESSES, Place(threads=3)).refusals == (Refusal(Guard("tokens", 8), 70),)
+
+
+def test_a_grid_without_blocks_is_not_launched() -> None:
+    call = resolve(GPU_RECIPE, {**SIZES, "tokens": 0}, ADDRESSES, Place(threads=3))
+    assert [launch.is_empty for launch in call.launches] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "addresses", "place", "said"),
+    [
+        ({}, {"tokens": 8}, ADDRESSES, Place(threads=1), "needs the size 'rows'"),
+        ({}, SIZES, ADDRESSES, Place(), "needs the size 'threads'"),
+        ({}, {**SIZES, "rows": -1}, ADDRESSES, Place(threads=1), "the size rows is -1; it cannot be negative"),
+        ({}, SIZES, {**ADDRESSES, "x": -8}, Place(threads=1), "the address of 'x' is -8; it cannot be negative"),
+        ({}, SIZES, {"workspace": 8, "weight": 8}, Place(threads=1), "needs the address of 'x', and the call has none"),
+        ({}, SIZES, {"x": 8, "weight": 8}, Place(threads=1), "needs the address of 'workspace'"),
+        (
+            {"workspace_bytes": "rows - 7"},
+            SIZES,
+            ADDRESSES,
+            Place(threads=1),
+            "comes to -1 bytes of workspace (rows - 7)",
+        ),
+        ({"workspace_bytes": "1 // (rows - 6)"}, SIZES, ADDRESSES, Place(threads=1), "divides by zero"),
+        (
+            {"guards": (Guard("bias", 8), Guard("weight + 1", 8))},
+            SIZES,
+            {},
+            Place(threads=1),
+            "the address of 'weight'",
+        ),
+    ],
+)
+def test_a_call_that_cannot_be_made_is_refused_in_one_sentence(changes, sizes, addresses, place, said) -> None:
+    with pytest.raises(TilewrightError) as refused:
+        resolve(replace(GPU_RECIPE, **{"guards": (), **changes}), sizes, addresses, place)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"grid": ("rows - 7",)}, "comes to -1 blocks of the launch of run"),
+        ({"block": ("rows - 6",)}, "comes to 0 threads of the launch of run; at least 1"),
+        ({"cluster": ("0",)}, "comes to 0 blocks of a cluster of the launch of run"),
+        ({"shared_memory_bytes": "rows - 9"}, "comes to -3 bytes of shared memory of the launch of run"),
+        ({"arguments": (Argument("workspace", "24"),)}, None),
+        ({"arguments": (Argument("workspace", "25"),)}, "a part at byte 25 of a workspace of 24 bytes"),
+        ({"arguments": (Argument("workspace", "rows - 7"),)}, "a part at byte -1 of a workspace"),
+        ({"arguments": (Argument("scales", "rows - 7"),)}, "puts scales 1 bytes before the packed weight"),
+        ({"arguments": (Argument("size", f"{1 << 62} * rows"),)}, "which 64 bits do not hold"),
+        ({"arguments": (Argument("tensor", "x", TensorMap(("rows - 7", "4"), 4)),)}, "-1 elements of a tensor map"),
+        ({"arguments": (Argument("tensor", "x", TensorMap((str(1 << 31), "4"), 4)),)}, "of 2147483648 elements"),
+    ],
+)
+def test_a_launch_that_cannot_be_made_is_refused_in_one_sentence(changes, said) -> None:
+    launch = Launch("", "run", **{"arguments": (), "grid": ("1",), "block": ("32",), **changes})
+    recipe = replace(GPU_RECIPE, launches=(launch,), guards=(), workspace_bytes="rows * 4")
+    if said is None:
+        assert resolve(recipe, SIZES, ADDRESSES, Place()).launches[0].arguments[0].value == (1 << 24) + 24
+        return
+    with pytest.raises(TilewrightError) as refused:
+        resolve(recipe, SIZES, ADDRESSES, Place())
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("place", [{"threads": 0}, {"sm_count": -1}])
+def test_a_place_has_at_least_one_of_each(place) -> None:
+    with pytest.raises(TilewrightError, match="at least 1 is needed"):
+        Place(**place)
+
+
+def test_guards_on_the_workspace_wait_for_it() -> None:
+    recipe = replace(GPU_RECIPE, guards=(Guard("workspace", 64),))
+    assert refused_guards(recipe, SIZES, {}, Place(threads=1)) == ()
+    assert resolve(recipe, SIZES, {**ADDRESSES, "workspace": 32}, Place(threads=1)).refusals[0].value == 32

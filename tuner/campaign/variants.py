@@ -15,6 +15,7 @@ from tilewright.codegen.hardware.archs import Arch
 from tilewright.codegen.ops.base import OpDeclaration
 from tilewright.codegen.ops.signature import Signature, stable_key
 from tilewright.codegen.recipe.model import Recipe
+from tilewright.codegen.recipe.validity import validate
 from tilewright.codegen.rendering import render
 from tilewright.codegen.space import Config
 from tilewright.tuner.evaluation.outcome import BuiltKernel
@@ -122,6 +123,7 @@ class VariantBuilder:
         template = self.op.template(config)
         source = render(template, self.signature, config, self.arch)
         recipe = template.recipe(self.signature, config, self.arch)
+        validate(recipe)
         identity = {
             "signature": self.signature.to_dict(),
             "config": dict(config),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tilewright.codegen.numbers.layouts import RowLayout, WeightLayout
-from tilewright.codegen.ops.base import packable
+from tilewright.codegen.recipe.model import packable
 from tilewright.tuner.plan.finals import Probed, Verdict
 from tilewright.tuner.plan.prove import Proof
 from tilewright.tuning_db.records import Document, PlanRecord

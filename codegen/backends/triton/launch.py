@@ -41,7 +41,11 @@ class EntryParameter:
 
 @dataclass(frozen=True)
 class EntryLaunch:
-    """One launch of one entry. ``grid`` holds :class:`IntExpr` texts; a grid of no blocks is not launched."""
+    """One launch of one entry.
+
+    ``grid`` holds :class:`IntExpr` texts: programs, each a block or a whole cluster of them. A grid of no programs is
+    not launched.
+    """
 
     entry: str
     parameters: tuple[EntryParameter, ...]
@@ -165,10 +169,18 @@ def built_launch(launch: Launch, facts: EntryFacts, artifact: str, warp_size: in
         launch,
         artifact=artifact,
         arguments=_with_maps(launch, facts),
+        grid=_grid_of_blocks(launch.grid, facts.cluster),
         block=(str(facts.num_warps * warp_size),),
         cluster=(str(facts.cluster),) if facts.cluster > 1 else (),
         shared_memory_bytes=str(facts.dynamic_smem_bytes),
     )
+
+
+def _grid_of_blocks(programs: tuple[str, ...], cluster: int) -> tuple[str, ...]:
+    """What the driver wants: blocks, of which a program has as many as its cluster, along x."""
+    if cluster == 1 or not programs:
+        return programs
+    return (f"({programs[0]}) * {cluster}", *programs[1:])
 
 
 def _argument_sizes(argument: Argument) -> list[int | None]:

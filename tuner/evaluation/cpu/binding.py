@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tilewright.codegen.recipe.expressions import IntExpr
-from tilewright.codegen.recipe.model import Argument, Recipe, TensorSpec
+from tilewright.codegen.recipe.expressions import parsed
+from tilewright.codegen.recipe.model import WORKSPACE, Recipe, TensorSpec
+from tilewright.codegen.recipe.resolve import Place, ResolvedArgument, refused_guards, resolve
 from tilewright.errors import TilewrightError
+from tilewright.runtime.launchers.host_so import require_host
+from tilewright.tuner.evaluation.cpu.mapping import ALIGNMENT
 from tilewright.tuner.evaluation.cpu.session import Program
-from tilewright.tuner.evaluation.cpu.shared_memory import Block
+from tilewright.tuner.evaluation.cpu.shared_memory import Block, Pointer
 from tilewright.tuner.evaluation.outcome import BuiltKernel
 
 DTYPES: dict[str, type[np.generic]] = {
@@ -23,6 +26,9 @@ DTYPES: dict[str, type[np.generic]] = {
     "uint8": np.uint8,
 }
 """Of tensors that can be measured here, by their name in a :class:`TensorSpec`."""
+
+_SOMEWHERE = 1 << 20
+"""In place of addresses, which only the worker knows: aligned as all of them are."""
 
 
 def sizes_of(tensors: Sequence[TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -57,13 +63,17 @@ def shape_of(tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in tensor.dims)
 
 
-def broken_guard(recipe: Recipe, sizes: Mapping[str, int]) -> str | None:
-    """The first guard that refuses ``sizes``, in words; None when all of them hold."""
+def refusal(recipe: Recipe, sizes: Mapping[str, int], threads: int) -> str | None:
+    """Why a guard refuses ``sizes``, in words; None when all of them hold.
+
+    A guard on an address is judged by what is known of addresses here: they are multiples of 64.
+    """
+    names = {*(tensor.name for tensor in recipe.tensors), WORKSPACE}
     for guard in recipe.guards:
-        value = IntExpr(guard.expression).evaluate(sizes)
-        if value % guard.multiple:
-            return f"{guard.expression} = {value} is no multiple of {guard.multiple}"
-    return None
+        if parsed(guard.expression).symbols & names and (guard.expression not in names or ALIGNMENT % guard.multiple):
+            return f"{guard.expression} is not known to be a multiple of {guard.multiple} wherever tensors are put"
+    refusals = refused_guards(recipe, sizes, dict.fromkeys(names, _SOMEWHERE), Place(threads=threads))
+    return str(refusals[0]) if refusals else None
 
 
 def bind(
@@ -87,21 +97,22 @@ def bind(
         fork: whether it is given the means to.
         poison_workspace: fill the workspace with NaN before the call, if the recipe does not ask for zeros.
 
+    Raises:
+        TilewrightError: when the kernel is one for GPUs, cannot be called with these sizes, or refuses them.
+
     """
     recipe = kernel.recipe
-    all_sizes = {**sizes, "threads": threads}
+    require_host(recipe)
+    if refused := refusal(recipe, sizes, threads):
+        raise TilewrightError(f"kernel {kernel.key} refuses these sizes: {refused}")
+    blocks = {**tensors, WORKSPACE: workspace}
+    call = resolve(recipe, sizes, dict.fromkeys(blocks, _SOMEWHERE), Place(threads=threads))
+
+    def passed(argument: ResolvedArgument) -> int | Pointer:
+        return Pointer(blocks[argument.buffer], argument.offset) if argument.buffer else argument.value
+
+    launches = tuple((launch.entry, tuple(map(passed, launch.arguments))) for launch in call.launches)
     outputs = tuple(tensors[spec.name] for spec in outputs_of(recipe.tensors))
-
-    def value(argument: Argument) -> int | Block:
-        match argument.kind:
-            case "tensor":
-                return tensors.get(argument.source, 0)
-            case "workspace":
-                return workspace
-            case _:
-                return IntExpr(argument.source).evaluate(all_sizes)
-
-    launches = tuple((launch.entry, tuple(map(value, launch.arguments))) for launch in recipe.launches)
     zero = (workspace,) if recipe.workspace_zeroed else ()
     poison = (*outputs, workspace) if poison_workspace and not zero else outputs
     return Program(

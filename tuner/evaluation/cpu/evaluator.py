@@ -17,8 +17,9 @@ from tilewright.codegen.numbers.precisions import LOSSLESS, WORD_BITS, find_prec
 from tilewright.codegen.ops.base import Arrays, OpDeclaration, Problem
 from tilewright.codegen.ops.signature import Signature
 from tilewright.errors import TilewrightError
+from tilewright.runtime.launchers.host_so import KernelRefused, host_layout, require_host
 from tilewright.tuner.evaluation.checking import PrecisionError, compare_precisions
-from tilewright.tuner.evaluation.cpu.binding import broken_guard
+from tilewright.tuner.evaluation.cpu.binding import refusal
 from tilewright.tuner.evaluation.cpu.kernel_race import KernelRace
 from tilewright.tuner.evaluation.cpu.kernel_runner import KernelRunner, Mode, failed
 from tilewright.tuner.evaluation.cpu.session import KernelFaultError, Session
@@ -151,7 +152,7 @@ class CpuEvaluator:
         data = self._data(problem)
         evaluations = [self._check(kernel, data) for kernel in kernels]
         racers = [index for index, evaluation in enumerate(evaluations) if evaluation.outcome is Outcome.OK]
-        for group in self._kernel_runner.weights.groups([kernels[index].recipe.panels for index in racers]):
+        for group in self._kernel_runner.weights.groups([host_layout(kernels[index].recipe) for index in racers]):
             members = [racers[position] for position in group]
             raced = self._race(
                 [kernels[index] for index in members],
@@ -217,13 +218,17 @@ class CpuEvaluator:
 
     def _check(self, kernel: BuiltKernel, data: ProblemData) -> Evaluation:
         """Whether ``kernel`` is right on the awkward problems and on this one; every problem once per kernel."""
-        if refusal := _refusal(kernel, data):
-            return Evaluation(kernel.key, Outcome.REJECTED, f"a guard refuses the problem: {refusal}")
+        try:
+            require_host(kernel.recipe)
+        except KernelRefused as error:
+            return Evaluation(kernel.key, Outcome.REJECTED, str(error))
+        if refused := _refusal(kernel, data, self._deployed.threads):
+            return Evaluation(kernel.key, Outcome.REJECTED, f"a guard refuses the problem: {refused}")
         evaluation = Evaluation(kernel.key, Outcome.OK)
         for each in (*self._awkward, data):
             self._reference(each, kernel.recipe.precision)
         for checked, modes in (*((awkward, self._checks) for awkward in self._awkward), (data, (self._deployed,))):
-            if _refusal(kernel, checked):
+            if _refusal(kernel, checked, self._deployed.threads):
                 continue  # The runtime falls back there.
             identity = (kernel.key, checked.problem.key)
             if identity not in self._verdicts:
@@ -237,6 +242,8 @@ class CpuEvaluator:
         where = f"{kernel.recipe.size_name}={data.problem.size}"
         errors = []
         for mode in modes:
+            if _refusal(kernel, data, mode.threads):
+                continue
             with self._clock("preparing_s"):
                 self._kernel_runner.reserve([kernel], data, mode.threads)
             with self._clock("checking_s"):
@@ -301,6 +308,6 @@ class CpuEvaluator:
             self._spent = replace(self._spent, **{purpose: getattr(self._spent, purpose) + elapsed_s})
 
 
-def _refusal(kernel: BuiltKernel, data: ProblemData) -> str | None:
+def _refusal(kernel: BuiltKernel, data: ProblemData, threads: int) -> str | None:
     """Why a guard of ``kernel`` refuses the problem; None when none does."""
-    return next((broken for inputs in data.sets if (broken := broken_guard(kernel.recipe, inputs.sizes))), None)
+    return next((why for inputs in data.sets if (why := refusal(kernel.recipe, inputs.sizes, threads))), None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tilewright.codegen.recipe.resolve import Place, workspace_bytes
+from tilewright.runtime.launchers.host_so import host_layout
 from tilewright.tuner.evaluation.checking import compare_all
 from tilewright.tuner.evaluation.cpu.binding import bind
 from tilewright.tuner.evaluation.cpu.session import KernelFaultError, Program, Session
@@ -43,9 +45,10 @@ class KernelRunner:
     def reserve(self, kernels: Iterable[BuiltKernel], data: ProblemData, threads: int) -> None:
         """Have weights and workspace ready, so that programs of all ``kernels`` can be made and run together."""
         kernels = list(kernels)
-        self.weights.require([kernel.recipe.panels for kernel in kernels])
-        sizes = [{**inputs.sizes, "threads": threads} for inputs in data.sets]
-        self._grow(max((kernel.recipe.workspace_for(s) for kernel in kernels for s in sizes), default=0))
+        self.weights.require([host_layout(kernel.recipe) for kernel in kernels])
+        place = Place(threads=threads)
+        needed = (workspace_bytes(each.recipe, inputs.sizes, place) for each in kernels for inputs in data.sets)
+        self._grow(max(needed, default=0))
 
     def program(
         self, kernel: BuiltKernel, data: ProblemData, set_index: int, mode: Mode, *, poison_workspace: bool = False
@@ -54,7 +57,7 @@ class KernelRunner:
         inputs = data.sets[set_index]
         return bind(
             kernel,
-            {**self.weights.tensors(kernel.recipe.panels, set_index), **inputs.tensors},
+            {**self.weights.tensors(host_layout(kernel.recipe), set_index), **inputs.tensors},
             self._workspace_block(kernel, data, set_index, mode),
             inputs.sizes,
             threads=mode.threads,
@@ -110,8 +113,8 @@ class KernelRunner:
     def _workspace_block(self, kernel: BuiltKernel, data: ProblemData, set_index: int, mode: Mode) -> Block:
         if self._workspace is None:
             raise RuntimeError("a program was made before its workspace was reserved")
-        sizes = {**data.sets[set_index].sizes, "threads": mode.threads}
-        return Block(self._workspace, kernel.recipe.workspace_for(sizes))
+        nbytes = workspace_bytes(kernel.recipe, data.sets[set_index].sizes, Place(threads=mode.threads))
+        return Block(self._workspace, nbytes)
 
 
 def failed(kernel_key: str, fault: KernelFaultError, when: str) -> Evaluation:

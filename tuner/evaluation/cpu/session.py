@@ -12,7 +12,7 @@ from tilewright.codegen.workers.channel import Message
 from tilewright.codegen.workers.process import WorkerHungError, WorkerLostError
 from tilewright.errors import TilewrightError
 from tilewright.tuner.evaluation.cpu.measuring_process import MeasuringProcess, openmp_library
-from tilewright.tuner.evaluation.cpu.shared_memory import Block, SharedRegion
+from tilewright.tuner.evaluation.cpu.shared_memory import Block, Pointer, SharedRegion
 from tilewright.tuning_db.records import Outcome
 
 _TRUSTED_LIMIT_S = 120.0
@@ -29,8 +29,8 @@ class Program:
 
     path: Path
     abi_version: int
-    launches: tuple[tuple[str, tuple[int | Block, ...]], ...]
-    """(entry, arguments); a block stands for its address."""
+    launches: tuple[tuple[str, tuple[int | Pointer, ...]], ...]
+    """(entry, arguments); the worker knows what addresses its pointers are."""
     threads: int
     fork: bool
     """Whether the kernel gets threads; without, it runs on the calling one."""
@@ -44,7 +44,8 @@ class Program:
     def blocks(self) -> set[Block]:
         """All memory that the call touches."""
         arguments = {argument for _, arguments in self.launches for argument in arguments}
-        return {argument for argument in arguments if isinstance(argument, Block)} | {*self.poison, *self.zero}
+        pointed = {argument.block for argument in arguments if isinstance(argument, Pointer)}
+        return pointed | {*self.poison, *self.zero}
 
 
 class KernelFaultError(Exception):
@@ -146,8 +147,8 @@ class Session:
             "launches": [
                 (entry, [_encode(argument) for argument in arguments]) for entry, arguments in program.launches
             ],
-            "poison": [_encode(block) for block in program.poison],
-            "zero": [_encode(block) for block in program.zero],
+            "poison": [_span(block) for block in program.poison],
+            "zero": [_span(block) for block in program.zero],
         }
         answer = self._request(definition, _TRUSTED_LIMIT_S)
         if "error" in answer:
@@ -229,5 +230,9 @@ class Session:
         self._programs.clear()
 
 
-def _encode(argument: int | Block) -> int | tuple[int, int]:
-    return argument if isinstance(argument, int) else (argument.region.id, argument.nbytes)
+def _encode(argument: int | Pointer) -> int | tuple[int, int, int]:
+    return argument if isinstance(argument, int) else (*_span(argument.block), argument.offset_bytes)
+
+
+def _span(block: Block) -> tuple[int, int]:
+    return block.region.id, block.nbytes

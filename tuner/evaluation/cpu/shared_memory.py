@@ -88,6 +88,14 @@ class Block:
         return file[self._start - _CANARY_BYTES : self._start], file[self._start + self.nbytes :]
 
 
+@dataclass(frozen=True)
+class Pointer:
+    """An address in a block."""
+
+    block: Block
+    offset_bytes: int = 0
+
+
 def share(array: npt.NDArray[Any], *, advised: bool = False) -> Block:
     """Copy of ``array`` (C order) in a region of its own; ``advised`` as there."""
     block = Block(SharedRegion(array.nbytes, advised=advised), array.nbytes)

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.numbers.precisions import LOSSLESS
-from tilewright.codegen.ops.base import Arrays, packable
-from tilewright.codegen.recipe.model import TensorSpec
+from tilewright.codegen.ops.base import Arrays
+from tilewright.codegen.recipe.model import TensorSpec, packable
 from tilewright.runtime.weights.packing import packed_dtype, packed_shape
 from tilewright.tuner.evaluation.cpu.binding import DTYPES
 from tilewright.tuner.evaluation.cpu.shared_memory import Block, SharedRegion, share

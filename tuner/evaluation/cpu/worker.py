@@ -118,16 +118,16 @@ class Worker:
             # The casts hold on to what they point to.
             launches.append((function, ctypes.cast(ctypes.pointer(host), ctypes.c_void_p), _address_of(values)))
         number = message["program"]
-        spans = {name: [(self._value(block), block[1]) for block in message[name]] for name in ("poison", "zero")}
+        spans = {name: [(self._value([*block, 0]), block[1]) for block in message[name]] for name in ("poison", "zero")}
         self._programs[number] = _Program(number, launches, spans["poison"], spans["zero"])
         return {}
 
     def _value(self, argument: int | list[int]) -> int:
-        """Integer as it is; ``[region, bytes]`` is the address of that many bytes at the region's end."""
+        """Integer as it is; ``[region, bytes, offset]`` is an address in that many bytes at the region's end."""
         if isinstance(argument, int):
             return argument
-        region, nbytes = argument
-        return self._regions[region].end - round_up(nbytes, ALIGNMENT)
+        region, nbytes, offset = argument
+        return self._regions[region].end - round_up(nbytes, ALIGNMENT) + offset
 
     def _run(self, numbers: list[int], warm_up: int | None) -> Message:
         programs = [self._programs[number] for number in numbers]

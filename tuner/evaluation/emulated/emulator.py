@@ -15,13 +15,17 @@ import numpy as np
 from tilewright.codegen.backends.triton.entry import EntrySpec
 from tilewright.codegen.numbers.dtypes import ITEMSIZE, from_bytes, to_bytes
 from tilewright.codegen.ops.base import Arrays
-from tilewright.codegen.recipe.expressions import IntExpr
-from tilewright.codegen.recipe.model import Argument, Recipe, TensorSpec
+from tilewright.codegen.recipe.model import WORKSPACE, Recipe
 from tilewright.codegen.workers.channel import Message
 from tilewright.codegen.workers.process import ONE_THREAD, WorkerHungError, WorkerLostError, WorkerProcess
-
-EMULATED_SM_COUNT = 3
-"""Multiprocessors that persistent kernels see: few, so that every program goes through several tiles."""
+from tilewright.errors import TilewrightError
+from tilewright.tuner.evaluation.emulated.launches import (
+    EmulatedBuffer,
+    describe_launches,
+    emulated_workspace_bytes,
+    shape_of,
+    sizes_of,
+)
 
 _START_LIMIT_S = 120.0
 
@@ -43,6 +47,11 @@ class _Buffers:
         if data is not None:
             path.write_bytes(data)
         self.described[name] = {"path": str(path), "nbytes": nbytes, "written": data is None}
+
+    @property
+    def extents(self) -> dict[str, EmulatedBuffer]:
+        """How large each is, and whether it is written."""
+        return {name: EmulatedBuffer(each["nbytes"], each["written"]) for name, each in self.described.items()}
 
 
 class Emulator:
@@ -92,30 +101,27 @@ class Emulator:
             # A file of its own: Python caches the text of sources by path.
             path = self._folder / f"kernel_{self._runs}.py"
             path.write_text(source)
-            sizes = {**_sizes(recipe, tensors), **(output_sizes or {})}
+            sizes = {**sizes_of(recipe, tensors), **(output_sizes or {})}
             buffers = _Buffers(folder)
             for spec in recipe.tensors:
                 if spec.role == "output":
-                    nbytes = int(np.prod(_shape(spec, sizes))) * ITEMSIZE[spec.dtype]
+                    nbytes = int(np.prod(shape_of(spec, sizes))) * ITEMSIZE[spec.dtype]
                     buffers.add(spec.name, None, nbytes)
                 elif spec.name in tensors:
                     data = to_bytes(tensors[spec.name], spec.dtype)
                     buffers.add(spec.name, data, len(data))
-            buffers.add("workspace", None, recipe.workspace_for(sizes))
-            request = {
-                "source": str(path),
-                "buffers": buffers.described,
-                "launches": [
-                    _launch(launch.entry, launch.arguments, launch.grid, entry, recipe, sizes, buffers)
-                    for launch, entry in zip(recipe.launches, entries, strict=True)
-                ],
-            }
+            try:
+                buffers.add(WORKSPACE, None, emulated_workspace_bytes(recipe, sizes))
+                launches = describe_launches(recipe, entries, sizes, buffers.extents)
+            except TilewrightError as error:
+                raise EmulationError(f"its recipe does not suit the problem: {error}") from error
+            request = {"source": str(path), "buffers": buffers.described, "launches": launches}
             answer = self._request(request)
             path.unlink()
             if "error" in answer:
                 raise EmulationError(str(answer["error"]))
             return {
-                spec.name: from_bytes((folder / spec.name).read_bytes(), spec.dtype).reshape(_shape(spec, sizes))
+                spec.name: from_bytes((folder / spec.name).read_bytes(), spec.dtype).reshape(shape_of(spec, sizes))
                 for spec in recipe.tensors
                 if spec.role == "output"
             }
@@ -157,73 +163,3 @@ class Emulator:
         if self._worker is not None:
             self._worker.close()
             self._worker = None
-
-
-def _sizes(recipe: Recipe, tensors: Arrays) -> dict[str, int]:
-    """Sizes that recipes' expressions name."""
-    sizes = {"threads": 1, "sm_count": EMULATED_SM_COUNT}
-    for spec in recipe.tensors:
-        if spec.name in tensors and spec.role != "weight":
-            lengths = zip(spec.dims, tensors[spec.name].shape, strict=True)
-            sizes.update({dim: length for dim, length in lengths if isinstance(dim, str)})
-    return sizes
-
-
-def _shape(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims)
-
-
-def _launch(
-    entry: str,
-    arguments: Sequence[Argument],
-    grid: Sequence[str],
-    spec: EntrySpec,
-    recipe: Recipe,
-    sizes: Mapping[str, int],
-    buffers: _Buffers,
-) -> dict[str, Any]:
-    """One launch, with what its entry may touch: every tensor, and every part of workspace and weight by itself."""
-    described: list[dict[str, Any]] = []
-    extents = []
-    packed = next((t.name for t in recipe.tensors if t.role == "weight" and len(t.dims) == 3), "")
-    for argument, (name, kind) in zip(arguments, spec.arguments, strict=True):
-        if argument.kind == "size":
-            described.append({"value": IntExpr(argument.source).evaluate(sizes)})
-            continue
-        buffer = {"tensor": argument.source, "workspace": "workspace", "scales": packed}[argument.kind]
-        offset = 0
-        if argument.kind != "tensor" and argument.source:
-            offset = IntExpr(argument.source).evaluate(sizes)
-        address = {"buffer": buffer, "offset": offset, "type": kind}
-        if argument.map:
-            address["shape"] = [IntExpr(each).evaluate(sizes) for each in argument.map.shape]
-        described.append(address)
-        others = [other for other in _offsets(recipe, argument.kind, sizes) if other > offset]
-        if argument.kind == "tensor" and buffer == packed:
-            others = _offsets(recipe, "scales", sizes)
-        extents.append(
-            {
-                "name": name,
-                "buffer": buffer,
-                "offset": offset,
-                "nbytes": min(others) - offset if others else buffers.described[buffer]["nbytes"] - offset,
-                "writable": buffers.described[buffer]["written"],
-            }
-        )
-    return {
-        "entry": entry,
-        "grid": [IntExpr(each).evaluate(sizes) for each in grid],
-        "arguments": described,
-        "constants": dict(spec.constants),
-        "extents": extents,
-    }
-
-
-def _offsets(recipe: Recipe, kind: str, sizes: Mapping[str, int]) -> list[int]:
-    """Where parts of the workspace, or the scales behind the weight, begin."""
-    return [
-        IntExpr(argument.source).evaluate(sizes) if argument.source else 0
-        for launch in recipe.launches
-        for argument in launch.arguments
-        if argument.kind == kind and kind != "tensor"
-    ]
