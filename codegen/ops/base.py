@@ -191,6 +191,11 @@ class OpDeclaration(ABC, Generic[S, P]):
         A pass is one token for each of some sequences (``decode``), or all tokens of a prompt (``prefill``).
         """
 
+    def left_out(self, tuned: Sequence[S], model: ModelShape) -> tuple[str, ...]:
+        """What this op would compute in a pass of ``model``, but is none of its signatures ``tuned``, in words."""
+        del model
+        return () if tuned else (self.name,)
+
     @abstractmethod
     def signature_from_dict(self, fields: Mapping[str, Any]) -> S:
         """Signature from its JSON form.

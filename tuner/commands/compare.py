@@ -8,7 +8,6 @@ from typing import Any
 
 from tilewright.codegen.hardware.archs import find_arch
 from tilewright.codegen.hardware.cpu_info import read_cpu_info
-from tilewright.codegen.hardware.devices import DEVICES
 from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.codegen.ops.registry import find_op
 from tilewright.errors import TilewrightError
@@ -88,10 +87,10 @@ def _chosen(store: Store, keys: Sequence[str]) -> list[ProblemSummary]:
 def _variants(store: Store, summary: ProblemSummary, top: int) -> dict[str, Any]:
     op = find_op(summary.op)
     problem = op.problem_from_dict(summary.problem)
-    bound_us, roofline = _bound(op, problem, summary)
     arch = next(find_arch(d.arch) for d in store.devices() if d.key == summary.device_key)
     default_config = dict(op.default_for(problem, arch))
     ranked = standings(right_trials(store, summary))
+    bound_us, roofline = _bound(op, problem, summary, ranked)
     default = next((trial for trial in ranked if trial.config == default_config), None)
     chosen = ranked[:top]
     if default is not None and default not in chosen:
@@ -109,10 +108,12 @@ def _variants(store: Store, summary: ProblemSummary, top: int) -> dict[str, Any]
     }
 
 
-def _bound(op: OpDeclaration[Any, Any], problem: Problem, summary: ProblemSummary) -> tuple[float | None, str]:
+def _bound(
+    op: OpDeclaration[Any, Any], problem: Problem, summary: ProblemSummary, ranked: Sequence[TrialRecord]
+) -> tuple[float | None, str]:
     """Least time of a problem in us, and in words where it comes from; None where it is not known here."""
-    if summary.device_key in DEVICES:
-        return None, f"predicted for {DEVICES[summary.device_key].name}; nothing was timed on a GPU"
+    if ranked and all(trial.timing == "predicted" for trial in ranked):
+        return None, f"predicted for {summary.device_key}; nothing was timed on it"
     if summary.device_key != read_cpu_info().key:
         return None, "the roofline is not known here: the times are of another device"
     try:

@@ -56,7 +56,7 @@ def parse_requests(
 
     """
     archs = [find_arch(name) for name in _names(arguments.arch)]
-    if arguments.device is not None and len(archs) > 1:
+    if arguments.device and len(archs) > 1:
         raise TilewrightError("--device names a product of one arch; give one --arch with it")
     names = _op_names(arguments.op)
     if len(names) > 1:

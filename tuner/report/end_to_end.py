@@ -9,7 +9,7 @@ from typing import Any
 
 from tilewright.codegen.models.shapes import ModelShape
 from tilewright.codegen.ops.base import Phase
-from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.ops.registry import OPS, find_op
 from tilewright.codegen.ops.signature import Signature
 from tilewright.tuner.plan.deployed import Deployed
 
@@ -116,17 +116,12 @@ def _part(op: str, title: str, calls: float, row: Deployed) -> Part:
 
 
 def not_counted(model: ModelShape, tuned: Sequence[Signature]) -> list[str]:
-    """What a pass computes beside ``tuned``."""
-    ops = {signature.op for signature in tuned}
-    names = {"moe_gemm": "experts", "gating": "gating", "attention": "attention"}
-    left = [name for op, name in names.items() if op not in ops]
-    # Linear layers that every token of a prompt goes through, and the one that only the last does.
-    plain = [signature for signature in tuned if getattr(signature, "stage", "") == "plain"]
-    decode, prefill = (
-        [find_op(each.op).calls_per_pass(each, model, phase) for each in plain] for phase in ("decode", "prefill")
-    )
-    left += [] if any(prefill) else ["projections"]
-    left += [] if sum(decode) > sum(prefill) else ["the head"]
+    """What a pass computes beside ``tuned``: by each op what it would compute, then what no op does."""
+    left = [
+        part
+        for name, op in OPS.items()
+        for part in op.left_out([signature for signature in tuned if signature.op == name], model)
+    ]
     left += ["shared experts"] if model.shared_experts else []
     left += ["dense layers"] if model.moe_layers < model.layers else []
     return [*left, "norms", "embeddings", "Python"]

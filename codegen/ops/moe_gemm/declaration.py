@@ -10,7 +10,7 @@ Stages, with ``expert(r)`` the expert whose range in ``expert_offsets`` holds ro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -39,6 +39,7 @@ from tilewright.errors import TilewrightError
 if TYPE_CHECKING:
     import torch
 
+_PHASES: tuple[Phase, ...] = ("decode", "prefill")
 _SAMPLED_EXPERTS, _SAMPLED_COLUMNS, _SAMPLED_TOKENS = 4, 256, 32
 
 
@@ -80,6 +81,17 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         shape = (signature.n, signature.k)
         head = phase == "decode" and shape == _head(model)
         return float(model.layers * _projections(model).count(shape) + head)
+
+    def left_out(self, tuned: Sequence[MoeGemmSignature], model: ModelShape) -> tuple[str, ...]:
+        """Experts, and the linear layers around them; only the last token of a prompt goes through the head."""
+        decode, prefill = (
+            sum(self.calls_per_pass(each, model, phase) for each in tuned if each.stage == "plain") for phase in _PHASES
+        )
+        return (
+            *(() if tuned else ("experts",)),
+            *(() if prefill else ("projections",)),
+            *(() if decode > prefill else ("the head",)),
+        )
 
     def signature_from_dict(self, fields: Mapping[str, Any]) -> MoeGemmSignature:
         """Signature from its JSON form."""
