@@ -15,7 +15,7 @@ from tilewright.codegen.hardware.archs import Arch
 from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.recipe.model import ABI_VERSION
-from tilewright.codegen.space import Config
+from tilewright.codegen.space import TEMPLATE, Config
 
 
 @cache
@@ -39,10 +39,27 @@ def template_file(name: str, language: str) -> str:
 
 def render(template: Template[Any], signature: Signature, config: Config, arch: Arch) -> str:
     """Source text of one variant, headed by what made it. The same variant always gives the same text."""
+    return header(template, signature, config, arch) + render_code(template, signature, config, arch)
+
+
+def header(template: Template[Any], signature: Signature, config: Config, arch: Arch) -> str:
+    """Comment lines that say what made a source text: this version, the template, the signature and the knobs."""
     file = template_file(template.name, template.language)
+    made_by = f"Made by tilewright {__version__} from templates/{file} for {arch.name}."
+    knobs = " ".join(f"{name}={value}" for name, value in config.items() if name != TEMPLATE)
+    comment = find_backend(template.language).comment
+    return "".join(
+        f"{comment} {line}\n"
+        for text in (made_by, signature.describe(), knobs)
+        for line in textwrap.wrap(text, 117, break_long_words=False, break_on_hyphens=False)
+    )
+
+
+def render_code(template: Template[Any], signature: Signature, config: Config, arch: Arch) -> str:
+    """Source text of one variant without the header: equal for two versions, or two configs, that make one kernel."""
     body = (
         _environment()
-        .get_template(file)
+        .get_template(template_file(template.name, template.language))
         .render(
             signature=signature,
             config=dict(config),
@@ -51,12 +68,4 @@ def render(template: Template[Any], signature: Signature, config: Config, arch: 
             **template.context(signature, config, arch),
         )
     )
-    knobs = " ".join(f"{name}={value}" for name, value in config.items() if value is not None and name != "template")
-    made_by = f"Made by tilewright {__version__} from templates/{file} for {arch.name}."
-    backend = find_backend(template.language)
-    head = [
-        f"{backend.comment} {line}\n"
-        for text in (made_by, signature.describe(), knobs)
-        for line in textwrap.wrap(text, 117, break_long_words=False, break_on_hyphens=False)
-    ]
-    return backend.formatted(re.sub(r"\n{3,}", "\n\n", "".join(head) + body.lstrip("\n")))
+    return find_backend(template.language).formatted(re.sub(r"\n{3,}", "\n\n", body.lstrip("\n")))

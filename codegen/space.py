@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self, overload
 
@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from tilewright.errors import TilewrightError
 
-Value = int | float | str | bool | None
-"""What a knob may be set to; None means that the knob does not apply to the config's template."""
+Value = int | float | str | bool
+"""What a knob may be set to."""
 
 TEMPLATE = "template"
-"""The leading parameter of a union of several templates' spaces."""
+"""The leading parameter of a union of several templates' spaces, and the name of a config's template."""
 
 MAX_CONFIGS = 1_000_000
 """Valid configs that an enumeration may hold; more than this means that a constraint is missing."""
@@ -26,21 +26,30 @@ MAX_CONFIGS = 1_000_000
 class Parameter:
     """One knob: its name, its values in their natural order (small to large) and what it does, in words.
 
-    Raises TilewrightError when there is no value, or when two values are equal (1, 1.0 and True are).
+    None among the values is "no such knob": the parameters of a union hold it for templates that lack the knob.
+    Raises TilewrightError when there is no value, when two values are equal (1, 1.0 and True are), or when the default
+    is none of them.
     """
 
     name: str
-    values: tuple[Value, ...]
+    values: tuple[Value | None, ...]
     meaning: str
+    default: Value | None = None
+    """Value of configs that do not name the knob: the value at which kernels are what they were before there was such
+    a knob. With it, what was stored, goldens and starting configs stay what they are. None: every config names it."""
 
     def __post_init__(self) -> None:
         if not self.values:
             raise TilewrightError(f"Parameter {self.name!r} has no values; give it at least one.")
         if len(set(self.values)) < len(self.values):
             raise TilewrightError(f"Parameter {self.name!r} has two equal values in {self.values}; keep one of them.")
+        if self.default is not None and self.default not in self.values:
+            raise TilewrightError(
+                f"Parameter {self.name!r} has the default {self.default!r}, not one of {self.values}."
+            )
 
     @cached_property
-    def position(self) -> Mapping[Value, int]:
+    def position(self) -> Mapping[Value | None, int]:
         """Where each value stands in `values`."""
         return {value: index for index, value in enumerate(self.values)}
 
@@ -61,10 +70,11 @@ class Constraint:
 
 
 class Config(Mapping[str, Any]):
-    """One point of a space: an immutable, hashable mapping from parameter name to value.
+    """One point of a space: an immutable, hashable mapping of its template's name and that template's own knobs.
 
-    Reading a value is typed Any, because a knob's type is known to its template and not to this class.
-    Raises TilewrightError for a value that is not an int, a finite float, a str, a bool or None.
+    Knobs of other templates are no part of it: ``config.get`` returns None for them. Reading a value is typed Any,
+    because a knob's type is known to its template and not to this class.
+    Raises TilewrightError for a value that is not an int, a finite float, a str or a bool.
     """
 
     __slots__ = ("_items", "_values")
@@ -73,11 +83,14 @@ class Config(Mapping[str, Any]):
         self._items = tuple(sorted(values.items()))
         for name, value in self._items:
             finite = not isinstance(value, float) or math.isfinite(value)
-            if not (finite and (value is None or isinstance(value, int | float | str))):
-                raise TilewrightError(
-                    f"Config value {name}={value!r} must be an int, a finite float, a str, a bool or None."
-                )
+            if not (finite and isinstance(value, int | float | str)):
+                raise TilewrightError(f"Config value {name}={value!r} must be an int, a finite float, a str or a bool.")
         self._values = dict(self._items)
+
+    @classmethod
+    def of(cls, template: str, knobs: Mapping[str, Value]) -> Self:
+        """Make the config of ``template`` that has these knobs."""
+        return cls({TEMPLATE: template, **knobs})
 
     def __getitem__(self, name: str) -> Any:
         return self._values[name]
@@ -98,19 +111,6 @@ class Config(Mapping[str, Any]):
         """Canonical JSON: names sorted, no spaces; equal text for equal configs of one space, in every process."""
         return json.dumps(self._values, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read back what `key` wrote; raises TilewrightError when `text` is not a JSON object of plain values."""
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise TilewrightError(
-                f'Config {text!r} is not JSON ({error}); give an object such as {{"tile":4}}.'
-            ) from error
-        if not isinstance(values, dict):
-            raise TilewrightError(f'Config {text!r} is not a JSON object; give one such as {{"tile":4}}.')
-        return cls(values)
-
 
 @dataclass(frozen=True)
 class Removal:
@@ -125,13 +125,16 @@ class Removal:
 class Space(Sequence[Config]):
     """Every valid config of one or several templates, in a fixed order.
 
-    `indices` is int16 [configs, parameters]: config i sets parameter p to `parameters[p].values[indices[i, p]]`.
-    Configs themselves are made when they are read, so that a large space stays small in memory.
+    `indices` is int16 [configs, parameters]: config i sets parameter p to `parameters[p].values[indices[i, p]]`, where
+    None stands for a knob that another template has. Configs themselves, without those, are made when they are read, so
+    that a large space stays small in memory.
     """
 
     parameters: tuple[Parameter, ...]
     indices: npt.NDArray[np.int16]
     removals: tuple[Removal, ...] = ()
+    defaults: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
+    """Of a union: by template, its knobs that a config need not name, with :attr:`Parameter.default`."""
 
     def __post_init__(self) -> None:
         _check_names(self.parameters)
@@ -152,19 +155,8 @@ class Space(Sequence[Config]):
         return cls(tuple(parameters), rows, removals)
 
     @classmethod
-    def from_configs(cls, parameters: Sequence[Parameter], configs: Iterable[Mapping[str, Value]]) -> Self:
-        """Make a space of exactly these configs; each must set every parameter to one of its values, and none twice."""
-        _check_names(parameters)
-        rows = [_row(parameters, config) for config in configs]
-        if not rows:
-            raise TilewrightError("A space needs at least one config; none was given.")
-        if len(set(rows)) < len(rows):
-            raise TilewrightError("A space was given the same config twice; leave the second one out.")
-        return cls(tuple(parameters), np.array(rows, dtype=np.int16).reshape(len(rows), len(parameters)))
-
-    @classmethod
     def union(cls, spaces_by_template: Mapping[str, "Space"]) -> Self:
-        """Join templates' spaces under a leading parameter `template`; knobs that a template lacks become None.
+        """Join templates' spaces under a leading parameter `template`; in `indices`, absent knobs are None.
 
         Values of a knob that several templates share are merged, in ascending order when all are numbers.
         Raises TilewrightError when there is no space, or when one uses the name `template` or the value None itself.
@@ -181,13 +173,21 @@ class Space(Sequence[Config]):
             for template, space in spaces_by_template.items()
             for r in space.removals
         )
-        return cls(parameters, np.concatenate(blocks), removals)
+        defaults = {
+            template: {p.name: p.default for p in space.parameters if p.default is not None}
+            for template, space in spaces_by_template.items()
+        }
+        return cls(parameters, np.concatenate(blocks), removals, defaults)
 
     def of_templates(self, templates: Collection[str]) -> "Space":
         """Keep the configs of these templates of a union, with all its parameters."""
         kept = np.array([value in templates for value in self.parameters[0].values])
         removals = tuple(r for r in self.removals if r.constraint.rpartition("/")[0] in templates)
-        return Space(self.parameters, self.indices[kept[self.indices[:, 0]]], removals)
+        return Space(self.parameters, self.indices[kept[self.indices[:, 0]]], removals, self.defaults)
+
+    def only(self, kept: npt.NDArray[np.bool_]) -> "Space":
+        """Keep the configs that ``kept`` [configs] marks, with all parameters."""
+        return Space(self.parameters, self.indices[kept], defaults=self.defaults)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -202,7 +202,8 @@ class Space(Sequence[Config]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = self.indices[index].tolist()
-        return Config({p.name: p.values[i] for p, i in zip(self.parameters, row, strict=True)})
+        values = ((p.name, p.values[i]) for p, i in zip(self.parameters, row, strict=True))
+        return Config({name: value for name, value in values if value is not None})
 
     def __contains__(self, config: object) -> bool:
         return isinstance(config, Mapping) and self.find(config) is not None
@@ -217,22 +218,34 @@ class Space(Sequence[Config]):
         """Raw combinations that each constraint removed."""
         return {r.constraint: r.count for r in self.removals}
 
-    def find(self, config: Mapping[str, Value]) -> int | None:
-        """Where `config` stands in this space; None when it is no part of it."""
-        try:
-            return self._position.get(_row(self.parameters, config))
-        except TilewrightError:
-            return None
+    def read(self, stored: Mapping[str, Value | None]) -> Config:
+        """Make a config of its stored or written form, in this space or not.
 
-    def index_of(self, config: Mapping[str, Value]) -> int:
-        """Where `config` stands in this space; raises TilewrightError, saying why, when it is no part of it."""
-        index = self._position.get(_row(self.parameters, config))
+        Knobs that it does not name get their default, as it may be older than they are; None is no knob.
+        """
+        named = {name: value for name, value in stored.items() if value is not None}
+        own = {p.name: p.default for p in self.parameters if p.default is not None}
+        return Config({**own, **self.defaults.get(str(named.get(TEMPLATE)), {}), **named})
+
+    def find(self, config: Mapping[str, Value | None]) -> int | None:
+        """Where the config that `read` makes of `config` stands in this space; None when it is no part of it."""
+        complete = self.read(config)
+        if not complete.keys() <= self._names:
+            return None
+        return self._position.get(tuple(p.position.get(complete.get(p.name), -1) for p in self.parameters))
+
+    def index_of(self, config: Mapping[str, Value | None]) -> int:
+        """Where `config` stands in this space, as `find` does.
+
+        Raises TilewrightError when it is no part of it, with the knobs that set it apart from the nearest config.
+        """
+        index = self.find(config)
         if index is None:
-            raise TilewrightError(f"{config!r} breaks a constraint of its space; take one of its {len(self)} configs.")
+            raise TilewrightError(self._strange(self.read(config)))
         return index
 
     def indices_in(self, parameters: Sequence[Parameter], constants: Mapping[str, Value]) -> npt.NDArray[np.int16]:
-        """Rewrite `indices` for other parameters: those unknown here become their value in `constants`, or None."""
+        """Rewrite `indices` for other parameters: those unknown here have their value in `constants`, or None."""
         columns = {p.name: (p, self.indices[:, i]) for i, p in enumerate(self.parameters)}
         result = np.empty((len(self), len(parameters)), dtype=np.int16)
         for i, target in enumerate(parameters):
@@ -242,11 +255,6 @@ class Space(Sequence[Config]):
             else:
                 result[:, i] = target.position[constants.get(target.name)]
         return result
-
-    def lift(self, template: str, config: Mapping[str, Value]) -> Config:
-        """Write a template's own config as one of this union: the inverse of `split_template`."""
-        own = {TEMPLATE: template, **config}
-        return Config(own | {p.name: None for p in self.parameters if p.name not in own})
 
     def summary(self) -> str:
         """One line of text: the size, and what the constraints of each name removed in all templates together."""
@@ -270,11 +278,25 @@ class Space(Sequence[Config]):
     def _position(self) -> Mapping[tuple[int, ...], int]:
         return {tuple(row): i for i, row in enumerate(self.indices.tolist())}
 
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(p.name for p in self.parameters)
 
-def split_template(config: Mapping[str, Value]) -> tuple[str, Config]:
-    """Take a union's config apart into its template and that template's own config (no `template`, no None)."""
-    own = {name: value for name, value in config.items() if name != TEMPLATE and value is not None}
-    return str(config[TEMPLATE]), Config(own)
+    def _strange(self, config: Config) -> str:
+        """Say, in one sentence, how `config` differs from the nearest config of this space, which it is no part of."""
+        wanted = [p.position.get(config.get(p.name), -1) for p in self.parameters]
+        distances = np.count_nonzero(self.indices != np.array(wanted, np.int16), axis=1)
+        if TEMPLATE in config and self.parameters[0].name == TEMPLATE:  # another template's config is no neighbour
+            distances = distances + len(self.parameters) * (self.indices[:, 0] != wanted[0])
+        near = self[int(distances.argmin())]
+        names = [name for name in {**near, **config} if near.get(name) != config.get(name)]
+        differences = "; ".join(
+            f"{name}={near[name]!r} where this has {config.get(name, 'nothing')!r}"
+            if name in near
+            else f"no {name}, which is {config[name]!r} here"
+            for name in names
+        )
+        return f"{config!r} is not in its space, whose nearest config has {differences}."
 
 
 _ROWS_AT_ONCE = 1 << 16
@@ -361,21 +383,6 @@ def _check_names(parameters: Sequence[Parameter]) -> None:
         raise TilewrightError(f"A space has several parameters called {', '.join(repeated)}; rename or merge them.")
     if not names:
         raise TilewrightError("A space needs at least one parameter; none was given.")
-
-
-def _row(parameters: Sequence[Parameter], config: Mapping[str, Value]) -> tuple[int, ...]:
-    """Value index of each parameter; raises TilewrightError for a missing, unknown or impossible setting."""
-    missing = [p.name for p in parameters if p.name not in config]
-    unknown = sorted(config.keys() - {p.name for p in parameters})
-    if missing or unknown:
-        raise TilewrightError(f"{config!r} does not fit its space: it lacks {missing} and has unknown {unknown}.")
-    row = []
-    for p in parameters:
-        index = p.position.get(config[p.name])
-        if index is None:
-            raise TilewrightError(f"{config!r} sets {p.name} to none of {list(p.values)}; choose one of these.")
-        row.append(index)
-    return tuple(row)
 
 
 def _nothing_valid(removals: Sequence[Removal]) -> str:

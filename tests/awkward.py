@@ -92,7 +92,7 @@ def few_cases(arch: Arch, count: int) -> list[Case]:
             for number in range(count):
                 signature = signatures[(2 * number + 1) * len(signatures) // (2 * count)]
                 own = space_of(op.name, template, signature, arch)
-                config = op.space(signature, arch).lift(template.name, own[int(random.integers(len(own)))])
+                config = Config.of(template.name, own[int(random.integers(len(own)))])
                 chosen.append(Case(op.name, signature, config, arch))
     return chosen
 
@@ -107,13 +107,12 @@ def precision_cases(arch: Arch) -> list[Case]:
             for name in kinds.values():
                 signature = next(s for s in reversed(examples_of(op.name).signatures) if op.precisions(s)[name] is None)
                 own = template.space(signature, arch, (name,))
-                config = op.space(signature, arch).lift(template.name, own[int(random.integers(len(own)))])
+                config = Config.of(template.name, own[int(random.integers(len(own)))])
                 chosen.append(Case(op.name, signature, config, arch))
     return chosen
 
 
 def _covering_cases(op_name: str, template: Template[Any], arch: Arch) -> list[Case]:
-    op = find_op(op_name)
     blocks = []
     values: dict[str, dict[Any, int]] = {}
     for number, signature in enumerate(examples_of(op_name).signatures):
@@ -131,7 +130,7 @@ def _covering_cases(op_name: str, template: Template[Any], arch: Arch) -> list[C
     for row in sample_rows(table[:, :-1], seed=0):
         signature = examples_of(op_name).signatures[table[row, 0]]
         config = space_of(op_name, template, signature, arch)[int(table[row, -1])]
-        made.append(Case(op_name, signature, op.space(signature, arch).lift(template.name, config), arch))
+        made.append(Case(op_name, signature, Config.of(template.name, config), arch))
     return made
 
 

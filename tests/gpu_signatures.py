@@ -14,7 +14,7 @@ from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.examples import examples_of
 from tilewright.codegen.ops.registry import OPS, find_op
 from tilewright.codegen.ops.signature import Signature
-from tilewright.codegen.space import Space
+from tilewright.codegen.space import Config, Space
 
 WAYS_TO_STORE = (
     *("bf16", "int8", "int8g64", "int4g32", "mxfp4", "nvfp4_a16", "mxfp8", "nvfp4"),
@@ -51,8 +51,7 @@ class _Configs:
         for row in chosen:
             number = int(self.codes["signature"][row])
             signature, config = examples_of(op_name).gpu_signatures[number], self.spaces[number][int(self.rows[row])]
-            lifted = find_op(op_name).space(signature, arch).lift(template.name, config)
-            made.append(Case(op_name, signature, lifted, arch))
+            made.append(Case(op_name, signature, Config.of(template.name, config), arch))
         return made
 
 

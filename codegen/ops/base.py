@@ -18,7 +18,7 @@ from tilewright.codegen.ops.implementation import Implementation
 from tilewright.codegen.ops.signature import Signature, stable_key
 from tilewright.codegen.recipe.model import Recipe, TensorSpec, packable
 from tilewright.codegen.routing.spec import RoutingSpec
-from tilewright.codegen.space import Config, Space
+from tilewright.codegen.space import TEMPLATE, Config, Space, Value
 from tilewright.codegen.work import LaunchWork
 from tilewright.errors import TilewrightError
 
@@ -126,6 +126,23 @@ class Template(Generic[S]):
     divide tiles or not as this one's do, on which an interpreter runs a config; None where none can."""
     work: Callable[[S, Config, Any, Any], tuple[LaunchWork, ...]] | None = None
     """``work(signature, config, arch, problem)``: what every launch has to do; None where kernels are only measured."""
+
+    def config(self, signature: S, arch: Any, knobs: Mapping[str, Value]) -> Config:
+        """The config of this template that has ``knobs``, and the default of every knob that they leave out.
+
+        Raises:
+            TilewrightError: when it is no valid config of ``signature`` on ``arch``, with what the nearest one has.
+
+        """
+        own = self.own_space(signature, arch, str(knobs.get("precision", LOSSLESS)))
+        try:
+            return Config.of(self.name, own[own.index_of(knobs)])
+        except TilewrightError as error:
+            raise TilewrightError(f"{self.name}, {signature.describe()}, {arch.name}: {error}") from error
+
+    def own_space(self, signature: S, arch: Any, precision: str) -> Space:
+        """The space of this template alone, its weights in one precision where it knows several."""
+        return self.space(signature, arch, (precision,)) if self.precisions else self.space(signature, arch)
 
 
 @dataclass(frozen=True)
@@ -281,14 +298,19 @@ class OpDeclaration(ABC, Generic[S, P]):
         default = self._leading(arch).default
         assert default is not None
         template, knobs = default(signature, arch, size)
-        return self.space(signature, arch).lift(template, knobs)
+        return self.config(template, signature, arch, knobs)
 
     def starting_configs(self, signature: S, arch: Arch, precisions: Sequence[str] = (LOSSLESS,)) -> tuple[Config, ...]:
         """Configs that have won elsewhere, the likeliest first: a search tries them before it knows anything.
 
         Some of each of ``precisions``, so that every one has been tried at every size, however few the trials.
+
+        Raises:
+            TilewrightError: when one of them is not in its template's space, with what the nearest config has.
+
         """
-        return self._leading(arch).starting_configs(signature, arch, precisions)
+        starts = self._leading(arch).starting_configs(signature, arch, precisions)
+        return tuple(self.config(template, signature, arch, knobs) for template, knobs in starts)
 
     def on(self, signature: S, arch: Arch) -> S:
         """``signature`` in bf16, where no template for ``arch`` computes in fp32 and no other dtype was asked for."""
@@ -354,9 +376,9 @@ class OpDeclaration(ABC, Generic[S, P]):
     ) -> Space:
         """Every valid config of every template for ``arch``, the template's name being a parameter.
 
-        ``templates`` restricts it to those, by their full names. Knobs stay those of all templates, so that a config
-        is the same config in the whole space and in a part of it. ``precisions`` are what weights may be stored in; a
-        knob of the templates that know several. :data:`LOSSLESS` means :meth:`lossless` there.
+        ``templates`` restricts it to those, by their full names; parameters stay those of all. ``precisions`` are what
+        weights may be stored in; a knob of the templates that know several. :data:`LOSSLESS` means :meth:`lossless`
+        there.
 
         Raises:
             TilewrightError: when no template, or none of ``templates``, stores the signature's weights in one of
@@ -449,6 +471,22 @@ class OpDeclaration(ABC, Generic[S, P]):
     def template(self, config: Config) -> Template[Any]:
         """Template that ``config`` belongs to."""
         return next(t for t in self.templates if t.name == config["template"])
+
+    def config(self, template: str, signature: S, arch: Arch, knobs: Mapping[str, Value]) -> Config:
+        """The config of ``template``, by its full name, that has ``knobs``; see :meth:`Template.config`."""
+        return next(t for t in self.templates if t.name == template).config(signature, arch, knobs)
+
+    def read_config(self, stored: Mapping[str, Value | None], signature: S, arch: Arch) -> Config:
+        """The config that a database keeps; knobs that its template got since have their default.
+
+        One of a template or precision that is no more is what it was.
+        """
+        named = Config({name: value for name, value in stored.items() if value is not None})
+        precision = str(named.get("precision", LOSSLESS))
+        for template in self.templates_for(signature, arch):
+            if template.name == named.get(TEMPLATE) and precision in (template.precisions or (LOSSLESS,)):
+                return template.own_space(signature, arch, precision).read(named)
+        return named
 
     def label(self, config: Config) -> str:
         """``config`` in a few characters, for tables: its template and that template's telling knobs."""

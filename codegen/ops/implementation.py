@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tilewright.codegen.space import Config, Value
+from tilewright.codegen.space import Value
 
 if TYPE_CHECKING:
     from tilewright.codegen.ops.base import Template
@@ -15,7 +15,7 @@ Choice = tuple[str, Mapping[str, Value]]
 """A template's full name, and values of its knobs."""
 
 
-def _no_starts(signature: Any, arch: Any, precisions: Sequence[str]) -> tuple[Config, ...]:
+def _no_starts(signature: Any, arch: Any, precisions: Sequence[str]) -> tuple[Choice, ...]:
     """Nothing is known to have won elsewhere."""
     del signature, arch, precisions
     return ()
@@ -34,7 +34,8 @@ class Implementation:
     """``default(signature, arch, size)``: what a careful engineer would write down without tuning, by the dynamic size
     where practice chooses by it (None: for many), in one weight layout for all sizes. None: another language says it.
     """
-    starting_configs: Callable[[Any, Any, Sequence[str]], tuple[Config, ...]] = _no_starts
-    """``starting_configs(signature, arch, precisions)``: see :meth:`OpDeclaration.starting_configs`."""
+    starting_configs: Callable[[Any, Any, Sequence[str]], tuple[Choice, ...]] = _no_starts
+    """``starting_configs(signature, arch, precisions)``: see :meth:`OpDeclaration.starting_configs`. Each has to be in
+    its template's space: one that does not apply to a signature is left out by a condition that says why."""
     sizes: tuple[int, ...] = (1, 4, 16, 64, 256)
     """Dynamic sizes to tune where neither the user nor the op names any."""

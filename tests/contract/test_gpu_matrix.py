@@ -23,7 +23,7 @@ from tilewright.codegen.ops.gating.signature import GatingSignature
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.ops.registry import OPS, find_op
 from tilewright.codegen.ops.signature import Signature
-from tilewright.codegen.space import Config, Space
+from tilewright.codegen.space import Config
 
 TABLE: dict[str, dict[str, dict[str, str]]] = json.loads(
     (Path(__file__).parent.parent / "data" / "gpu_matrix.json").read_text()
@@ -86,9 +86,7 @@ def made(name: str, row: str, arch: GpuArch) -> tuple[Template[Any], Signature, 
     wanted = WANTED[name]
     if template.precisions and find_precision(row).scaled_by_matrix_unit:
         wanted = {**SCALED, **{knob: value for knob, value in wanted.items() if knob not in SCALED}}
-    own = nearest(space, wanted)
-    # Not the op's own space, which an excluded template is no part of.
-    return template, signature, Space.union({name: space}).lift(name, own)
+    return template, signature, Config.of(name, nearest(space, wanted))
 
 
 def found(name: str, row: str, arch: GpuArch, folder: Path) -> set[str]:

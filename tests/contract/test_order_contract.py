@@ -39,15 +39,13 @@ def orders(op_name: str, signature: Signature, seed: int) -> dict[str, list[Conf
     """By order: variants of every template that has it."""
     op, random = find_op(op_name), np.random.default_rng(seed)
     found: dict[str, list[Config]] = defaultdict(list)
-    possible = tuple(name for name, refusal in op.precisions(signature).items() if refusal is None) or (LOSSLESS,)
-    lifted = op.space(signature, ARCH, precisions=possible)
     for template in templates_of(op_name, ARCH):
         if not template.applies(signature, ARCH):
             continue
         space = space_of(op_name, template, signature, ARCH)
         drawn: dict[str, int] = defaultdict(int)
         for index in random.permutation(len(space))[:400]:
-            config = lifted.lift(template.name, space[int(index)])
+            config = Config.of(template.name, space[int(index)])
             order = op.order_key(signature, config, ARCH)
             if order is not None and drawn[order] < PER_TEMPLATE:
                 drawn[order] += 1

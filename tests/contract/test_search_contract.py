@@ -47,7 +47,7 @@ Result = Callable[[Config], float | None]
 
 def time_of(config: Config) -> float:
     """A smooth bowl with one best config: tile 24, unroll 1, guided, packed."""
-    slower = abs(config["tile"] - 24) / 8 + abs((config["unroll"] or 3) - 1) + 2 * (not config["packed"])
+    slower = abs(config["tile"] - 24) / 8 + abs((config.get("unroll") or 3) - 1) + 2 * (not config["packed"])
     return 50.0 + 10 * slower + 5 * ("guided", "static", "dynamic").index(config["schedule"])
 
 

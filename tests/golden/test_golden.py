@@ -11,7 +11,6 @@ import pytest
 
 from tilewright import __version__
 from tilewright.codegen.hardware.archs import ARCHS
-from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.attention.signature import AttentionSignature as Attention
 from tilewright.codegen.ops.gating.signature import GatingSignature as Gating
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature as MoeGemm
@@ -41,7 +40,7 @@ PLAIN = MoeGemm(stage="plain", experts=8, n=24, k=64)
 
 @dataclass(frozen=True)
 class Golden:
-    """One variant: the default config of its signature, or a template's with these knobs."""
+    """One variant: the default config of its signature, or a template's with these knobs and others' defaults."""
 
     name: str
     signature: Signature
@@ -58,11 +57,7 @@ class Golden:
         op, arch = find_op(self.signature.op), ARCHS[self.arch]
         if not self.template:
             return op.default_config(self.signature, arch)
-        own = dict(self.knobs)
-        space = op.space(self.signature, arch, precisions=(str(own.get("precision", LOSSLESS)),))
-        config = space.lift(self.template, own)
-        assert config in space
-        return config
+        return op.config(self.template, self.signature, arch, dict(self.knobs))
 
     def render(self) -> str:
         op, arch = find_op(self.signature.op), ARCHS[self.arch]

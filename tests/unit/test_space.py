@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tilewright.codegen.space import Config, Constraint, Parameter, Space, split_template
+from tilewright.codegen.space import Config, Constraint, Parameter, Space
 from tilewright.errors import TilewrightError
 
 TILE = Parameter("tile", (8, 16, 32), "rows of a tile")
@@ -104,16 +104,18 @@ def test_an_empty_space_names_the_constraint_that_removed_most():
             "'early' reads 'unroll'",
         ),
         (lambda: Space.enumerate([TILE, UNROLL], [fits(8), fits(9)]), "share a name"),
-        (lambda: Space.from_configs([TILE], []), "at least one config"),
-        (lambda: Space.from_configs([TILE], [{"tile": 8}, {"tile": 8}]), "same config twice"),
-        (lambda: Space.from_configs([TILE], [{"tile": 9}]), "sets tile to none of"),
-        (lambda: Space.from_configs([TILE], [{"unroll": 1}]), "lacks \\['tile'\\] and has unknown \\['unroll'\\]"),
-        (lambda: Space.enumerate([TILE, UNROLL], [fits(32)]).index_of({"tile": 32, "unroll": 4}), "breaks a constr"),
+        (lambda: Parameter("tile", (8, 16), "", default=9), "the default 9, not one of \\(8, 16\\)"),
+        (lambda: Space.enumerate([TILE]).index_of({"tile": 9}), "nearest config has tile=8 where this has 9"),
+        (lambda: Space.enumerate([TILE, PACKED]).index_of({"tile": 8}), "nearest config has packed=False .* 'nothing'"),
+        (
+            lambda: Space.enumerate([TILE]).index_of({"tile": 16, "hue": 1}),
+            "nearest config has no hue, which is 1 here",
+        ),
+        (lambda: Space.enumerate([TILE, UNROLL], [fits(64)]).index_of({"tile": 32, "unroll": 4}), "tile=8 where .* 32"),
         (lambda: Space.union({}), "at least one template"),
         (lambda: Config({"tile": float("nan")}), "tile=nan"),
         (lambda: Config({"tile": [1]}), "tile="),
-        (lambda: Config.from_json("{"), "is not JSON"),
-        (lambda: Config.from_json("[]"), "not a JSON object"),
+        (lambda: Config({"tile": None}), "tile=None"),
     ],
 )
 def test_a_mistake_gets_one_clear_sentence(make, message):
@@ -130,12 +132,12 @@ def test_a_space_without_limits_is_refused_and_not_enumerated_for_hours(monkeypa
 @given(
     st.dictionaries(
         st.text(min_size=1),
-        st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False),
+        st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False),
     )
 )
 def test_a_config_survives_its_canonical_text(values):
     config = Config(values)
-    again = Config.from_json(config.key())
+    again = Config(json.loads(config.key()))
     assert again == config
     assert hash(again) == hash(config)
     assert again.key() == config.key()
@@ -143,7 +145,7 @@ def test_a_config_survives_its_canonical_text(values):
 
 
 def test_a_configs_text_does_not_depend_on_the_order_of_its_names():
-    assert Config({"b": 1, "a": None}).key() == Config({"a": None, "b": 1}).key() == '{"a":null,"b":1}'
+    assert Config({"b": 1, "a": True}).key() == Config({"a": True, "b": 1}).key() == '{"a":true,"b":1}'
     assert json.loads(Config({"ü": "x"}).key()) == {"ü": "x"}
 
 
@@ -152,10 +154,10 @@ class TestUnion:
     streaming = Space.enumerate([Parameter("unroll", (2, 4), ""), PACKED], [Constraint("even", lambda _: True, "even")])
     union = Space.union({"blocked": blocked, "streaming": streaming})
 
-    def test_template_leads_and_absent_knobs_are_none(self):
+    def test_template_leads_and_a_config_has_its_own_knobs_alone(self):
         assert [p.name for p in self.union.parameters] == ["template", "tile", "unroll", "packed"]
-        assert dict(self.union[0]) == {"template": "blocked", "tile": 8, "unroll": 1, "packed": None}
-        assert dict(self.union[-1]) == {"template": "streaming", "tile": None, "unroll": 4, "packed": True}
+        assert dict(self.union[0]) == {"template": "blocked", "tile": 8, "unroll": 1}
+        assert dict(self.union[-1]) == {"template": "streaming", "unroll": 4, "packed": True}
 
     def test_shared_values_are_merged_in_order(self):
         values = {p.name: p.values for p in self.union.parameters}
@@ -174,12 +176,27 @@ class TestUnion:
         assert "template" not in part.describe()
         assert list(self.union.of_templates(["streaming", "blocked"])) == list(self.union)
 
-    def test_every_config_splits_into_one_of_its_template_and_back(self):
-        own = {"blocked": self.blocked, "streaming": self.streaming}
+    def test_every_config_is_one_of_its_template_beside_its_name(self):
+        made = [Config.of("blocked", own) for own in self.blocked] + [
+            Config.of("streaming", own) for own in self.streaming
+        ]
+        assert made == list(self.union)
+        assert [self.union.find(config) for config in made] == list(range(len(self.union)))
+
+    def test_a_config_with_a_knob_of_another_template_is_no_part_of_it(self):
+        assert Config({**self.union[0], "packed": True}) not in self.union
+        assert Config({name: value for name, value in self.union[0].items() if name != "tile"}) not in self.union
+
+    def test_the_nearest_config_to_a_stranger_is_one_of_its_template(self):
+        near_the_other = {"template": "blocked", "unroll": 2, "packed": True}
+        with pytest.raises(TilewrightError, match=r"tile=8 .* 'nothing'; unroll=1 .* 2; no packed, which is True"):
+            self.union.index_of(near_the_other)
+
+    def test_configs_written_with_none_for_absent_knobs_are_read(self):
         for config in self.union:
-            template, part = split_template(config)
-            assert part in own[template]
-            assert self.union.lift(template, part) == config
+            padded = {p.name: config.get(p.name) for p in self.union.parameters}
+            assert self.union.read(padded) == config
+            assert self.union.find(padded) == self.union.find(config)
 
     def test_a_reserved_name_or_value_in_a_template_is_refused(self):
         for bad in (Parameter("template", ("x",), ""), Parameter("tile", (None, 8), "")):
@@ -189,3 +206,29 @@ class TestUnion:
     def test_a_knob_that_is_a_number_here_and_a_bool_there_is_refused(self):
         with pytest.raises(TilewrightError, match="two equal values"):
             Space.union({"a": self.streaming, "b": Space.enumerate([Parameter("packed", (0, 1), "")])})
+
+
+class TestDefault:
+    """A knob that is newer than what is stored: its default is the value at which nothing changes."""
+
+    old = Space.enumerate([TILE, UNROLL], [fits(32)])
+    new = Space.enumerate([TILE, UNROLL, Parameter("alias", (True, False), "", default=False)], [fits(32)])
+    other = Space.enumerate([TILE, Parameter("alias", (True, False), "")])
+    union = Space.union({"new": new, "other": other})
+
+    def test_a_config_that_does_not_name_it_has_its_default(self):
+        for config in self.old:
+            assert self.new.read(config) == Config({**config, "alias": False})
+            assert self.new[self.new.index_of(config)] == self.new.read(config)
+
+    def test_a_config_that_names_it_keeps_its_own(self):
+        for config in self.new:
+            assert self.new.read(config) == config
+
+    def test_it_is_the_default_of_its_own_template_alone(self):
+        parts = [self.union, self.union.of_templates(["new", "other"]), self.union.only(self.union.indices[:, 0] >= 0)]
+        for union in parts:
+            assert union.read({"template": "new", "tile": 8}) == Config({"template": "new", "tile": 8, "alias": False})
+            assert union.read({"template": "other", "tile": 8}) == Config({"template": "other", "tile": 8})
+            assert union.find({"template": "new", "tile": 8, "unroll": 1}) is not None
+            assert union.find({"template": "other", "tile": 8}) is None

@@ -16,6 +16,7 @@ from tilewright.codegen.hardware.archs import GPU_ARCHS
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature as MoeGemm
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.recipe.model import Recipe
+from tilewright.codegen.space import Config
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.variants import BuildResult, VariantBuilder
 
@@ -40,7 +41,7 @@ def build(signature: MoeGemm, arch_name: str, folder: Path, **knobs: Any) -> tup
     template = next(t for t in OP.templates if t.name == PERSISTENT)
     precision = knobs.get("precision", "bf16")
     own = nearest(template.space(signature, arch, (precision,)), {**TILE, **knobs})
-    config = OP.space(signature, arch, precisions=(precision,)).lift(PERSISTENT, own)
+    config = Config.of(PERSISTENT, own)
     assert {name: config[name] for name in (*TILE, *knobs)} == {**TILE, **knobs}
     with TritonBuilder(arch, folder) as builder:
         variant_builder = VariantBuilder(OP, signature, arch, {"triton": builder})

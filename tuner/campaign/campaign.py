@@ -25,6 +25,7 @@ from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.loop import Budget, Origin, ProblemResult, ProblemTuner
 from tilewright.tuner.campaign.precision import FrontPoint, admit, constraint_by_precision, front, left_out, storable
 from tilewright.tuner.campaign.progress import Progress
+from tilewright.tuner.campaign.standings import resumable
 from tilewright.tuner.campaign.variants import PlanConstraint, VariantBuilder
 from tilewright.tuner.evaluation.checking import PrecisionError
 from tilewright.tuner.evaluation.interface import Evaluator
@@ -280,7 +281,7 @@ class Campaign:
     ) -> Space:
         """The part of ``space`` whose kernels have one of ``constraints``."""
         chosen = [variant_builder.constraint(config) in constraints for config in space]
-        return Space(space.parameters, space.indices[np.array(chosen)])
+        return space.only(np.array(chosen))
 
     def _finish(
         self,
@@ -377,16 +378,10 @@ class Campaign:
             self._store.add_kernel(record, artifacts)
 
     def _earlier(self, problem: Problem, space: Space, variant_builder: VariantBuilder) -> list[TrialRecord]:
-        """Trials of earlier runs on this problem, oldest first: of kernels that would be built from the same text.
-
-        A template or compiler that changed since makes other kernels of the same configs.
-        """
+        """Trials of earlier runs on this problem, oldest first: of kernels that would be built from the same code."""
         target = self._target
         known = self._store.trials(problem_key=problem.key, device_key=target.device.key, threads=target.place.threads)
-        same = {
-            config: variant_builder.variant(config).key for trial in known if (config := Config(trial.config)) in space
-        }
-        return [trial for trial in known if same.get(Config(trial.config)) == trial.kernel_key]
+        return resumable(known, space, variant_builder)
 
     def _priors(self, problem: Problem, space: Space, siblings: Sequence[ProblemResult]) -> Iterator[Prior]:
         """What is known beforehand: by a model, of this run's other sizes, nearest first, then of the database's."""
@@ -407,7 +402,7 @@ class Campaign:
             if trial.problem_key not in seen and trial.median_us:
                 neighbours.setdefault(trial.problem_key, []).append(trial)
         for key, trials in neighbours.items():
-            yield Prior(key, tuple((Config(t.config), t.median_us or 0.0) for t in trials))
+            yield Prior(key, tuple((space.read(t.config), t.median_us or 0.0) for t in trials))
 
 
 def _share(until: float, share: float) -> float:

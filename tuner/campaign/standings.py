@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from tilewright.codegen.space import Config, Space
 from tilewright.tuner.campaign.loop import FINAL_RACE
+from tilewright.tuner.campaign.variants import VariantBuilder
 from tilewright.tuning_db.records import Checked, Outcome, ProblemSummary, TrialRecord
 from tilewright.tuning_db.store import Store
 
@@ -20,6 +23,17 @@ def right_trials(store: Store, summary: ProblemSummary) -> list[TrialRecord]:
     )
     measured = [trial for trial in found if trial.timing == "measured"]
     return measured or [trial for trial in found if trial.timing == "predicted"]
+
+
+def resumable(known: Sequence[TrialRecord], space: Space, variant_builder: VariantBuilder) -> list[TrialRecord]:
+    """Those of ``known`` trials, in their order, whose configs are in ``space`` and would make the same kernels today.
+
+    A template or compiler that changed since makes other kernels of the same configs. Knobs that a template got since
+    are in the configs of the result, at their default.
+    """
+    read = [replace(trial, config=dict(space.read(trial.config))) for trial in known]
+    keys = {config: variant_builder.variant(config).key for t in read if (config := Config(t.config)) in space}
+    return [trial for trial in read if keys.get(Config(trial.config)) == trial.kernel_key]
 
 
 def checked(trial: TrialRecord) -> Checked:

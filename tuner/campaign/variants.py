@@ -16,7 +16,7 @@ from tilewright.codegen.ops.base import OpDeclaration
 from tilewright.codegen.ops.signature import Signature, stable_key
 from tilewright.codegen.recipe.model import Recipe
 from tilewright.codegen.recipe.validity import validate
-from tilewright.codegen.rendering import render
+from tilewright.codegen.rendering import header, render_code
 from tilewright.codegen.space import Config
 from tilewright.tuner.evaluation.outcome import BuiltKernel
 from tilewright.tuner.report.inspection import Inspector, performance_warnings, spills
@@ -44,7 +44,8 @@ class Variant:
     """What the builder has to know of its entry points; empty for C++."""
     recipe: Recipe
     key: str
-    """Identity of the kernel: lists everything that would make another one of it."""
+    """Identity of the kernel: hashes everything that would make another one of it. That is the code and how it is
+    compiled and launched, and not the config: a knob that leaves these as they are leaves the key as it is."""
     constraint: PlanConstraint | None
     """What it would share with the others of a plan; None: no plan that is asked for may use it."""
 
@@ -121,18 +122,20 @@ class VariantBuilder:
     def variant(self, config: Config) -> Variant:
         """Render ``config``."""
         template = self.op.template(config)
-        source = render(template, self.signature, config, self.arch)
+        code = render_code(template, self.signature, config, self.arch)
+        source = header(template, self.signature, config, self.arch) + code
         recipe = template.recipe(self.signature, config, self.arch)
         validate(recipe)
+        entries = template.entries(self.signature, config, self.arch) if template.entries else ()
         identity = {
             "signature": self.signature.to_dict(),
-            "config": dict(config),
+            "template": template.name,
             "arch": self.arch.name,
             "toolchain": self._builders[template.language].toolchain,
-            "source": hashlib.sha256(source.encode()).hexdigest(),
+            "code": hashlib.sha256(code.encode()).hexdigest(),
+            "entries": [entry.to_dict() for entry in entries],
             "recipe": recipe.to_dict(),
         }
-        entries = template.entries(self.signature, config, self.arch) if template.entries else ()
         key = stable_key(identity)
         return Variant(config, template.language, source, entries, recipe, key, self.constraint(config))
 

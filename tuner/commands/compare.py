@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from tilewright.codegen.hardware.archs import find_arch
@@ -88,8 +89,9 @@ def _variants(store: Store, summary: ProblemSummary, top: int) -> dict[str, Any]
     op = find_op(summary.op)
     problem = op.problem_from_dict(summary.problem)
     arch = next(find_arch(d.arch) for d in store.devices() if d.key == summary.device_key)
-    default_config = dict(op.default_for(problem, arch))
-    ranked = standings(right_trials(store, summary))
+    default_config = op.default_for(problem, arch)
+    right = right_trials(store, summary)
+    ranked = standings([replace(t, config=dict(op.read_config(t.config, problem.signature, arch))) for t in right])
     bound_us, roofline = _bound(op, problem, summary, ranked)
     default = next((trial for trial in ranked if trial.config == default_config), None)
     chosen = ranked[:top]
@@ -199,17 +201,12 @@ def _lines(document: dict[str, Any]) -> list[str]:
 
 
 def _knob_lines(variants: Sequence[dict[str, Any]], width: int | None) -> list[str]:
-    """One row per variant of what sets it apart; the knobs that all share in a line below."""
-    names = [name for name in variants[0]["config"] if all(name in v["config"] for v in variants)]
-    values = {name: [v["config"][name] for v in variants] for name in names}
-    varying = [name for name in names if len(set(map(str, values[name]))) > 1]
-    rows = [
-        (v["kernel"][:8], *("-" if v["config"][name] is None else str(v["config"][name]) for name in varying))
-        for v in variants
-    ]
-    same = " ".join(
-        f"{name}={values[name][0]}" for name in names if name not in varying and values[name][0] is not None
-    )
+    """One row per variant of what sets it apart, "-" for a knob that its template lacks; below, what all share."""
+    names = dict.fromkeys(name for v in variants for name in v["config"])
+    values = {name: [str(v["config"].get(name, "-")) for v in variants] for name in names}
+    varying = [name for name in names if len(set(values[name])) > 1]
+    rows = [(v["kernel"][:8], *(values[name][index] for name in varying)) for index, v in enumerate(variants)]
+    same = " ".join(f"{name}={values[name][0]}" for name in names if name not in varying)
     return [
         *(table(("kernel", *varying), rows, width=width) if varying else []),
         *(labelled("all", same, width=width) if same else []),

@@ -57,9 +57,9 @@ class KernelComparison:
     def lines(self) -> list[str]:
         """For people."""
         names = (self.a.key[:8], self.b.key[:8])
-        lines = table(("knob", *names), ((n, str(x), str(y)) for n, (x, y) in self.knobs.items()))
+        lines = table(("knob", *names), _rows(self.knobs))
         if self.facts:
-            lines += ["", *table(("fact", *names), ((n, str(x), str(y)) for n, (x, y) in self.facts.items()))]
+            lines += ["", *table(("fact", *names), _rows(self.facts))]
         for problem, terms in self.terms_us.items():
             rows = ((n, format_us(x), format_us(y)) for n, (x, y) in terms.items())
             lines += ["", f"predicted for {problem}", *table(("term", *names), rows)]
@@ -84,7 +84,7 @@ def compare_kernels(
         TilewrightError: when a tool is missing, bytes are not there, or ``ir`` is asked for of CPU kernels.
 
     """
-    knobs = _differing(a.config, b.config)
+    knobs = _differing(_config(a), _config(b))
     forms: dict[str, list[str]] = {}
     if ir:
         old, new = _forms(a), _forms(b)
@@ -98,6 +98,16 @@ def compare_kernels(
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> Pairs:
     names = sorted(old.keys() | new.keys())
     return {name: [old.get(name), new.get(name)] for name in names if old.get(name) != new.get(name)}
+
+
+def _config(kernel: KernelRecord) -> Config:
+    op = find_op(kernel.op)
+    return op.read_config(kernel.config, op.signature_from_dict(kernel.signature), find_arch(kernel.arch))
+
+
+def _rows(pairs: Pairs) -> list[tuple[str, ...]]:
+    """Name and both values; "-" for what the one has alone."""
+    return [(name, *("-" if value is None else str(value) for value in pair)) for name, pair in pairs.items()]
 
 
 def _facts(kernel: KernelRecord) -> dict[str, Any]:
@@ -125,7 +135,7 @@ def _terms(store: Store, a: KernelRecord, b: KernelRecord) -> dict[str, Pairs]:
         problem = op.problem_from_dict(trial.problem)
         predictions = []
         for kernel in (a, b):
-            config = Config(kernel.config)
+            config = _config(kernel)
             facts = [EntryFacts.from_dict(entry) for entry in kernel.facts["entries"]]
             predictions.append(predict_config(op.template(config), problem.signature, problem, config, device, facts))
         old, new = predictions
@@ -136,7 +146,7 @@ def _terms(store: Store, a: KernelRecord, b: KernelRecord) -> dict[str, Pairs]:
 
 def _forms(kernel: KernelRecord) -> dict[str, str]:
     """Intermediate forms of all entries, by ``entry form``."""
-    op, config, arch = find_op(kernel.op), Config(kernel.config), find_arch(kernel.arch)
+    op, config, arch = find_op(kernel.op), _config(kernel), find_arch(kernel.arch)
     template, signature = op.template(config), op.signature_from_dict(kernel.signature)
     backend = find_backend(template.language)
     if not (names := backend.forms(arch)) or template.entries is None:
@@ -163,7 +173,7 @@ def _diff(old: str, new: str, a: KernelRecord, b: KernelRecord) -> list[str]:
 
 def _disassemble(store: Store, kernel: KernelRecord) -> str:
     """Machine code of every launch as text; where nothing takes binaries apart, the last form before them."""
-    backend = find_backend(find_op(kernel.op).template(Config(kernel.config)).language)
+    backend = find_backend(find_op(kernel.op).template(_config(kernel)).language)
     artifacts = [_artifact(store, kernel, checksum) for checksum in kernel.artifacts]
     texts = [backend.disassembly(artifact.kind, artifact.data) for artifact in artifacts]
     if None in texts:

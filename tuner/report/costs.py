@@ -166,8 +166,12 @@ def _parts(store: Store, title: str, plan: PlanRecord, arch: Arch, *, layers: fl
         entry = plan.entry_for(size)
         kernel = entry.kernel_key if entry else None
         tuned = [t.median_us for t in here if kernel and t.kernel_key == kernel and t.median_us]
-        default_config = dict(op.default_for(op.problem_from_dict(here[0].problem), arch))
-        default = [t.median_us for t in here if t.config == default_config and t.median_us]
+        problem = op.problem_from_dict(here[0].problem)
+        default_config = op.default_for(problem, arch)
+        configs = (op.read_config(t.config, problem.signature, arch) for t in here)
+        default = [
+            t.median_us for t, config in zip(here, configs, strict=True) if config == default_config and t.median_us
+        ]
         if tuned and default:
             found[size] = Part(title, layers, tuned[-1], default[-1], *evidence)
     for entry in plan.entries:
