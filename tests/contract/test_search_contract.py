@@ -201,7 +201,14 @@ class SearchContract:
         assert (half["tile"], half["packed"]) == (16, True)
         assert not {config, half} & set(run(study, 20))
 
-    def test_what_waits_in_the_queue_is_not_suggested_by_another_process(self, tmp_path):
+    def test_a_queued_trial_is_not_completed_to_a_config_that_waits_behind_it(self):
+        study = new_study(self.make(SMALL, seed=7, budget=6))
+        first, behind = (config for config in SMALL if config["schedule"] == "static")
+        study.enqueue_trial({"schedule": "static"})
+        study.enqueue_trial(params_of(SMALL.parameters, behind))
+        assert [ask(study, SMALL)[1] for _ in range(2)] == [first, behind]
+
+    def test_two_processes_on_one_storage_share_the_configs(self, tmp_path):
         storage = JournalStorage(JournalFileBackend(str(tmp_path / "journal")))
         study = optuna.create_study(sampler=self.make(SMALL, seed=7, budget=6), storage=storage, study_name="s")
         other = optuna.load_study(sampler=self.make(SMALL, seed=7, budget=6), storage=storage, study_name="s")

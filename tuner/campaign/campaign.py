@@ -321,7 +321,7 @@ class Campaign:
         others = [constraint for name, constraint in of_precisions.items() if name != mine.plan.precision]
         verdicts = [verdict for constraint in others if (verdict := finals.within(constraint)) and verdict.finals]
         points = [self._point(mine.verdict, mine.plan), *(self._point(v, self._plan(v)) for v in verdicts)]
-        title = f"precision against error of {format_shape(signature.to_dict())} {run_id}"
+        title = f"precision against error of {format_shape(signature.to_dict())} {run_id[:8]}"
         mine.front = front(points, title, self._request.study if len(points) > 1 else "")
         exact = op.lossless(signature)
         admitted = [exact if name == LOSSLESS else name for key, name in self._errors if key == signature.key]

@@ -255,7 +255,7 @@ class ProblemTuner:
         self._distributions = distributions_of(space.parameters, [self.result.default])
         with saying_where(origin.study):
             study = optuna.create_study(
-                study_name=f"{study_title(problem, origin.device_key, origin.threads)} {origin.run_id}",
+                study_name=f"{study_title(problem, origin.device_key, origin.threads)} {origin.run_id[:8]}",
                 storage=open_storage(origin.study),
             )
             op = self._variant_builder.op.name

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
 from tilewright.codegen.space import Config, Parameter, Space
 from tilewright.errors import TilewrightError
@@ -21,16 +21,14 @@ Params = dict[str, Any]
 
 
 def distribution_of(values: Sequence[Any]) -> BaseDistribution:
-    """Optuna's distribution over a knob's values: a range of numbers, whose order samplers know, or a choice.
+    """Optuna's distribution over a knob's values: a range of whole numbers, whose order samplers know, or a choice.
 
     A range may hold numbers between the values; samplers of enumerated spaces never suggest those.
     """
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         return CategoricalDistribution(values)
     low, high = min(values), max(values)
     log = low > 0 and high / low >= WIDE_RANGE
-    if any(isinstance(v, float) for v in values):
-        return FloatDistribution(low, high, log=log)
     step = 1 if log else reduce(math.gcd, (v - low for v in values)) or 1
     return IntDistribution(low, high, log=log, step=step)
 
@@ -55,8 +53,6 @@ def suggest(trial: optuna.Trial, space: Space) -> Config:
         match distribution:
             case IntDistribution(low=low, high=high, log=log, step=step):
                 trial.suggest_int(name, low, high, log=log, step=step)
-            case FloatDistribution(low=low, high=high, log=log):
-                trial.suggest_float(name, low, high, log=log)
             case CategoricalDistribution(choices=choices):
                 trial.suggest_categorical(name, choices)
     return config_of(space, trial.params)

@@ -9,11 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tilewright.codegen.space import Space
+from tilewright.tuner.search.encoding import WIDE_RANGE
 
 FloatArray = npt.NDArray[np.float64]
-
-WIDE_RANGE = 4
-"""Largest over smallest value from which on a knob counts in octaves and not in steps."""
 
 SAME_AXIS = 0.98
 """Correlation from which on alignment says nothing that size did not say already."""

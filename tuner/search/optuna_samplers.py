@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import optuna
-from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.distributions import IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
@@ -172,7 +172,7 @@ def _nearest(parameter: Parameter, value: Any) -> int:
         return index
     numbers = np.array(parameter.values, dtype=float)
     distribution = distributions_of([parameter])[parameter.name]
-    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    assert isinstance(distribution, IntDistribution)
     if distribution.log:
         return int(np.argmin(np.abs(np.log(numbers) - np.log(value))))
     return int(np.argmin(np.abs(numbers - value)))
