@@ -1,29 +1,131 @@
-"""What every evaluator must do. A new one inherits ``EvaluatorContract`` and supplies its fixtures."""
+"""What every evaluator must do. A new one inherits ``EvaluatorContract``, or ``MeasuringContract`` if it times kernels,
+and supplies its fixtures.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from evaluation_kernels import KernelMaker, evaluator, needs_compiler, problem
 
-from tilewright.codegen.recipe.model import Guard
+from tilewright.codegen.backends.registry import Builders
+from tilewright.codegen.hardware.devices import DEVICES
+from tilewright.codegen.numbers.precisions import LOSSLESS
+from tilewright.codegen.ops.base import Problem, Template
+from tilewright.codegen.ops.gating.declaration import Gating
+from tilewright.codegen.ops.gating.signature import GatingSignature
+from tilewright.codegen.ops.gating.triton.templates import TRITON
+from tilewright.codegen.recipe.model import Argument, Guard, Recipe
+from tilewright.codegen.routing.spec import RoutingSpec
+from tilewright.codegen.space import Config
 from tilewright.errors import TilewrightError
+from tilewright.tuner.campaign.variants import VariantBuilder
 from tilewright.tuner.evaluation.cpu.evaluator import CpuEvaluator
+from tilewright.tuner.evaluation.interface import Evaluator
 from tilewright.tuner.evaluation.outcome import BuiltKernel
+from tilewright.tuner.evaluation.predicted.evaluator import PredictingEvaluator
 from tilewright.tuner.evaluation.statistics import paired_ratio
-from tilewright.tuning_db.records import Outcome
+from tilewright.tuning_db.records import CHECKED_LEVELS, TIMINGS, Outcome
 
 
 class EvaluatorContract(ABC):
     @pytest.fixture
     @abstractmethod
-    def subject(self) -> CpuEvaluator: ...
+    def subject(self) -> Evaluator: ...
 
     @pytest.fixture
     @abstractmethod
     def right(self) -> BuiltKernel: ...
+
+    @pytest.fixture
+    @abstractmethod
+    def other(self) -> BuiltKernel:
+        """Right, too, and not the same kernel."""
+
+    @pytest.fixture
+    @abstractmethod
+    def wrong(self) -> BuiltKernel: ...
+
+    @pytest.fixture
+    @abstractmethod
+    def a_problem(self) -> Problem:
+        """To evaluate them on."""
+
+    def test_a_finalist_that_is_right_has_a_time_with_a_range_and_says_how_both_are_known(
+        self, subject: Evaluator, right: BuiltKernel, a_problem: Problem
+    ) -> None:
+        (evaluation,) = subject.evaluate([right], a_problem, budget_s=0.1, finalists=True)
+        assert (evaluation.kernel_key, evaluation.outcome, evaluation.message) == (right.key, Outcome.OK, "")
+        assert evaluation.low_us is not None
+        assert evaluation.median_us is not None
+        assert evaluation.high_us is not None
+        assert 0 < evaluation.low_us <= evaluation.median_us <= evaluation.high_us
+        assert evaluation.error is not None
+        assert 0 <= evaluation.error < 1e-5
+        assert evaluation.timing in TIMINGS[1:]
+        assert CHECKED_LEVELS.index(evaluation.checked) > CHECKED_LEVELS.index("compiled")
+        assert subject.checked(right.key) == evaluation.checked
+        assert (evaluation.timing == "measured") == bool(evaluation.samples_us)
+
+    def test_a_finalist_that_is_wrong_has_no_time_and_says_why(
+        self, subject: Evaluator, wrong: BuiltKernel, a_problem: Problem
+    ) -> None:
+        (evaluation,) = subject.evaluate([wrong], a_problem, budget_s=0.1, finalists=True)
+        assert (evaluation.kernel_key, evaluation.outcome) == (wrong.key, Outcome.WRONG)
+        assert evaluation.message
+        assert "\n" not in evaluation.message
+        assert (evaluation.samples_us, evaluation.median_us) == ((), None)
+
+    def test_every_kernel_of_a_batch_has_its_own_outcome_in_order(
+        self, subject: Evaluator, right: BuiltKernel, other: BuiltKernel, wrong: BuiltKernel, a_problem: Problem
+    ) -> None:
+        batch = [wrong, other, wrong, right]
+        evaluations = subject.evaluate(batch, a_problem, budget_s=0.1, finalists=True)
+        assert [evaluation.kernel_key for evaluation in evaluations] == [kernel.key for kernel in batch]
+        assert [e.outcome for e in evaluations] == [Outcome.WRONG, Outcome.OK, Outcome.WRONG, Outcome.OK]
+
+    def test_an_empty_batch_has_no_evaluations(self, subject: Evaluator, a_problem: Problem) -> None:
+        assert subject.evaluate([], a_problem, budget_s=0.1) == []
+
+    def test_a_small_budget_leaves_no_kernel_out(
+        self, subject: Evaluator, right: BuiltKernel, other: BuiltKernel, a_problem: Problem
+    ) -> None:
+        assert all(e.median_us for e in subject.evaluate([right, other], a_problem, budget_s=0.0))
+
+    def test_a_kernel_is_checked_once(self, subject: Evaluator, right: BuiltKernel, a_problem: Problem) -> None:
+        subject.evaluate([right], a_problem, budget_s=0.0, finalists=True)
+        before = subject.spent
+        subject.evaluate([right], a_problem, budget_s=0.0, finalists=True)
+        assert (subject.spent - before).checking_s < 0.01
+
+    def test_noise_is_that_of_a_kernel_against_itself(
+        self, subject: Evaluator, right: BuiltKernel, a_problem: Problem
+    ) -> None:
+        ratio = subject.measure_noise(right, a_problem, budget_s=0.3)
+        assert ratio.low <= ratio.median <= ratio.high
+        # Not the noise is tested, which depends on the machine, but that both twins run the same kernel.
+        assert 0.2 < ratio.median < 5
+        assert ratio.pairs >= 1
+
+    def test_weights_as_the_op_declares_them_bring_no_error(self, subject: Evaluator, a_problem: Problem) -> None:
+        assert subject.precision_error(a_problem, LOSSLESS).relative == 0
+
+
+class MeasuringContract(EvaluatorContract):
+    """Of evaluators that run kernels and time them."""
+
+    @pytest.fixture
+    def a_problem(self) -> Problem:
+        return problem()
+
+    @pytest.fixture
+    def other(self, packed: BuiltKernel) -> BuiltKernel:
+        return packed
 
     @pytest.fixture
     @abstractmethod
@@ -37,14 +139,10 @@ class EvaluatorContract(ABC):
 
     @pytest.fixture
     @abstractmethod
-    def wrong(self) -> BuiltKernel: ...
-
-    @pytest.fixture
-    @abstractmethod
     def guarded(self) -> BuiltKernel:
         """Right where its guard holds: at multiples of 8."""
 
-    def test_a_right_kernel_is_timed(self, subject: CpuEvaluator, right: BuiltKernel) -> None:
+    def test_a_right_kernel_is_timed_by_samples(self, subject: Evaluator, right: BuiltKernel) -> None:
         (evaluation,) = subject.evaluate([right], problem(), budget_s=0.1)
         assert (evaluation.kernel_key, evaluation.outcome, evaluation.message) == (right.key, Outcome.OK, "")
         assert min(evaluation.samples_us) > 0
@@ -55,7 +153,7 @@ class EvaluatorContract(ABC):
         assert evaluation.error is not None
         assert 0 < evaluation.error < 1e-6
 
-    def test_a_wrong_kernel_is_not_timed_and_says_why(self, subject: CpuEvaluator, wrong: BuiltKernel) -> None:
+    def test_a_wrong_kernel_says_what_was_expected(self, subject: Evaluator, wrong: BuiltKernel) -> None:
         (evaluation,) = subject.evaluate([wrong], problem(), budget_s=0.1)
         assert evaluation.outcome is Outcome.WRONG
         assert "expected" in evaluation.message
@@ -63,8 +161,8 @@ class EvaluatorContract(ABC):
         assert evaluation.error > 1e-6
         assert (evaluation.samples_us, evaluation.median_us) == ((), None)
 
-    def test_a_batch_keeps_its_order(
-        self, subject: CpuEvaluator, right: BuiltKernel, packed: BuiltKernel, wrong: BuiltKernel, slow: BuiltKernel
+    def test_a_batch_of_fast_and_slow_ones_keeps_its_order(
+        self, subject: Evaluator, right: BuiltKernel, packed: BuiltKernel, wrong: BuiltKernel, slow: BuiltKernel
     ) -> None:
         batch = [wrong, slow, packed, wrong, right]
         evaluations = subject.evaluate(batch, problem(), budget_s=0.3)
@@ -72,28 +170,25 @@ class EvaluatorContract(ABC):
         expected = [Outcome.WRONG, Outcome.OK, Outcome.OK, Outcome.WRONG, Outcome.OK]
         assert [evaluation.outcome for evaluation in evaluations] == expected
 
-    def test_samples_of_a_batch_pair_up(self, subject: CpuEvaluator, right: BuiltKernel, slow: BuiltKernel) -> None:
+    def test_samples_of_a_batch_pair_up(self, subject: Evaluator, right: BuiltKernel, slow: BuiltKernel) -> None:
         fast_one, slow_one = subject.evaluate([right, slow], problem(), budget_s=0.3)
         ratio = paired_ratio(slow_one.samples_us, fast_one.samples_us)
         assert ratio.pairs == len(slow_one.samples_us) <= len(fast_one.samples_us)
         assert ratio.low > 1
 
     def test_every_kernel_is_timed_however_small_the_budget(
-        self, subject: CpuEvaluator, right: BuiltKernel, packed: BuiltKernel
+        self, subject: Evaluator, right: BuiltKernel, packed: BuiltKernel
     ) -> None:
         assert all(e.samples_us for e in subject.evaluate([right, packed], problem(), budget_s=0.0))
 
-    def test_an_empty_batch_has_no_evaluations(self, subject: CpuEvaluator) -> None:
-        assert subject.evaluate([], problem(), budget_s=0.1) == []
-
-    def test_a_kernel_is_checked_once(self, subject: CpuEvaluator, right: BuiltKernel) -> None:
+    def test_a_kernel_is_checked_once_and_timed_again(self, subject: Evaluator, right: BuiltKernel) -> None:
         subject.evaluate([right], problem(32), budget_s=0.0)
         before = subject.spent
         subject.evaluate([right], problem(32), budget_s=0.0)
         assert (subject.spent - before).checking_s == 0
         assert (subject.spent - before).measuring_s > 0
 
-    def test_a_guard_rejects_the_measured_problem_only(self, subject: CpuEvaluator, guarded: BuiltKernel) -> None:
+    def test_a_guard_rejects_the_measured_problem_only(self, subject: Evaluator, guarded: BuiltKernel) -> None:
         (accepted,) = subject.evaluate([guarded], problem(16), budget_s=0.0)
         assert accepted.outcome is Outcome.OK
         # One row is among the awkward problems, too, where a guard is not an offence.
@@ -102,14 +197,10 @@ class EvaluatorContract(ABC):
             assert rejected.outcome is Outcome.REJECTED
             assert rejected.message == f"a guard refuses the problem: rows = {rows} is no multiple of 8"
 
-    def test_noise_is_that_of_a_kernel_against_itself(self, subject: CpuEvaluator, right: BuiltKernel) -> None:
-        ratio = subject.measure_noise(right, problem(), budget_s=0.3)
-        assert ratio.low <= ratio.median <= ratio.high
-        # Not the noise is tested, which depends on the machine, but that both twins run the same kernel.
-        assert 0.2 < ratio.median < 5
-        assert ratio.pairs > 6
+    def test_noise_takes_several_pairs(self, subject: Evaluator, right: BuiltKernel) -> None:
+        assert subject.measure_noise(right, problem(), budget_s=0.3).pairs > 6
 
-    def test_noise_of_a_wrong_kernel_is_an_error(self, subject: CpuEvaluator, wrong: BuiltKernel) -> None:
+    def test_noise_of_a_wrong_kernel_is_an_error(self, subject: Evaluator, wrong: BuiltKernel) -> None:
         with pytest.raises(TilewrightError, match=f"kernel {wrong.key}.*expected"):
             subject.measure_noise(wrong, problem(), budget_s=0.1)
 
@@ -126,7 +217,7 @@ def cpu_evaluator() -> Iterator[CpuEvaluator]:
 
 
 @needs_compiler
-class TestCpuEvaluator(EvaluatorContract):
+class TestCpuEvaluator(MeasuringContract):
     @pytest.fixture
     def subject(self, cpu_evaluator: CpuEvaluator) -> CpuEvaluator:
         return cpu_evaluator
@@ -170,3 +261,84 @@ class TestCpuEvaluator(EvaluatorContract):
         (evaluation,) = subject.evaluate([make(f"if ({threads}) return 0;")], problem(), budget_s=0.1)
         assert evaluation.outcome is Outcome.WRONG
         assert "was never written" in evaluation.message
+
+
+MUTATED_WARPS = 8
+GATE = GatingSignature(experts=8, top_k=2)
+
+
+def _one_token_short(template: Template[Any]) -> Template[Any]:
+    """``template``, whose kernels of so many warps are told of one token less than there are."""
+
+    def recipe(signature: GatingSignature, config: Config, arch: Any) -> Recipe:
+        made = template.recipe(signature, config, arch)
+        if config["num_warps"] != MUTATED_WARPS:
+            return made
+        short = Argument("size", "tokens - 1")
+        launches = [
+            replace(each, arguments=tuple(short if a == Argument("size", "tokens") else a for a in each.arguments))
+            for each in made.launches
+        ]
+        return replace(made, launches=tuple(launches))
+
+    return replace(template, recipe=recipe)
+
+
+class GatingWithMutants(Gating):
+    implementations = (replace(TRITON, templates=tuple(_one_token_short(each) for each in TRITON.templates)),)
+
+
+@pytest.fixture(scope="module")
+def predicted() -> Iterator[tuple[PredictingEvaluator, dict[int, BuiltKernel]]]:
+    """An evaluator, and kernels by their warps."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    op, device = GatingWithMutants(), DEVICES["h100-sxm"]
+    default = op.default_config(GATE, device.arch)
+    configs = [Config({**default, "num_warps": warps}) for warps in (1, 2, MUTATED_WARPS)]
+    with closing(Builders(device.arch)) as builders, PredictingEvaluator(op, GATE, device, seed=1) as made:
+        built = VariantBuilder(op, GATE, device.arch, builders).build(configs)
+        yield made, {result.variant.config["num_warps"]: result.kernel for result in built}
+
+
+class TestPredictingEvaluator(EvaluatorContract):
+    @pytest.fixture
+    def subject(self, predicted: tuple[PredictingEvaluator, dict[int, BuiltKernel]]) -> PredictingEvaluator:
+        return predicted[0]
+
+    @pytest.fixture
+    def right(self, predicted: tuple[PredictingEvaluator, dict[int, BuiltKernel]]) -> BuiltKernel:
+        return predicted[1][1]
+
+    @pytest.fixture
+    def other(self, predicted: tuple[PredictingEvaluator, dict[int, BuiltKernel]]) -> BuiltKernel:
+        return predicted[1][2]
+
+    @pytest.fixture
+    def wrong(self, predicted: tuple[PredictingEvaluator, dict[int, BuiltKernel]]) -> BuiltKernel:
+        return predicted[1][MUTATED_WARPS]
+
+    @pytest.fixture
+    def a_problem(self) -> Problem:
+        return GatingWithMutants().problem(GATE, 64, RoutingSpec.parse("balanced"))
+
+    def test_a_prediction_is_the_same_whenever_it_is_asked(
+        self, subject: Evaluator, right: BuiltKernel, other: BuiltKernel, a_problem: Problem
+    ) -> None:
+        alone = subject.evaluate([right], a_problem, budget_s=0.0)
+        assert subject.evaluate([other, right], a_problem, budget_s=1.0)[1] == alone[0]
+        noise = subject.measure_noise(right, a_problem, budget_s=0.1)
+        assert (noise.low, noise.median, noise.high) == (1.0, 1.0, 1.0)
+
+    def test_what_is_no_finalist_is_compiled_and_not_run(
+        self, subject: Evaluator, wrong: BuiltKernel, a_problem: Problem
+    ) -> None:
+        before = subject.spent
+        (evaluation,) = subject.evaluate([wrong], a_problem, budget_s=0.1)
+        assert (evaluation.outcome, evaluation.timing, evaluation.checked) == (Outcome.OK, "predicted", "compiled")
+        assert evaluation.error is None
+        assert subject.spent == before
+        assert subject.checked(wrong.key) == "compiled"
+
+    def test_a_finalist_is_emulated(self, subject: Evaluator, right: BuiltKernel, a_problem: Problem) -> None:
+        (evaluation,) = subject.evaluate([right], a_problem, budget_s=0.1, finalists=True)
+        assert (evaluation.timing, evaluation.checked) == ("predicted", "emulated")

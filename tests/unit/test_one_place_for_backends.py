@@ -16,6 +16,7 @@ SPELLINGS = {
     "no threads mean a GPU": r"\bthreads [=!]= 0\b",
     "the class of the arch": r"\bisinstance\([^)]*(?:\b[Aa]rch\b|\b(?:Cpu|Gpu)Arch\b)",
     "the family of the arch": r"\.family\b",
+    "a recipe that only CPUs have": r"\brecipe\.panels\b",
 }
 
 
@@ -47,6 +48,7 @@ def test_nothing_else_asks_what_kind_of_device_it_has_to_do_with(what: str) -> N
         ("the class of the arch", "assert isinstance(self.request.arch, CpuArch)"),
         ("the family of the arch", 'stages = 3 if arch.family == "cuda" else 2'),
         ("the family of the arch", "here = [t for t in templates if device.arch.family in t.families]"),
+        ("a recipe that only CPUs have", "layouts.add(kernel.recipe.panels)"),
     ],
 )
 def test_every_spelling_would_be_seen(what: str, line: str) -> None:

@@ -213,7 +213,7 @@ class Campaign:
         variant_builder = VariantBuilder(
             request.op, signature, target.arch, target.builders, batch_invariant=request.batch_invariant
         )
-        origin = Origin(run_id, target.device.key, target.place.threads, request.seed, request.search, request.study)
+        origin = Origin(run_id, target.device.key, target.location.threads, request.seed, request.search, request.study)
         self._progress.say(format_shape(signature.to_dict()))
         precisions = storable(request.precisions, request.op.precisions(signature, target.arch), self._progress.say)
         with target.evaluator(request.op, signature, precisions, request.seed) as evaluator:
@@ -357,7 +357,7 @@ class Campaign:
             signature_key=signature.key,
             signature=signature.to_dict(),
             device_key=self._target.device.key,
-            threads=self._target.place.threads,
+            threads=self._target.location.threads,
             layout="+".join(dict.fromkeys(variant.layout_key for variant in used)),
             timing=verdict.timing,
             checked=verdict.checked,
@@ -379,8 +379,8 @@ class Campaign:
 
     def _earlier(self, problem: Problem, space: Space, variant_builder: VariantBuilder) -> list[TrialRecord]:
         """Trials of earlier runs on this problem, oldest first: of kernels that would be built from the same code."""
-        target = self._target
-        known = self._store.trials(problem_key=problem.key, device_key=target.device.key, threads=target.place.threads)
+        place = self._target.location
+        known = self._store.trials(problem_key=problem.key, device_key=place.device_key, threads=place.threads)
         return resumable(known, space, variant_builder)
 
     def _priors(self, problem: Problem, space: Space, siblings: Sequence[ProblemResult]) -> Iterator[Prior]:

@@ -25,7 +25,7 @@ from tilewright.tuner.report.text import (
     table,
     terminal_width,
 )
-from tilewright.tuner.targets.place import Place
+from tilewright.tuner.targets.location import Location
 from tilewright.tuning_db.records import ProblemSummary, TrialRecord
 from tilewright.tuning_db.store import Store
 
@@ -168,7 +168,7 @@ def _lines(document: dict[str, Any]) -> list[str]:
     variants = document["variants"]
     title = [
         f"{document['problem'][:8]}  {format_shape(document['signature'])} {document['size_name']}={document['size']}",
-        str(Place(document["device"], document["threads"])),
+        str(Location(document["device"], document["threads"])),
     ]
     if not variants:
         return [*title, "no variant was right; `tune show` counts what failed"]

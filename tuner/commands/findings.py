@@ -68,7 +68,7 @@ class Findings:
         """On what the times rest, and what they took."""
         report, request, roofline, target = self.report, self.request, self.roofline, self.request.target
         return [
-            f"measured on {target.device.name}, {format_threads(target.place.threads)}, {request.arch.name}; "
+            f"measured on {target.device.name}, {format_threads(target.location.threads)}, {request.arch.name}; "
             "every kernel checked against fp64",
             f"{report.trials} trials in {report.wall_s:.0f} s, {report.efficiency:.0%} of them spent compiling "
             f"({report.build_s:.0f} s), checking ({report.check_s:.0f} s), measuring ({report.measure_s:.0f} s)",
@@ -94,7 +94,7 @@ class Findings:
             "op": request.op.name,
             "arch": request.arch.name,
             "device": request.target.device.key,
-            "threads": request.target.place.threads,
+            "threads": request.target.location.threads,
             "model": request.model,
             "templates": list(request.templates),
             "database": self.database,

@@ -21,7 +21,7 @@ from tilewright.tuner.report.text import (
     terminal_width,
     wrapped,
 )
-from tilewright.tuner.targets.place import Place
+from tilewright.tuner.targets.location import Location
 from tilewright.tuning_db.records import KernelRecord, PlanEntry, PlanRecord, ProblemSummary, TrialRecord
 from tilewright.tuning_db.store import Store
 
@@ -162,7 +162,7 @@ def _lines(store: Store) -> list[str]:
         return [*lines, "nothing is known yet; run: tune --arch native --op moe_gemm"]
     lines += [f"device   {device.key}  {device.name}, {device.arch}" for device in store.devices()]
     for group in known:
-        lines += ["", format_shape(group.signature), str(Place(group.device_key, group.threads))]
+        lines += ["", format_shape(group.signature), str(Location(group.device_key, group.threads))]
         if group.problems:
             lines += table(_HEAD, map(_row, group.problems), width=terminal_width())
         for plan in group.plans:

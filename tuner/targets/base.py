@@ -19,7 +19,7 @@ from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.space import Space
 from tilewright.tuner.evaluation.interface import Evaluator
 from tilewright.tuner.search import Prior
-from tilewright.tuner.targets.place import Place
+from tilewright.tuner.targets.location import Location
 from tilewright.tuning_db.records import DeviceRecord
 from tilewright.tuning_db.store import Store
 
@@ -81,7 +81,7 @@ class Target(ABC):
         """That kernels are built for."""
         self.device = device
         """As the database keeps it."""
-        self.place = Place(device.key, threads)
+        self.location = Location(device.key, threads)
         self.builders = Builders(arch)
         """By language."""
 

@@ -71,12 +71,12 @@ class CpuTarget(Target):
         self, op: OpDeclaration[Any, Any], signature: Signature, precisions: Sequence[str], seed: int
     ) -> Evaluator:
         """Measures, in a worker process."""
-        return CpuEvaluator(op, signature, threads=self.place.threads, precisions=precisions, seed=seed)
+        return CpuEvaluator(op, signature, threads=self.location.threads, precisions=precisions, seed=seed)
 
     def begin(self, progress: Progress) -> None:
         """Measure the ceilings that times are held against."""
         progress.say("measuring this machine's roofline")
-        self._roofline = measure_roofline(self.place.threads)
+        self._roofline = measure_roofline(self.location.threads)
 
     def prove(self, request: Request, report: Report, store: Store, progress: Progress) -> None:
         """Race every plan as the runtime serves it."""
@@ -89,7 +89,7 @@ class CpuTarget(Target):
     ) -> Sequence[Shown]:
         """Times, held against ceilings measured before and after; of several ops of a model in one table."""
         measure_roofline.cache_clear()
-        roofline = measure_roofline(self.place.threads)
+        roofline = measure_roofline(self.location.threads)
         if self._roofline is not None:
             roofline = self._roofline.raised_to(roofline)
         found = tuple(Findings(report, request, roofline, database) for request, report in runs)
@@ -106,7 +106,7 @@ def _prove(mine: SignatureReport, store: Store, races: DeployedRaces, request: R
         request.op,
         store,
         races,
-        threads=request.target.place.threads,
+        threads=request.target.location.threads,
         seed=request.seed,
         budget_s=min(_MOST_PROVING_S, _PROVING_SHARE * request.time_s),
         say=progress.say,

@@ -8,7 +8,7 @@ from tilewright.tuner.report.text import format_threads
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """A device and, where that is a choice of the caller's, so many of its threads."""
 
     device_key: str
