@@ -3,48 +3,26 @@
 import os
 import re
 import stat
-import sys
 from pathlib import Path
 from urllib.parse import unquote
 
+from tilewright.directories import DATABASE_VARIABLE, user_data_directory
 from tilewright.errors import TilewrightError
-
-ENVIRONMENT_VARIABLE = "TILEWRIGHT_DB"
 
 _SQLITE_URL = re.compile(r"sqlite(?:\+pysqlite)?://(?P<rest>.*)", re.DOTALL)
 
 
-def home_directory() -> Path:
-    """Return the user's home. Raises TilewrightError for a user without one, as containers may have."""
-    try:
-        home = Path.home()
-    except RuntimeError:
-        home = Path()
-    if not home.is_absolute():
-        raise TilewrightError(
-            f"this user has no home directory; set $HOME, or both ${ENVIRONMENT_VARIABLE} (a file) and "
-            "$TILEWRIGHT_CACHE (a directory)"
-        )
-    return home
-
-
-def user_data_path() -> Path:
-    """Return the path of the database in the platform's directory for a user's data.
+def user_database() -> Path:
+    """Return the path of the user's own database.
 
     Raises TilewrightError where that is in the user's home and there is none.
     """
-    if sys.platform == "darwin":
-        base = home_directory() / "Library" / "Application Support"
-    else:
-        configured = os.environ.get("XDG_DATA_HOME", "")
-        # The XDG specification says to ignore a relative path.
-        base = Path(configured) if Path(configured).is_absolute() else home_directory() / ".local" / "share"
-    return base / "tilewright" / "tuning.db"
+    return user_data_directory() / "tuning.db"
 
 
 def default_url() -> str:
     """Return what is used where no database is named: ``$TILEWRIGHT_DB`` (a path or a URL), else the user's own."""
-    return os.environ.get(ENVIRONMENT_VARIABLE) or str(user_data_path())
+    return os.environ.get(DATABASE_VARIABLE) or str(user_database())
 
 
 def sqlite_path(url_or_path: str | os.PathLike[str]) -> Path | None:

@@ -16,7 +16,7 @@ from tilewright.tuning_db import codec, queries, writes
 from tilewright.tuning_db.connection import Database, open_server, open_sqlite, open_sqlite_read_only
 from tilewright.tuning_db.examination import examine
 from tilewright.tuning_db.integrity import sha256_hex
-from tilewright.tuning_db.locations import default_url, sqlite_path, user_data_path
+from tilewright.tuning_db.locations import default_url, sqlite_path, user_database
 from tilewright.tuning_db.migrations import require_current_database, upgrade_database
 from tilewright.tuning_db.models import Run, Trial
 from tilewright.tuning_db.queries import KernelFilter, PlanFilter, TrialFilter
@@ -54,7 +54,7 @@ class Store:
         """
         url_or_path = default_url() if url_or_path is None else url_or_path
         path = sqlite_path(url_or_path)
-        if path is not None and path == user_data_path():
+        if path is not None and path == user_database():
             _make_directory(path.parent)
         database = open_server(os.fspath(url_or_path)) if path is None else open_sqlite(path, create=create)
         return cls._checked(database, database.write, upgrade_database)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import threading
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from tilewright.codegen.backends.base import Build, Source
 from tilewright.codegen.hardware.cpu_info import usable_cores
+from tilewright.directories import user_cache_directory
 from tilewright.errors import TilewrightError
 
 DRAFT = "build-"
@@ -52,17 +52,6 @@ def side_by_side(
     return [future.result() for future in futures]
 
 
-def cache_directory() -> Path:
-    """Where built kernels are kept: ``$TILEWRIGHT_CACHE``, or the user's cache directory."""
-    configured, base = os.environ.get("TILEWRIGHT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if configured:
-        return Path(configured)
-    try:
-        return Path(base or Path.home() / ".cache") / "tilewright"
-    except RuntimeError as error:
-        raise TilewrightError("this user has no home directory; set $TILEWRIGHT_CACHE to a directory") from error
-
-
 def builds_directory(directory: Path | None, name: str) -> Path:
     """Folder ``name`` of the cache (of ``directory``, if given), made if need be.
 
@@ -70,7 +59,7 @@ def builds_directory(directory: Path | None, name: str) -> Path:
         TilewrightError: when it cannot be made.
 
     """
-    path = (directory or cache_directory()) / name
+    path = (directory or user_cache_directory()) / name
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

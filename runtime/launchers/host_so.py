@@ -18,12 +18,10 @@ from pathlib import Path
 from tilewright.codegen.numbers.layouts import RowLayout, WeightLayout
 from tilewright.codegen.recipe.expressions import parsed
 from tilewright.codegen.recipe.model import ABI_VERSION, SM_COUNT, Recipe
+from tilewright.directories import CACHE_VARIABLE, user_cache_directory
 from tilewright.errors import TilewrightError
 from tilewright.runtime.locks import fork_safe_lock
 from tilewright.tuning_db.integrity import DamagedArtifact, check_private
-from tilewright.tuning_db.locations import home_directory
-
-CACHE_VARIABLE = "TILEWRIGHT_CACHE"
 
 
 class KernelRefused(TilewrightError):  # noqa: N818 - named for what the user reads
@@ -87,13 +85,9 @@ _loaded: dict[str, LoadedArtifact] = {}
 _loading = fork_safe_lock()
 
 
-def cache_directory() -> Path:
-    """Where shared objects are extracted: ``artifacts`` in ``$TILEWRIGHT_CACHE``, or in the user's cache directory."""
-    configured = os.environ.get(CACHE_VARIABLE)
-    if configured:
-        return Path(configured).expanduser() / "artifacts"
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else home_directory() / ".cache") / "tilewright" / "artifacts"
+def artifact_directory() -> Path:
+    """Where shared objects are extracted: ``artifacts`` in the user's cache directory."""
+    return user_cache_directory() / "artifacts"
 
 
 def load_artifact(checksum: str, read_bytes: Callable[[], bytes]) -> LoadedArtifact:
@@ -110,7 +104,7 @@ def load_artifact(checksum: str, read_bytes: Callable[[], bytes]) -> LoadedArtif
     """
     if (known := _loaded.get(checksum)) is not None:
         return known
-    path = cache_directory() / f"{checksum}.so"
+    path = artifact_directory() / f"{checksum}.so"
     try:
         # Not under the lock: reading takes the database's, and a fork takes them in another order.
         _extract(path, checksum, read_bytes)

@@ -22,7 +22,7 @@ from tuning_db_samples import DEVICE, Filled, artifact, failed_trial, fill, kern
 
 from tilewright.errors import TilewrightError
 from tilewright.tuning_db.integrity import DamagedDatabase
-from tilewright.tuning_db.locations import user_data_path
+from tilewright.tuning_db.locations import user_database
 from tilewright.tuning_db.reader import Reader
 from tilewright.tuning_db.records import Outcome
 from tilewright.tuning_db.schema import SCHEMA_VERSION
@@ -315,9 +315,9 @@ def test_the_default_location_is_made_for_its_owner_alone(tmp_path: Path, monkey
         Store.open_read_only()
     with Store.open() as store:
         filled = fill(store)
-        assert store.path == user_data_path()
+        assert store.path == user_database()
         assert store.path.is_relative_to(tmp_path)
-    assert stat.S_IMODE(user_data_path().parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(user_database().parent.stat().st_mode) == 0o700
     assert Reader.open().plans_for(*SIGNATURE) == (filled.plan,)
 
 

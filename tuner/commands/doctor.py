@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from tilewright.codegen.backends.building import cache_directory
 from tilewright.codegen.backends.cpp.builder import CppBuilder, find_compiler
 from tilewright.codegen.hardware.archs import native_arch
 from tilewright.codegen.hardware.cpu_info import read_cpu_info, usable_cores
+from tilewright.directories import user_cache_directory
 from tilewright.errors import TilewrightError
 from tilewright.runtime.calls.extension import native_module
 from tilewright.runtime.launchers.openmp import fork_address
@@ -93,7 +93,7 @@ def _compiler() -> Finding:
 
 
 def _cache() -> Finding:
-    return _private(cache_directory())
+    return _private(user_cache_directory())
 
 
 def _database(url: str | None) -> Finding:
