@@ -33,7 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except TilewrightError as error:
-        print(f"tune: {error}", file=sys.stderr)
+        from tilewright.tuner.report.terminal import plain  # only now: it takes time to load
+
+        said = "\n".join(map(plain, str(error).split("\n")))
+        print(f"tune: {said}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         kept = "" if reads else "; finished trials are kept, and --resume goes on from them"

@@ -181,6 +181,7 @@ class Campaign:
         run = self._start_run()
         report = Report(run.id)
         deadline = begin + self._request.time_s
+        self._progress.begin(self._request.trials * len(self._request.problems), deadline)
         groups = list(_by_signature(self._request.problems))
         left = len(self._request.problems)
         for signature, problems in groups:
@@ -271,7 +272,7 @@ class Campaign:
         """Search every problem in turn, up to ``trials`` each; they share the time evenly."""
         for done, tuner in enumerate(tuners):
             problem = tuner.result.problem
-            self._progress.problem(problem.title)
+            self._progress.problem(problem.title, tuner.result.trials)
             budget = Budget(trials, _share(until, 1 / (len(tuners) - done)))
             siblings = [other.result for other in tuners if other is not tuner]
             tuner.search(space, budget, self._priors(problem, space, siblings))
@@ -294,6 +295,7 @@ class Campaign:
         run_id: str,
     ) -> None:
         """Race the finalists, store the plan and the kernels that are worth keeping, and probe the plan."""
+        self._progress.searched()
         self._progress.say(self._target.finals)
         keep = partial(self._keep, variant_builder, evaluator)
         op, signature, arch = self._request.op, mine.signature, self._target.arch

@@ -17,6 +17,7 @@ from tilewright.tuner.campaign.standings import checked, measured_document, righ
 from tilewright.tuner.commands.common import add_options, only_one, print_json
 from tilewright.tuner.report.comparison import compare_kernels
 from tilewright.tuner.report.roofline import measure_roofline
+from tilewright.tuner.report.terminal import print_lines
 from tilewright.tuner.report.text import (
     format_interval,
     format_shape,
@@ -63,14 +64,15 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.json:
                 print_json(comparison.document())
             else:
-                print("\n".join(comparison.lines()))
+                print_lines(comparison.lines())
             return 0
         problems = _chosen(store, arguments.keys)
         documents = [_variants(store, problem, arguments.top) for problem in problems]
     if arguments.json:
         print_json(documents)
     else:
-        print("\n\n".join("\n".join(_lines(document)) for document in documents))
+        blocks = map(_lines, documents)
+        print_lines(line for i, block in enumerate(blocks) for line in ([""] if i else []) + block)
     return 0
 
 

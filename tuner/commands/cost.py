@@ -11,6 +11,7 @@ from tilewright.codegen.models.shapes import load_model
 from tilewright.errors import TilewrightError
 from tilewright.tuner.commands.common import add_options, print_json
 from tilewright.tuner.report.costs import DeviceCost, device_costs
+from tilewright.tuner.report.terminal import print_lines
 from tilewright.tuner.report.text import table, terminal_width
 from tilewright.tuning_db.store import Store
 
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"model": model.name, "tp": model.tp, "ep": model.ep, "costs": [c.document() for c in found]})
     else:
-        print("\n".join(_lines(found)))
+        print_lines(_lines(found))
     return 0
 
 

@@ -21,6 +21,7 @@ from tilewright.runtime.calls.extension import native_module
 from tilewright.runtime.launchers.openmp import fork_address
 from tilewright.tuner.commands.common import add_options, print_json
 from tilewright.tuner.evaluation.statistics import paired_ratio
+from tilewright.tuner.report.terminal import print_lines
 from tilewright.tuner.report.text import labelled, terminal_width
 from tilewright.tuning_db.integrity import UntrustedFile, check_private
 from tilewright.tuning_db.locations import default_url, sqlite_path
@@ -69,9 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_json({name: finding.document() for name, finding in findings.items()})
     else:
         for name, finding in findings.items():
-            print(
-                "\n".join(labelled(f"{finding.status:4}  {name}", finding.message, width=terminal_width(), indent=17))
-            )
+            print_lines(labelled(f"{finding.status:4}  {name}", finding.message, width=terminal_width(), indent=17))
     return 1 if any(finding.status == "fail" for finding in findings.values()) else 0
 
 

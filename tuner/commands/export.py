@@ -9,6 +9,7 @@ from typing import Any
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.recorded import recorded_studies
 from tilewright.tuner.commands.common import add_options, print_json
+from tilewright.tuner.report.terminal import print_lines
 from tilewright.tuner.search.export import export_studies
 from tilewright.tuning_db.store import Store
 
@@ -38,6 +39,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"file": str(arguments.file), "studies": names, "trials": trials})
     else:
-        print(f"{len(names)} studies with {trials} trials in {arguments.file}; look at them with:")
-        print(f"  pip install optuna-dashboard && optuna-dashboard {arguments.file}")
+        said = f"{len(names)} studies with {trials} trials in {arguments.file}; look at them with:"
+        print_lines([said, f"  pip install optuna-dashboard && optuna-dashboard {arguments.file}"])
     return 0

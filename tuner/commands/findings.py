@@ -49,12 +49,12 @@ class Findings:
         """Of its one run."""
         return [self.report]
 
-    def text(self) -> str:
-        """Several lines: a table per signature, on what evidence, and what to do next."""
+    def lines(self) -> list[str]:
+        """A table per signature, on what evidence, and what to do next."""
         lines = [""]
         for mine in self.report.signatures:
             lines += [format_shape(mine.signature.to_dict()), *self._table(mine), *self.remarks(mine), ""]
-        return "\n".join([*lines, *NOTES.splitlines(), "", *self.evidence(), *self.next_steps()])
+        return [*lines, *NOTES.splitlines(), "", *self.evidence(), *self.next_steps()]
 
     def remarks(self, mine: SignatureReport) -> list[str]:
         """What a signature's plan came to, beside its times."""

@@ -36,7 +36,7 @@ class ModelFindings:
         """Of the runs, one for each op."""
         return [findings.report for findings in self.found]
 
-    def text(self) -> str:
+    def lines(self) -> list[str]:
         """Remarks on every plan, one table, the gain of a pass, and what to do next."""
         lines = [""]
         for findings in self.found:
@@ -45,7 +45,7 @@ class ModelFindings:
         lines += [*self._table(), "", *NOTES.splitlines(), "", *self._gain(), ""]
         for findings in self.found:
             lines += [f"{findings.request.op.name}:", *(f"  {line}" for line in findings.evidence())]
-        return "\n".join([*lines, *_NEXT_STEPS.splitlines()])
+        return [*lines, *_NEXT_STEPS.splitlines()]
 
     def document(self) -> dict[str, Any]:
         """The same as JSON."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from tilewright.errors import TilewrightError
 from tilewright.tuner.commands.common import add_options, print_json
+from tilewright.tuner.report.terminal import print_lines
 from tilewright.tuning_db.pack import write_pack
 from tilewright.tuning_db.store import Store
 
@@ -40,8 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"file": str(pack.path), "plans": pack.plans, "kernels": pack.kernels, "bytes": pack.bytes})
     else:
-        print(
-            f"{pack.plans} plans with {pack.kernels} kernels, {pack.bytes / 1e6:.1f} MB, in {pack.path}; serve them by"
-        )
-        print(f"  TILEWRIGHT_DB={pack.path}")
+        size = f"{pack.bytes / 1e6:.1f} MB"
+        said = f"{pack.plans} plans with {pack.kernels} kernels, {size}, in {pack.path}; serve them by"
+        print_lines([said, f"  TILEWRIGHT_DB={pack.path}"])
     return 0

@@ -40,8 +40,8 @@ class PredictedFindings:
         """Of its one run."""
         return [self.report]
 
-    def text(self) -> str:
-        """Several lines: a table per signature, on what evidence, and what to do next."""
+    def lines(self) -> list[str]:
+        """A table per signature, on what evidence, and what to do next."""
         report, device = self.report, self.device
         lines = [""]
         for mine in report.signatures:
@@ -65,7 +65,7 @@ class PredictedFindings:
             "       tune compare              variants side by side; two kernels: down to the machine code",
             f"       tune cost --model M --arch {self.request.arch.name}   time and money per token",
         ]
-        return "\n".join(lines)
+        return lines
 
     def document(self) -> dict[str, Any]:
         """The same as JSON; every time with its range and its evidence."""

@@ -12,6 +12,7 @@ from tilewright.codegen.ops.registry import find_op
 from tilewright.tuner.campaign.standings import checked, measured_document, right_trials, standings
 from tilewright.tuner.commands.common import add_options, only_one, print_json
 from tilewright.tuner.plan.facts import costs_text, probed_text
+from tilewright.tuner.report.terminal import print_lines, print_source
 from tilewright.tuner.report.text import (
     format_interval,
     format_shape,
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         elif arguments.json:
             print_json(_document(store))
         else:
-            print("\n".join(_lines(store)))
+            print_lines(_lines(store))
     return 0
 
 
@@ -216,9 +217,9 @@ def _show_kernel(store: Store, arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json({**asdict(kernel), "trials": [_trial_document(trial) for trial in trials]})
     elif arguments.source:
-        print(kernel.source, end="")
+        print_source(kernel.source)
     else:
-        print("\n".join(_kernel_lines(kernel, trials)))
+        print_lines(_kernel_lines(kernel, trials))
 
 
 def _told(value: Any) -> Any:

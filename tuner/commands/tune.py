@@ -20,6 +20,7 @@ from tilewright.tuner.commands.requests import (
     parse_model,
     parse_requests,
 )
+from tilewright.tuner.report.terminal import plain, print_lines
 from tilewright.tuner.search import DEFAULT_SEARCH, OPTUNA, SEARCHES
 from tilewright.tuner.targets.base import COMPILING, MEASURING, Shown
 from tilewright.tuning_db.integrity import UntrustedFile, check_private
@@ -113,10 +114,9 @@ def run(arguments: argparse.Namespace) -> int:
     """
     model = parse_model(arguments)
     requests = parse_requests(arguments, model, _warn)
-    progress = Progress(sys.stderr)
     shown: list[Shown] = []
     reports: list[Report] = []
-    with Store.open(arguments.db) as store:
+    with Store.open(arguments.db) as store, Progress(sys.stderr) as progress:
         if store.path is not None:
             _warn_if_not_servable(store.path)
         for target, group in itertools.groupby(requests, key=lambda request: request.target):
@@ -127,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
                     shown.append(findings)
                     reports += findings.reports
                     if not arguments.json:
-                        print(findings.text(), flush=True)
+                        print_lines(findings.lines())
     if arguments.json:
         documents = [findings.document() for findings in shown]
         print_json(documents[0] if len(documents) == 1 else documents)
@@ -143,7 +143,7 @@ def _tune(request: Request, store: Store, progress: Progress) -> Report:
 
 
 def _warn(text: str) -> None:
-    print(f"tune: warning: {text}", file=sys.stderr)
+    print(f"tune: warning: {plain(text)}", file=sys.stderr)
 
 
 def _warn_if_not_servable(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -10,6 +11,13 @@ import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tilewright.tuner.report.terminal import Heading, plain
 
 _UNITS = ((1.0, "us"), (1e3, "ms"), (1e6, "s"))
 _GAP = "  "
@@ -72,30 +80,38 @@ def terminal_width() -> int | None:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, width: int | None = None) -> list[str]:
-    """Aligned columns, numbers to the right.
+    """Aligned columns, numbers to the right; the first line is a :class:`~tilewright.tuner.report.terminal.Heading`.
 
     What does not fit into ``width`` goes into further tables below, which repeat the first column.
     """
-    lines = [list(head), *map(list, rows)]
-    columns = [_aligned([line[i] for line in lines]) for i in range(len(head))]
+    lines = [list(map(plain, line)) for line in (head, *rows)]
+    columns = [[line[i] for line in lines] for i in range(len(head))]
     parts: list[list[list[str]]] = []
     for column in columns[1:]:
         if parts and (width is None or _width([*parts[-1], column]) <= width):
             parts[-1].append(column)
         else:
             parts.append([columns[0], column])
-    written = [[_GAP.join(cells).rstrip() for cells in zip(*part, strict=True)] for part in parts or [columns[:1]]]
-    return [line for i, part in enumerate(written) for line in ([""] if i else []) + part]
+    return [line for i, part in enumerate(parts or [columns[:1]]) for line in ([""] if i else []) + _written(part)]
 
 
-def _aligned(cells: Sequence[str]) -> list[str]:
-    longest = max(map(len, cells))
-    numbers = all(map(_NUMBER.fullmatch, cells[1:]))
-    return [cell.rjust(longest) if numbers else cell.ljust(longest) for cell in cells]
+def _written(columns: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of one table, its head first."""
+    grid = Table(box=None, padding=(0, len(_GAP), 0, 0), pad_edge=False, show_header=False)
+    for column in columns:
+        numbers = all(map(_NUMBER.fullmatch, column[1:]))
+        grid.add_column(no_wrap=True, justify="right" if numbers else "left")
+    for cells in zip(*columns, strict=True):
+        grid.add_row(*map(Text, cells))
+    # Wide enough for rich to shorten nothing.
+    console = Console(file=io.StringIO(), width=_width(columns) + len(_GAP), color_system=None)
+    lines = ["".join(piece.text for piece in line).rstrip() for line in console.render_lines(grid, pad=False)]
+    return [Heading(lines[0]), *lines[1:]]
 
 
 def _width(columns: Sequence[Sequence[str]]) -> int:
-    return sum(len(column[0]) for column in columns) + len(_GAP) * (len(columns) - 1)
+    """Columns of a terminal that a table takes, where some characters take two."""
+    return sum(max(map(cell_len, column)) for column in columns) + len(_GAP) * (len(columns) - 1)
 
 
 def _unit(time_us: float) -> tuple[float, str]:

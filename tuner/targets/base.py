@@ -62,7 +62,7 @@ class Shown(Protocol):
     def reports(self) -> Sequence[Report]:
         """Of the runs."""
 
-    def text(self) -> str:
+    def lines(self) -> list[str]:
         """For people."""
 
     def document(self) -> dict[str, Any]:
