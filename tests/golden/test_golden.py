@@ -20,7 +20,6 @@ from tilewright.codegen.rendering import render
 from tilewright.codegen.space import Config, Value
 
 HERE = Path(__file__).parent
-SUFFIX = {"cpp": ".golden.cpp", "triton": ".golden.triton"}
 
 UP = MoeGemm(stage="up", experts=8, n=1792, k=4096, top_k=2, activation="swiglu")
 GEGLU = MoeGemm(stage="up", experts=4, n=100, k=512, top_k=1, activation="geglu", bias=True)
@@ -50,7 +49,7 @@ class Golden:
 
     @property
     def path(self) -> Path:
-        return HERE / (self.name + SUFFIX[find_op(self.signature.op).template(self.config).language])
+        return HERE / f"{self.name}.golden.{find_op(self.signature.op).template(self.config).language}"
 
     @property
     def config(self) -> Config:

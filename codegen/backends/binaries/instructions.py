@@ -24,8 +24,9 @@ _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 _SASS = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)(.*)$")
 _SASS_LABEL = re.compile(r"^(\.L\w+):")
 _SASS_MMA = re.compile(r"(?:[HIQOBD]|HG|QG|IG|BG|UTC[HQIO])MMA")
-_STREAMED = "# streamed"
-"""Ends the lines of a source that load what its main loop streams: weights, or keys and values."""
+_STREAMED = ("# streamed", "// streamed")
+"""End, as comments of their language, the lines of a source that load what its main loop streams: weights, or keys and
+values."""
 _SASS_LINE = re.compile(r'^\s*//## File "[^"]*?([^/"]+)", line (\d+)')
 _GCN_LINE = re.compile(r"^\s+\.loc\s.*;\s+([^:]*):(\d+):")
 _GCN = re.compile(r"^\s+([a-z]\w+)\b(.*)$")
