@@ -14,6 +14,7 @@ from tilewright.codegen.hardware.archs import Arch
 from tilewright.codegen.models.shapes import ModelShape
 from tilewright.codegen.numbers.layouts import RowLayout, WeightLayout
 from tilewright.codegen.numbers.precisions import LOSSLESS, PRECISIONS
+from tilewright.codegen.ops.fields import check, described, help_of, json_of, parts, read, require_names
 from tilewright.codegen.ops.implementation import Implementation
 from tilewright.codegen.ops.signature import Signature, stable_key
 from tilewright.codegen.recipe.model import Recipe, TensorSpec, packable
@@ -26,6 +27,8 @@ Phase = Literal["decode", "prefill"]
 Arrays = dict[str, NDArray[Any]]
 """Tensors of one call by name; optional ones that are absent are left out."""
 
+MAX_SIZE = 1 << 20
+"""Largest dynamic size of a problem: tokens, rows, or tokens of a sequence."""
 SERVED_DTYPE = "bf16"
 """That models are served in where nothing else is said, and kernels do not compute in fp32."""
 
@@ -40,6 +43,20 @@ class Problem:
     signature: Signature
     size_field: ClassVar[str] = "tokens"
     """Name of the field that plans pick a kernel by."""
+    given: ClassVar[Mapping[str, int]] = {"tokens": 1}
+    """Fields that ``--problem`` takes beside the signature's, with their values where it does not name them."""
+
+    def __post_init__(self) -> None:
+        check(self, self.signature.op)
+        self.require_possible()
+
+    def require_possible(self) -> None:
+        """Refuse fields that do not go together; each by itself is possible.
+
+        Raises:
+            TilewrightError: names the field.
+
+        """
 
     @property
     def size(self) -> int:
@@ -68,7 +85,26 @@ class Problem:
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON."""
-        raise NotImplementedError
+        own = {name: getattr(self, name) for name in parts(type(self))}
+        nested = {name: part.to_dict() if isinstance(part, Signature) else str(part) for name, part in own.items()}
+        return {**nested, **json_of(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Problem from its JSON form.
+
+        Raises:
+            TilewrightError: for a missing, unknown or impossible field.
+
+        """
+        kinds = parts(cls)
+        names = [each.name for each in fields(cls)]
+        require_names(values, names, names, f"{kinds['signature'].op} problem")
+        nested = {
+            name: (kind.from_dict if issubclass(kind, Signature) else kind.parse)(values[name])
+            for name, kind in kinds.items()
+        }
+        return cls(**{**values, **nested})
 
     @property
     def title(self) -> str:
@@ -159,8 +195,10 @@ class OpDeclaration(ABC, Generic[S, P]):
     name: ClassVar[str]
     implementations: ClassVar[tuple[Implementation, ...]]
     """One for each language; their order is that of templates."""
-    problem_example: ClassVar[str]
-    """A text that :meth:`parse_problem` understands, for messages."""
+    signature_type: ClassVar[type[Any]]
+    """The op's :class:`Signature`."""
+    problem_type: ClassVar[type[Any]]
+    """The op's :class:`Problem`."""
     served_by: ClassVar[tuple[str, ...]]
     """What of ``tilewright.runtime`` serves it, for hints."""
     sizes_help: ClassVar[str] = "tokens of a call (1,4,16,64,256)"
@@ -213,7 +251,6 @@ class OpDeclaration(ABC, Generic[S, P]):
         del model
         return () if tuned else (self.name,)
 
-    @abstractmethod
     def signature_from_dict(self, fields: Mapping[str, Any]) -> S:
         """Signature from its JSON form.
 
@@ -221,6 +258,8 @@ class OpDeclaration(ABC, Generic[S, P]):
             TilewrightError: for a missing, unknown or impossible field.
 
         """
+        signature: S = self.signature_type.from_dict(fields)
+        return signature
 
     @abstractmethod
     def problem(self, signature: S, tokens: int, routing: RoutingSpec, model: ModelShape | None = None) -> P:
@@ -231,7 +270,6 @@ class OpDeclaration(ABC, Generic[S, P]):
 
         """
 
-    @abstractmethod
     def problem_from_dict(self, fields: Mapping[str, Any]) -> P:
         """Problem from its JSON form, as trials keep it.
 
@@ -239,8 +277,9 @@ class OpDeclaration(ABC, Generic[S, P]):
             TilewrightError: for a missing, unknown or impossible field.
 
         """
+        problem: P = self.problem_type.from_dict(fields)
+        return problem
 
-    @abstractmethod
     def parse_problem(self, fields: Mapping[str, str], routing: RoutingSpec) -> P:
         """Problem from ``--problem key=value,...``.
 
@@ -248,6 +287,30 @@ class OpDeclaration(ABC, Generic[S, P]):
             TilewrightError: for a missing, unknown or impossible field.
 
         """
+        sizes: dict[str, Any] = dict(self.problem_type.given)
+        sizes |= read(self.problem_type, {name: text for name, text in fields.items() if name in sizes})
+        own = {name: text for name, text in fields.items() if name not in sizes}
+        if unknown := sorted(own.keys() - described(self.signature_type).keys()):
+            raise TilewrightError(
+                f"{self.name} has no field {unknown[0]!r}; --problem takes "
+                f"{', '.join((*sizes, *described(self.signature_type)))}, and --problem help says what they mean"
+            )
+        problem = self.problem(self.signature_type.parse(own), sizes.pop(self.problem_type.size_field), routing)
+        return replace(problem, **sizes)
+
+    def problem_help(self) -> str:
+        """What ``--problem`` takes: each field with its possible values, its default and its meaning."""
+        own, kind = described(self.problem_type), self.signature_type
+        lines = [f"--problem for {self.name} takes key=value,...; for example: {self.problem_example}"]
+        lines += [help_of(own[name], default) for name, default in self.problem_type.given.items()]
+        lines += [help_of(each, kind.assumed.get(name, each.default)) for name, each in described(kind).items()]
+        return "\n".join(lines)
+
+    @property
+    def problem_example(self) -> str:
+        """A text that :meth:`parse_problem` understands, for messages."""
+        example: str = self.signature_type.example
+        return example
 
     def tensors(self, signature: S) -> tuple[TensorSpec, ...]:
         """Tensors of a call, in the order in which callers pass them."""

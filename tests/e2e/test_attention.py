@@ -204,7 +204,7 @@ def test_problems_that_cannot_be_are_refused(tmp_path: Path, capsys: pytest.Capt
     words = ["--arch", "native", "--op", "attention", "--db", str(tmp_path / "tuning.db"), "--problem"]
     for problem, said in (
         ("heads=6,kv_heads=4,head_dim=64", "heads=6 is not a multiple of kv_heads=4"),
-        ("heads=6,kv_heads=2,head_dim=30", "head_dim=30 is not supported; give a multiple of 8"),
+        ("heads=6,kv_heads=2,head_dim=30", "head_dim=30 is impossible; give a multiple of 8"),
         ("heads=6,kv_heads=2,head_dim=64,context=0", "context=0 is impossible"),
         ("stage=prefill,heads=6,kv_heads=2,head_dim=64,page_size=16", "page_size=16 is impossible"),
         ("heads=6,kv_heads=2", "--problem lacks head_dim"),

@@ -38,7 +38,7 @@ import torch
 from tilewright.runtime import prepare
 FOLDER = os.path.dirname(sys.argv[1])
 sys.addaudithook(refuse)
-call = prepare(torch.ones(2, 4, 6), stage="plain", threads=1)
+call = prepare(torch.ones(2, 4, 6), stage="plain", options=ServeOptions(threads=1))
 out = call(torch.ones(3, 6), torch.tensor([0, 1, 3], dtype=torch.int32), torch.empty(3, 4))
 print(out.unique().tolist())
 """

@@ -123,7 +123,7 @@ def test_the_command_refuses_it_on_a_cpu_before_anything_runs(tmp_path, capsys) 
         ({"value_dim": LATENT + ROPE}, "value_dim=48"),
         ({"value_dim": 24}, "value_dim=24"),
         ({"scale": 0}, "scale is missing"),
-        ({"latent": 1}, "latent=1 is neither true nor false"),
+        ({"latent": 1}, "latent=1 is impossible; give true or false"),
         ({"stage": "prefill", "page_size": 0}, "stage=prefill"),
     ],
 )

@@ -19,9 +19,9 @@ from tilewright.codegen.hardware.archs import find_arch
 from tilewright.codegen.models.presets import PRESETS
 from tilewright.codegen.models.shapes import load_model
 from tilewright.codegen.numbers.activations import CLAMPED_LIMIT
-from tilewright.codegen.ops.base import Arrays
+from tilewright.codegen.ops.base import MAX_SIZE, Arrays
 from tilewright.codegen.ops.examples import examples_of
-from tilewright.codegen.ops.moe_gemm.problem import MAX_TOKENS, MoeGemmProblem
+from tilewright.codegen.ops.moe_gemm.problem import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.routing.spec import RoutingSpec
@@ -226,13 +226,13 @@ def test_keys_tell_problems_apart() -> None:
     ("field", "value", "complaint"),
     [
         *((name, value, name) for name in ("experts", "n", "k", "top_k") for value in (0, -1, 1.5, "3", True, 1 << 25)),
-        ("stage", "sideways", "unknown stage 'sideways'; choose one of up, down, plain"),
-        ("activation", "relu", "unknown activation 'relu'; choose one of none, swiglu, geglu"),
+        ("stage", "sideways", "stage='sideways' is impossible; give up, down or plain"),
+        ("activation", "relu", "activation='relu' is impossible; give none, swiglu, geglu or"),
         ("activation", "swiglu", "stage 'down' has no activation"),
         ("stage", "plain", "stage 'plain' knows no routing; leave top_k=2 out"),
-        ("bias", 1, "bias=1 is neither true nor false"),
-        ("x_dtype", "fp8", "x_dtype='fp8' is not supported; use fp32, bf16 or fp16"),
-        ("x_dtype", "bf16", "w_dtype='fp32' is not supported; use bf16"),
+        ("bias", 1, "bias=1 is impossible; give true or false"),
+        ("x_dtype", "fp8", "x_dtype='fp8' is impossible; give fp32, bf16 or fp16"),
+        ("x_dtype", "bf16", "x_dtype=bf16: w_dtype='fp32' is impossible; give bf16"),
         ("w_dtype", "fp8", "w_dtype='fp8'"),
         ("out_dtype", "int32", "out_dtype='int32'"),
     ],
@@ -260,7 +260,7 @@ def test_missing_and_unknown_fields_are_named() -> None:
     ("field", "value", "complaint"),
     [
         ("tokens", 0, "tokens=0 is impossible"),
-        ("tokens", MAX_TOKENS + 1, "tokens=1048577 is impossible"),
+        ("tokens", MAX_SIZE + 1, "tokens=1048577 is impossible"),
         ("tokens", "3", "tokens='3' is impossible"),
         ("all_experts", 3, "all_experts=3 is impossible; give at least the 4 of this rank"),
         ("routing", "uniform", "unknown routing 'uniform'"),
@@ -276,14 +276,14 @@ def test_an_impossible_problem_names_the_field(field: str, value: object, compla
     ("fields", "complaint"),
     [
         ({}, "--problem lacks experts, n, k; give for example experts=8,n=2048"),
-        ({"n": "x"}, "n='x' in --problem is not a whole number"),
-        ({"tokens": "many"}, "tokens='many' in --problem is not a whole number"),
+        ({"n": "x"}, "n='x' is impossible; give a whole number"),
+        ({"tokens": "many"}, "tokens='many' is impossible; give a whole number"),
         ({"tokens": "0"}, "tokens=0 is impossible"),
         ({"experts": "0"}, "experts=0 is impossible"),
         ({"top_k": "9"}, "top_k=9 is impossible; a token cannot pick more than the 4 experts there are"),
         ({"colour": "red"}, "moe_gemm has no field 'colour'; --problem takes tokens, stage, experts"),
-        ({"bias": "maybe"}, "bias='maybe' in --problem is neither true nor false"),
-        ({"stage": "middle"}, "unknown stage 'middle'"),
+        ({"bias": "maybe"}, "bias='maybe' is impossible; give true or false"),
+        ({"stage": "middle"}, "stage='middle' is impossible"),
     ],
 )
 def test_an_impossible_problem_option_names_the_field(fields: dict[str, str], complaint: str) -> None:

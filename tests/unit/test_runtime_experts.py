@@ -221,7 +221,7 @@ def test_functions_refuse_weights_that_cannot_own_their_packed_copy(weights):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"stage": "sideways"}, "unknown stage 'sideways'"),
+        ({"stage": "sideways"}, "stage='sideways' is impossible"),
         ({"stage": "plain", "top_k": 2}, "leave top_k=2 out"),
         ({"stage": "down", "activation": "swiglu"}, "has no activation"),
         ({"stage": "up", "top_k": 0}, "top_k=0"),

@@ -25,15 +25,13 @@ from tilewright.codegen.models.shapes import ModelShape
 from tilewright.codegen.numbers.dtypes import ITEMSIZE, ROUNDING, round_to
 from tilewright.codegen.ops.attention.cpu.templates import CPU
 from tilewright.codegen.ops.attention.inputs import draw, draw_cache, draw_queries, gather_sequence, split_tokens
-from tilewright.codegen.ops.attention.problem import AttentionProblem
+from tilewright.codegen.ops.attention.problem import DEFAULT_CONTEXT, AttentionProblem
 from tilewright.codegen.ops.attention.signature import AttentionSignature, Stage
 from tilewright.codegen.ops.attention.triton.templates import TRITON
 from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Workload
 from tilewright.codegen.ops.implementation import Implementation
 from tilewright.codegen.routing.spec import RoutingSpec
-from tilewright.errors import TilewrightError
 
-DEFAULT_CONTEXT = 2048
 _REFERENCE_ROWS = 256
 """Queries that the reference computes at once, which bounds its memory."""
 _EXPONENTIAL_FLOPS = 16
@@ -47,7 +45,8 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
 
     name: ClassVar[str] = "attention"
     implementations: ClassVar[tuple[Implementation, ...]] = (CPU, TRITON)
-    problem_example: ClassVar[str] = "stage=decode,heads=32,kv_heads=8,head_dim=128,context=4096"
+    signature_type: ClassVar[type[AttentionSignature]] = AttentionSignature
+    problem_type: ClassVar[type[AttentionProblem]] = AttentionProblem
     served_by: ClassVar[tuple[str, ...]] = ("PagedDecode", "VarlenPrefill")
     sizes_help: ClassVar[str] = "sequences that decode together (1,4,16,64), or tokens of prompts (64,256,1024)"
 
@@ -98,37 +97,12 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
         """Once in every layer of its kind, kinds being taken to be equally many; see :class:`OpDeclaration`."""
         return model.layers / len(model.windows) if signature.stage == phase else 0.0
 
-    def signature_from_dict(self, fields: Mapping[str, Any]) -> AttentionSignature:
-        """Signature from its JSON form."""
-        return AttentionSignature.from_dict(fields)
-
     def problem(
         self, signature: AttentionSignature, tokens: int, routing: RoutingSpec, model: ModelShape | None = None
     ) -> AttentionProblem:
         """Problem of ``tokens`` tokens in sequences of the default length; ``model`` has no part in it."""
         del model
         return AttentionProblem(signature, tokens, DEFAULT_CONTEXT, routing)
-
-    def problem_from_dict(self, fields: Mapping[str, Any]) -> AttentionProblem:
-        """Problem from its JSON form."""
-        if missing := [n for n in ("signature", "tokens", "context", "routing", "steep") if n not in fields]:
-            raise TilewrightError(f"an attention problem lacks the field {missing[0]!r}; it was not written by to_dict")
-        signature = self.signature_from_dict(fields["signature"])
-        routing = RoutingSpec.parse(fields["routing"])
-        return AttentionProblem(signature, fields["tokens"], fields["context"], routing, fields["steep"])
-
-    def parse_problem(self, fields: Mapping[str, str], routing: RoutingSpec) -> AttentionProblem:
-        """Problem from ``--problem heads=32,kv_heads=8,head_dim=128[,stage=][,context=],tokens=8``."""
-        values = dict(fields)
-        numbers = {"tokens": "1", "context": str(DEFAULT_CONTEXT)}
-        sizes = {}
-        for name, default in numbers.items():
-            text = values.pop(name, default)
-            try:
-                sizes[name] = int(text)
-            except ValueError as error:
-                raise TilewrightError(f"{name}={text!r} in --problem is not a whole number") from error
-        return AttentionProblem(AttentionSignature.parse(values), sizes["tokens"], sizes["context"], routing)
 
     def weights(self, signature: AttentionSignature, seed: int) -> Arrays:
         """The sinks, where there are some: about as large as scores."""

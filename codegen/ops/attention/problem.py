@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, ClassVar
 
 from tilewright.codegen.ops.attention.signature import AttentionSignature
-from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.ops.base import MAX_SIZE, Problem
+from tilewright.codegen.ops.fields import Truth, Whole
 from tilewright.codegen.routing.spec import RoutingSpec
-from tilewright.errors import TilewrightError
 
-MAX_TOKENS = 1 << 20
+DEFAULT_CONTEXT = 2048
 
 
 @dataclass(frozen=True)
@@ -18,20 +19,16 @@ class AttentionProblem(Problem):
     """A signature with ``tokens`` tokens of sequences that have ``context`` tokens on average.
 
     ``decode``: ``tokens`` sequences, one query each. ``prefill``: as many sequences as ``tokens`` make up. ``routing``
-    says how uneven lengths are: ``balanced`` even, ``power-law`` skewed. ``steep`` problems have scores far apart.
+    says how uneven lengths are: ``balanced`` even, ``power-law`` skewed.
     """
 
-    signature: AttentionSignature
-    tokens: int
-    context: int
-    routing: RoutingSpec
-    steep: bool = False
+    given: ClassVar[Mapping[str, int]] = {"tokens": 1, "context": DEFAULT_CONTEXT}
 
-    def __post_init__(self) -> None:
-        for name in ("tokens", "context"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_TOKENS:
-                raise TilewrightError(f"{name}={value!r} is impossible; give a whole number from 1 to {MAX_TOKENS}")
+    signature: AttentionSignature
+    tokens: Annotated[int, Whole("decode: sequences, one query each. prefill: tokens of all prompts.", 1, MAX_SIZE)]
+    context: Annotated[int, Whole("Tokens that a sequence has on average.", 1, MAX_SIZE)]
+    routing: RoutingSpec
+    steep: Annotated[bool, Truth("Whether scores are far apart.")] = False
 
     @property
     def lengths_total(self) -> tuple[int, int]:
@@ -44,13 +41,3 @@ class AttentionProblem(Problem):
     def assumes(self) -> str:
         """How long sequences are that tokens are added to."""
         return f"attention to {self.context} tokens" if self.signature.stage == "decode" else ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON."""
-        return {
-            "signature": self.signature.to_dict(),
-            "tokens": self.tokens,
-            "context": self.context,
-            "routing": str(self.routing),
-            "steep": self.steep,
-        }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
+from tilewright.codegen.ops.fields import Choice, Positive, Truth, Whole, impossible, is_whole, listed
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.recipe.model import TensorSpec
 from tilewright.errors import TilewrightError
@@ -26,8 +26,6 @@ _MAX_DIM = 1024
 _MAX_HEADS = 1 << 12
 _MAX_PAGE = 1 << 16
 _MAX_WINDOW = 1 << 30
-_WHOLE = ("heads", "kv_heads", "head_dim", "value_dim", "page_size", "window")
-_TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,88 +41,113 @@ class AttentionSignature(Signature):
     """
 
     op: ClassVar[str] = "attention"
+    example: ClassVar[str] = "stage=decode,heads=32,kv_heads=8,head_dim=128,context=4096"
+    assumed: ClassVar[Mapping[str, str]] = {"stage": "decode"}
 
-    stage: Stage
-    heads: int
-    """Query heads on this rank. Head h reads the key/value head h // (heads / kv_heads)."""
-    kv_heads: int
-    head_dim: int
-    """Elements of a query and of a key: a multiple of 8, at least 16."""
-    value_dim: int = 0
-    """Elements of a value and of an output; 0, and afterwards :attr:`head_dim`, where they are as long as keys."""
-    latent: bool = False
-    """``decode``: whether values are the first ``value_dim`` elements of keys (multi-head latent attention in its
-    absorbed form, arXiv 2405.04434): the cache has one row per token for all heads, of which the latent vector comes
-    first, then the part with positions. ``kv_heads`` is 1, ``kv_layout`` "" (no heads are there to be put in order)."""
-    scale: float = 0.0
-    """Factor of q . k before the softmax; 0, and afterwards 1 / sqrt(head_dim), for the usual one."""
-    window: int = 0
-    """Tokens that a query sees, its own and those before it; 0: all."""
-    sinks: bool = False
-    """Whether each query head has a learned logit that takes part in the softmax's denominator only (gpt-oss)."""
-    page_size: int = 0
-    """``decode``: tokens of a page of the cache; 0, and afterwards 16, for the usual size. ``prefill``: 0."""
-    kv_layout: str = ""
-    """``decode``: order within a page, heads before tokens (``hnd``) or after them (``nhd``); "", and afterwards
-    ``hnd``, for what CPUs read best. ``prefill``: "", its tensors are [tokens, heads, dim]."""
-    q_dtype: str = "fp32"
-    """``fp32`` for CPUs, ``bf16`` or ``fp16`` for GPUs."""
-    kv_dtype: str = ""
-    """Empty, and afterwards ``q_dtype``; or ``fp8_e4m3`` beside ``bf16`` and ``fp16``, without a scale."""
-    out_dtype: str = ""
-    """Empty, and afterwards ``q_dtype``; or ``fp32``."""
+    stage: Annotated[
+        Stage,
+        Choice(
+            "decode: one query per sequence, keys and values in pages. prefill: all tokens of some sequences at once, "
+            "one sequence after the other."
+        ),
+    ]
+    heads: Annotated[
+        int,
+        Whole(
+            "Query heads on this rank. Head h reads the key/value head h // (heads / kv_heads).",
+            1,
+            _MAX_HEADS,
+        ),
+    ]
+    kv_heads: Annotated[int, Whole("Key/value heads; they divide the query heads.", 1, _MAX_HEADS)]
+    head_dim: Annotated[int, Whole("Elements of a query and of a key.", _MIN_DIM, _MAX_DIM, _HEAD_STEP)]
+    value_dim: Annotated[
+        int, Whole("Elements of a value and of an output.", _MIN_DIM, _MAX_DIM, _HEAD_STEP, like="head_dim")
+    ] = 0
+    latent: Annotated[
+        bool,
+        Truth(
+            "decode: whether values are the first value_dim elements of keys (multi-head latent attention in its "
+            "absorbed form, arXiv 2405.04434): the cache has one row per token for all heads, of which the latent "
+            "vector comes first, then the part with positions. kv_heads is 1, and there is no kv_layout (no heads are "
+            "there to be put in order).",
+            omitted=True,
+        ),
+    ] = False
+    scale: Annotated[
+        float, Positive("Factor of q . k before the softmax; left out: 1 / sqrt(head_dim), except of latent rows.")
+    ] = 0.0
+    window: Annotated[int, Whole("Tokens that a query sees, its own and those before it; 0: all.", 0, _MAX_WINDOW)] = 0
+    sinks: Annotated[
+        bool,
+        Truth(
+            "Whether each query head has a learned logit that takes part in the softmax's denominator only (gpt-oss)."
+        ),
+    ] = False
+    page_size: Annotated[
+        int,
+        Whole(f"decode: tokens of a page of the cache; 0 is for {DEFAULT_PAGE_SIZE}. prefill: 0.", 0, _MAX_PAGE),
+    ] = 0
+    kv_layout: Annotated[
+        str,
+        Choice(
+            "decode: order within a page, heads before tokens (hnd) or after them (nhd); left out: hnd, which CPUs "
+            "read best. prefill has none: its tensors are [tokens, heads, dim].",
+            ("", *get_args(KvLayout)),
+        ),
+    ] = ""
+    q_dtype: Annotated[str, Choice("Of queries: fp32 for CPUs, bf16 or fp16 for GPUs.", _DTYPES)] = "fp32"
+    kv_dtype: Annotated[
+        str,
+        Choice(
+            "Of keys and values: that of queries; or fp8_e4m3 beside bf16 and fp16, without a scale.",
+            (*_DTYPES, "fp8_e4m3"),
+            like="q_dtype",
+        ),
+    ] = ""
+    out_dtype: Annotated[str, Choice("Of outputs: that of queries, or fp32.", _DTYPES, like="q_dtype")] = ""
 
-    def __post_init__(self) -> None:
-        if self.stage not in get_args(Stage):
-            raise TilewrightError(
-                f"attention: unknown stage {self.stage!r}; choose one of {', '.join(get_args(Stage))}"
-            )
-        self._fill_in()
-        paged = self.stage == "decode"
-        bounds = {
-            "heads": (1, _MAX_HEADS),
-            "kv_heads": (1, _MAX_HEADS),
-            "head_dim": (_MIN_DIM, _MAX_DIM),
-            "value_dim": (_MIN_DIM, _MAX_DIM),
-            "window": (0, _MAX_WINDOW),
-            "page_size": (1, _MAX_PAGE) if paged else (0, 0),
-        }
-        for name, (least, most) in bounds.items():
-            value = getattr(self, name)
-            if not _is_whole(value) or not least <= value <= most:
-                expected = str(least) if least == most else f"a whole number from {least} to {most}"
-                raise TilewrightError(f"attention: {name}={value!r} is impossible; give {expected}")
-        for name in ("head_dim", "value_dim"):
-            if getattr(self, name) % _HEAD_STEP:
+    def usual(self) -> Mapping[str, Any]:
+        """The scale of heads, and how pages are cut."""
+        usual: dict[str, Any] = {}
+        if self.scale == 0:
+            # That of latent rows is told by the heads that they stand for, whose length a row does not show.
+            if self.latent is True and self.stage == "decode":
                 raise TilewrightError(
-                    f"attention: {name}={getattr(self, name)} is not supported; give a multiple of {_HEAD_STEP}"
+                    "attention: latent: scale is missing; give 1 / sqrt of the length of the heads that rows stand for "
+                    "(192: 0.0722)"
                 )
+            if is_whole(self.head_dim) and self.head_dim > 0:
+                usual["scale"] = self.head_dim**-0.5
+        if self.stage == "decode":
+            usual["page_size"] = self.page_size or DEFAULT_PAGE_SIZE
+            usual["kv_layout"] = self.kv_layout or ("" if self.latent is True else "hnd")
+        return usual
+
+    def require_possible(self) -> None:
+        """Heads are shared evenly; pages and layouts belong to ``decode``; dtypes go together."""
         if self.heads % self.kv_heads:
             raise TilewrightError(
                 f"attention: heads={self.heads} is not a multiple of kv_heads={self.kv_heads}, which they share evenly"
             )
-        for name in ("sinks", "latent"):
-            if not isinstance(getattr(self, name), bool):
-                raise TilewrightError(f"attention: {name}={getattr(self, name)!r} is neither true nor false")
+        if self.stage != "decode":
+            for name in ("page_size", "kv_layout"):
+                if getattr(self, name):
+                    raise TilewrightError(
+                        f"attention: {self.stage} has no pages, and {name}={getattr(self, name)!r} is impossible; "
+                        "leave it out"
+                    )
         if self.latent:
-            self._check_latent()
-        elif self.kv_layout not in (get_args(KvLayout) if paged else ("",)):
-            expected = (
-                f"choose one of {', '.join(get_args(KvLayout))}" if paged else "leave it out, for it has no pages"
-            )
-            raise TilewrightError(f"attention: {self.stage} has no kv_layout {self.kv_layout!r}; {expected}")
-        if not isinstance(self.scale, float) or not math.isfinite(self.scale) or self.scale <= 0:
-            raise TilewrightError(f"attention: scale={self.scale!r} is impossible; give a number above 0")
+            self._require_possible_rows()
+        of_queries = (self.q_dtype,)
         for name, supported in (
-            ("q_dtype", _DTYPES),
-            ("kv_dtype", (self.q_dtype,) if self.q_dtype == "fp32" else (self.q_dtype, "fp8_e4m3")),
+            ("kv_dtype", of_queries if self.q_dtype == "fp32" else (self.q_dtype, "fp8_e4m3")),
             ("out_dtype", tuple(dict.fromkeys((self.q_dtype, "fp32")))),
         ):
             if getattr(self, name) not in supported:
-                choices = " or ".join(filter(None, (", ".join(supported[:-1]), supported[-1])))
-                raise TilewrightError(f"attention: {name}={getattr(self, name)!r} is not supported; use {choices}")
+                raise impossible(self, f"attention with q_dtype={self.q_dtype}", name, listed(supported))
 
-    def _check_latent(self) -> None:
+    def _require_possible_rows(self) -> None:
         """One row per token of the cache, whose first elements are the value."""
         wrong = None
         if self.stage != "decode":
@@ -138,81 +161,8 @@ class AttentionSignature(Signature):
                 f"value_dim={self.value_dim} is not supported; give the latent's part of head_dim={self.head_dim}, "
                 f"a multiple of {_LATENT_STEP}"
             )
-        elif self.scale == 0:
-            wrong = "scale is missing; give 1 / sqrt of the length of the heads that rows stand for (192: 0.0722)"
         if wrong:
             raise TilewrightError(f"attention: latent: {wrong}")
-
-    def _fill_in(self) -> None:
-        """Replace what stands for the usual by what that is, so that equal signatures have equal fields."""
-        usual: dict[str, Any] = {name: self.q_dtype for name in ("kv_dtype", "out_dtype") if getattr(self, name) == ""}
-        if self.value_dim == 0:
-            usual["value_dim"] = self.head_dim
-        if _is_whole(self.scale):
-            usual["scale"] = float(self.scale)
-        # That of latent rows is told by the heads that they stand for, whose length a row does not show.
-        if self.scale == 0 and not self.latent and _is_whole(self.head_dim) and self.head_dim > 0:
-            usual["scale"] = self.head_dim**-0.5
-        if self.stage == "decode":
-            usual["page_size"] = self.page_size or DEFAULT_PAGE_SIZE
-            usual["kv_layout"] = self.kv_layout or ("" if self.latent is True else "hnd")
-        for name, value in usual.items():
-            object.__setattr__(self, name, value)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON. Without :attr:`latent` where it is off: it came later, and keys of old plans stay."""
-        values = super().to_dict()
-        if not self.latent:
-            del values["latent"]
-        return values
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> AttentionSignature:
-        """Signature from its JSON form.
-
-        Raises:
-            TilewrightError: for a missing, unknown or impossible field.
-
-        """
-        own = {name: value for name, value in values.items() if name != "op"}
-        known = fields(cls)
-        if unknown := sorted(own.keys() - {f.name for f in known}):
-            raise TilewrightError(f"an attention signature has no field {unknown[0]!r}; this tilewright may be too old")
-        if missing := [f.name for f in known if f.default is MISSING and f.name not in own]:
-            raise TilewrightError(
-                f"an attention signature lacks the field {missing[0]!r}; it was not written by to_dict"
-            )
-        return cls(**own)
-
-    @classmethod
-    def parse(cls, values: Mapping[str, str]) -> AttentionSignature:
-        """Signature from ``key=value`` texts; the stage is ``decode`` where none is given.
-
-        Raises:
-            TilewrightError: for a missing, unknown or impossible field.
-
-        """
-        known = [f.name for f in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise TilewrightError(
-                f"attention has no field {unknown[0]!r}; --problem takes tokens, context, {', '.join(known)}"
-            )
-        if missing := [name for name in ("heads", "kv_heads", "head_dim") if name not in values]:
-            raise TilewrightError(
-                f"--problem lacks {', '.join(missing)}; give for example heads=32,kv_heads=8,head_dim=128"
-            )
-        typed: dict[str, Any] = {"stage": "decode", **values}
-        for name, text in values.items():
-            try:
-                typed[name] = int(text) if name in _WHOLE else float(text) if name == "scale" else text
-            except ValueError as error:
-                raise TilewrightError(f"{name}={text!r} in --problem is not a number") from error
-        for name in ("sinks", "latent"):
-            if name in values:
-                if values[name].lower() not in _TRUTH:
-                    raise TilewrightError(f"{name}={values[name]!r} in --problem is neither true nor false")
-                typed[name] = _TRUTH[values[name].lower()]
-        return cls(**typed)
 
     @property
     def title(self) -> str:
@@ -289,7 +239,3 @@ class AttentionSignature(Signature):
     def size_name(self) -> str:
         """The size by which plans pick a kernel: tokens of a call, which under ``decode`` are its sequences."""
         return "tokens"
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

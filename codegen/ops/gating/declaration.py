@@ -14,8 +14,7 @@ refused by the runtime with a sentence that names the logit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +28,6 @@ from tilewright.codegen.ops.gating.signature import GatingSignature
 from tilewright.codegen.ops.gating.triton.templates import TRITON
 from tilewright.codegen.ops.implementation import Implementation
 from tilewright.codegen.routing.spec import RoutingSpec, pad_blocks, sort_tokens
-from tilewright.errors import TilewrightError
 
 
 class Gating(OpDeclaration[GatingSignature, GatingProblem]):
@@ -37,7 +35,8 @@ class Gating(OpDeclaration[GatingSignature, GatingProblem]):
 
     name: ClassVar[str] = "gating"
     implementations: ClassVar[tuple[Implementation, ...]] = (CPU, TRITON)
-    problem_example: ClassVar[str] = "experts=64,top_k=6,score=softmax,order=rows"
+    signature_type: ClassVar[type[GatingSignature]] = GatingSignature
+    problem_type: ClassVar[type[GatingProblem]] = GatingProblem
     served_by: ClassVar[tuple[str, ...]] = ("Gate",)
 
     def signatures(self, model: ModelShape) -> tuple[GatingSignature, ...]:
@@ -62,33 +61,12 @@ class Gating(OpDeclaration[GatingSignature, GatingProblem]):
         del signature, phase
         return float(model.moe_layers)
 
-    def signature_from_dict(self, fields: Mapping[str, Any]) -> GatingSignature:
-        """Signature from its JSON form."""
-        return GatingSignature.from_dict(fields)
-
     def problem(
         self, signature: GatingSignature, tokens: int, routing: RoutingSpec, model: ModelShape | None = None
     ) -> GatingProblem:
         """Problem of ``tokens`` tokens; ``model`` has no part in it, for signatures hold the experts of all ranks."""
         del model
         return GatingProblem(signature, tokens, routing)
-
-    def problem_from_dict(self, fields: Mapping[str, Any]) -> GatingProblem:
-        """Problem from its JSON form."""
-        if missing := [name for name in ("signature", "tokens", "routing", "tied") if name not in fields]:
-            raise TilewrightError(f"a gating problem lacks the field {missing[0]!r}; it was not written by to_dict")
-        signature = self.signature_from_dict(fields["signature"])
-        return GatingProblem(signature, fields["tokens"], RoutingSpec.parse(fields["routing"]), fields["tied"])
-
-    def parse_problem(self, fields: Mapping[str, str], routing: RoutingSpec) -> GatingProblem:
-        """Problem from ``--problem experts=64,top_k=6[,score=][,groups=][,order=],tokens=16``."""
-        values = dict(fields)
-        text = values.pop("tokens", "1")
-        try:
-            tokens = int(text)
-        except ValueError as error:
-            raise TilewrightError(f"tokens={text!r} in --problem is not a whole number") from error
-        return GatingProblem(GatingSignature.parse(values), tokens, routing)
 
     def weights(self, signature: GatingSignature, seed: int) -> Arrays:
         """The selection bias, where there is one."""

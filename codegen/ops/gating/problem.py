@@ -4,37 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
-from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.ops.base import MAX_SIZE, Problem
+from tilewright.codegen.ops.fields import Truth, Whole
 from tilewright.codegen.ops.gating.signature import GatingSignature
 from tilewright.codegen.routing.spec import RoutingSpec
-from tilewright.errors import TilewrightError
-
-MAX_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
 class GatingProblem(Problem):
-    """A signature with ``tokens`` tokens whose logits make experts as popular as ``routing`` says.
-
-    ``tied`` problems have many equal logits.
-    """
+    """A signature with ``tokens`` tokens whose logits make experts as popular as ``routing`` says."""
 
     signature: GatingSignature
-    tokens: int
+    tokens: Annotated[int, Whole("Tokens of a call.", 1, MAX_SIZE)]
     routing: RoutingSpec
-    tied: bool = False
-
-    def __post_init__(self) -> None:
-        tokens = self.tokens
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= MAX_TOKENS:
-            raise TilewrightError(f"tokens={tokens!r} is impossible; give a whole number from 1 to {MAX_TOKENS}")
-
-    @property
-    def size(self) -> int:
-        """Tokens."""
-        return self.tokens
+    tied: Annotated[bool, Truth("Whether many logits are equal.")] = False
 
     @property
     def output_sizes(self) -> Mapping[str, int]:
@@ -43,12 +28,3 @@ class GatingProblem(Problem):
             return {}
         padded = self.signature.padded_rows(self.tokens)
         return {"padded": padded, "blocks": padded // self.signature.block_size}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON."""
-        return {
-            "signature": self.signature.to_dict(),
-            "tokens": self.tokens,
-            "routing": str(self.routing),
-            "tied": self.tied,
-        }

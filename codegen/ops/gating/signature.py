@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
+from tilewright.codegen.ops.fields import Choice, Positive, Truth, Whole, impossible
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.recipe.model import TensorSpec
 from tilewright.errors import TilewrightError
@@ -16,8 +15,6 @@ Order = Literal["none", "rows", "blocks"]
 
 _MAX_EXPERTS = 4096
 _MAX_BLOCK = 1 << 16
-_WHOLE = ("experts", "top_k", "groups", "top_groups", "block_size")
-_TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,54 +33,41 @@ class GatingSignature(Signature):
     """
 
     op: ClassVar[str] = "gating"
+    example: ClassVar[str] = "experts=64,top_k=6,score=softmax,order=rows"
 
-    experts: int
-    """Experts of all ranks."""
-    top_k: int
-    score: Score = "softmax"
-    """What a weight is made of: share in the softmax over all experts, or sigmoid of the expert's own logit."""
-    renormalize: bool = True
-    """Whether a token's weights are divided by their sum. With softmax that is the softmax over the chosen alone."""
-    bias: bool = False
-    """Whether a bias [experts] takes part in the choice, and not in the weights; for ``sigmoid``."""
-    groups: int = 1
-    top_groups: int = 1
-    scale: float = 1.0
-    """Factor of all weights, applied last."""
-    order: Order = "none"
-    """``rows``: choices sorted by expert, as ``moe_gemm`` takes them. ``blocks``: also padded to whole blocks, as GPU
-    kernels take them."""
-    block_size: int = 0
-    """Rows of a block; 0 without blocks."""
+    experts: Annotated[int, Whole("Experts of all ranks.", 1, _MAX_EXPERTS)]
+    top_k: Annotated[int, Whole("Experts that a token picks.", 1, "experts")]
+    score: Annotated[
+        Score,
+        Choice(
+            "What a weight is made of: share in the softmax over all experts, or sigmoid of the expert's own logit."
+        ),
+    ] = "softmax"
+    renormalize: Annotated[
+        bool,
+        Truth("Whether a token's weights are divided by their sum. With softmax: the softmax over the chosen alone."),
+    ] = True
+    bias: Annotated[
+        bool, Truth("Whether a bias [experts] takes part in the choice, and not in the weights; for sigmoid.")
+    ] = False
+    groups: Annotated[int, Whole("Runs of equal length that experts are split into.", 1, "experts")] = 1
+    top_groups: Annotated[int, Whole("Groups from which a token picks its experts: the best.", 1, "groups")] = 1
+    scale: Annotated[float, Positive("Factor of all weights, applied last.")] = 1.0
+    order: Annotated[
+        Order,
+        Choice(
+            "rows: choices are sorted by expert as well, as moe_gemm takes them. blocks: also padded to whole blocks, "
+            "as GPU kernels take them."
+        ),
+    ] = "none"
+    block_size: Annotated[int, Whole("Rows of a block; 0 without blocks.", 0, _MAX_BLOCK)] = 0
 
-    def __post_init__(self) -> None:
-        if isinstance(self.scale, int) and not isinstance(self.scale, bool):
-            object.__setattr__(self, "scale", float(self.scale))
-        bounds = {
-            "experts": (1, _MAX_EXPERTS),
-            "top_k": (1, self.experts),
-            "groups": (1, self.experts),
-            "top_groups": (1, self.groups),
-            "block_size": (1, _MAX_BLOCK) if self.order == "blocks" else (0, 0),
-        }
-        for name, (least, most) in bounds.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-                expected = str(least) if least == most else f"a whole number from {least} to {most}"
-                raise TilewrightError(f"gating: {name}={value!r} is impossible; give {expected}")
-        for name, choices in (("score", get_args(Score)), ("order", get_args(Order))):
-            if getattr(self, name) not in choices:
-                raise TilewrightError(
-                    f"gating: unknown {name} {getattr(self, name)!r}; choose one of {', '.join(choices)}"
-                )
-        for name in ("renormalize", "bias"):
-            if not isinstance(getattr(self, name), bool):
-                raise TilewrightError(f"gating: {name}={getattr(self, name)!r} is neither true nor false")
-        if not isinstance(self.scale, float) or not math.isfinite(self.scale) or self.scale <= 0:
-            raise TilewrightError(f"gating: scale={self.scale!r} is impossible; give a number above 0")
-        self._require_possible_groups()
-
-    def _require_possible_groups(self) -> None:
+    def require_possible(self) -> None:
+        """Blocks have a size; a bias and groups fit the score and the experts."""
+        blocks = self.order == "blocks"
+        if blocks != bool(self.block_size):
+            expected = f"a whole number from 1 to {_MAX_BLOCK}" if blocks else "0"
+            raise impossible(self, f"{self.op} with order={self.order}", "block_size", expected)
         if self.bias and self.score != "sigmoid":
             raise TilewrightError("gating: a bias takes part in the choice only with score=sigmoid; leave bias out")
         if self.experts % self.groups:
@@ -95,47 +79,6 @@ class GatingSignature(Signature):
             )
         if self.groups > 1 and self.score == "sigmoid" and self.group_size < 2:
             raise TilewrightError(f"gating: groups={self.groups} leaves one expert in a group; sigmoid scores two")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> GatingSignature:
-        """Signature from its JSON form.
-
-        Raises:
-            TilewrightError: for a missing, unknown or impossible field.
-
-        """
-        own = {name: value for name, value in values.items() if name != "op"}
-        known = fields(cls)
-        if unknown := sorted(own.keys() - {f.name for f in known}):
-            raise TilewrightError(f"a gating signature has no field {unknown[0]!r}; this tilewright may be too old")
-        if missing := [f.name for f in known if f.default is MISSING and f.name not in own]:
-            raise TilewrightError(f"a gating signature lacks the field {missing[0]!r}; it was not written by to_dict")
-        return cls(**own)
-
-    @classmethod
-    def parse(cls, values: Mapping[str, str]) -> GatingSignature:
-        """Signature from ``key=value`` texts.
-
-        Raises:
-            TilewrightError: for a missing, unknown or impossible field.
-
-        """
-        known = [f.name for f in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise TilewrightError(f"gating has no field {unknown[0]!r}; --problem takes tokens, {', '.join(known)}")
-        if missing := [name for name in ("experts", "top_k") if name not in values]:
-            raise TilewrightError(f"--problem lacks {', '.join(missing)}; give for example experts=64,top_k=6")
-        typed: dict[str, Any] = dict(values)
-        for name, text in values.items():
-            try:
-                typed[name] = int(text) if name in _WHOLE else float(text) if name == "scale" else text
-            except ValueError as error:
-                raise TilewrightError(f"{name}={text!r} in --problem is not a number") from error
-            if name in ("renormalize", "bias"):
-                if text.lower() not in _TRUTH:
-                    raise TilewrightError(f"{name}={text!r} in --problem is neither true nor false")
-                typed[name] = _TRUTH[text.lower()]
-        return cls(**typed)
 
     @property
     def group_size(self) -> int:

@@ -10,10 +10,10 @@ Stages, with ``expert(r)`` the expert whose range in ``expert_offsets`` holds ro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -48,7 +48,8 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
 
     name: ClassVar[str] = "moe_gemm"
     implementations: ClassVar[tuple[Implementation, ...]] = (CPU, TRITON)
-    problem_example: ClassVar[str] = "experts=8,n=2048,k=1024,top_k=2"
+    signature_type: ClassVar[type[MoeGemmSignature]] = MoeGemmSignature
+    problem_type: ClassVar[type[MoeGemmProblem]] = MoeGemmProblem
     served_by: ClassVar[tuple[str, ...]] = ("Experts",)
 
     def signatures(self, model: ModelShape) -> tuple[MoeGemmSignature, ...]:
@@ -93,10 +94,6 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
             *(() if decode > prefill else ("the head",)),
         )
 
-    def signature_from_dict(self, fields: Mapping[str, Any]) -> MoeGemmSignature:
-        """Signature from its JSON form."""
-        return MoeGemmSignature.from_dict(fields)
-
     def problem(
         self, signature: MoeGemmSignature, tokens: int, routing: RoutingSpec, model: ModelShape | None = None
     ) -> MoeGemmProblem:
@@ -110,19 +107,6 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         if routing.path is not None:
             read_recorded_ids(routing.path, problem.all_experts, signature.top_k)
         return problem
-
-    def problem_from_dict(self, fields: Mapping[str, Any]) -> MoeGemmProblem:
-        """Problem from its JSON form."""
-        if missing := [name for name in ("signature", "tokens", "routing", "all_experts") if name not in fields]:
-            raise TilewrightError(f"a moe_gemm problem lacks the field {missing[0]!r}; it was not written by to_dict")
-        signature = self.signature_from_dict(fields["signature"])
-        return MoeGemmProblem(signature, fields["tokens"], RoutingSpec.parse(fields["routing"]), fields["all_experts"])
-
-    def parse_problem(self, fields: Mapping[str, str], routing: RoutingSpec) -> MoeGemmProblem:
-        """Problem from ``--problem experts=8,n=2048,k=1024,top_k=2,tokens=16[,stage=][,activation=][,bias=]``."""
-        values = dict(fields)
-        tokens = _whole("tokens", values.pop("tokens", "1"))
-        return self.problem(MoeGemmSignature.parse(values), tokens, routing)
 
     def sample(self, problem: MoeGemmProblem) -> MoeGemmProblem:
         """Few experts, columns and tokens, but the whole k."""
@@ -274,10 +258,3 @@ def _join_halves(activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch
             return gate * torch.sigmoid(CLAMPED_ALPHA * gate) * (up + 1)
         case _:
             raise TilewrightError(f"the activation {activation!r} has no gate")
-
-
-def _whole(name: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError as error:
-        raise TilewrightError(f"{name}={text!r} in --problem is not a whole number") from error

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.ops.base import MAX_SIZE, Problem
+from tilewright.codegen.ops.fields import Whole, impossible
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.routing.spec import RoutingSpec, TokenOrder, generate_topk_ids, sort_tokens
 from tilewright.errors import TilewrightError
 
-MAX_TOKENS = 1 << 20
+MAX_EXPERTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -25,32 +26,20 @@ class MoeGemmProblem(Problem):
     """
 
     signature: MoeGemmSignature
-    tokens: int
+    tokens: Annotated[int, Whole("Tokens of a call; of stage plain its rows.", 1, MAX_SIZE)]
     routing: RoutingSpec
-    all_experts: int
+    all_experts: Annotated[int, Whole("Experts of all ranks.", 1, MAX_EXPERTS)]
 
-    def __post_init__(self) -> None:
-        tokens, choices = self.tokens, self.all_experts
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= MAX_TOKENS:
-            raise TilewrightError(f"tokens={tokens!r} is impossible; give a whole number from 1 to {MAX_TOKENS}")
-        if not isinstance(choices, int) or isinstance(choices, bool) or choices < self.signature.experts:
-            raise TilewrightError(
-                f"all_experts={choices!r} is impossible; give at least the {self.signature.experts} of this rank"
-            )
-        if self.signature.top_k > choices:
+    def require_possible(self) -> None:
+        """All ranks have the experts of this one, and as many as a token picks."""
+        if self.all_experts < self.signature.experts:
+            expected = f"at least the {self.signature.experts} of this rank"
+            raise impossible(self, self.signature.op, "all_experts", expected)
+        if self.signature.top_k > self.all_experts:
             raise TilewrightError(
                 f"top_k={self.signature.top_k} is impossible; a token cannot pick more than "
-                f"the {choices} experts there are"
+                f"the {self.all_experts} experts there are"
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON."""
-        return {
-            "signature": self.signature.to_dict(),
-            "tokens": self.tokens,
-            "routing": str(self.routing),
-            "all_experts": self.all_experts,
-        }
 
     def order(self, seed: int) -> tuple[NDArray[np.int32], TokenOrder]:
         """Chosen experts [tokens, top_k] and the order of rows that they make; the same for the same seed."""

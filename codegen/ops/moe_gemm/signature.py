@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
+from tilewright.codegen.ops.fields import Choice, Truth, Whole, impossible
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.recipe.model import TensorSpec
 from tilewright.errors import TilewrightError
@@ -31,100 +32,41 @@ class MoeGemmSignature(Signature):
     """
 
     op: ClassVar[str] = "moe_gemm"
+    example: ClassVar[str] = "experts=8,n=2048,k=1024,top_k=2"
+    assumed: ClassVar[Mapping[str, str]] = {"stage": "up"}
 
-    stage: Stage
-    experts: int
-    """Experts on this rank."""
-    n: int
-    """Output columns, after the activation."""
-    k: int
-    """Length of the reduction."""
-    top_k: int = 1
-    activation: Activation = "none"
-    bias: bool = False
-    x_dtype: str = "fp32"
-    """``fp32`` for CPUs, ``bf16`` or ``fp16`` for GPUs; weights are of the same, outputs of the same or fp32."""
-    w_dtype: str = ""
-    """Empty: as ``x_dtype``."""
-    out_dtype: str = ""
-    """Empty: as ``x_dtype``."""
+    stage: Annotated[
+        Stage,
+        Choice(
+            "up: rows are gathered from tokens, and an activation may follow. down: rows are combined to tokens by "
+            "their routing weights. plain: rows to rows."
+        ),
+    ]
+    experts: Annotated[int, Whole("Experts on this rank.", 1, _MAX_SIZE)]
+    n: Annotated[int, Whole("Output columns, after the activation.", 1, _MAX_SIZE)]
+    k: Annotated[int, Whole("Length of the reduction.", 1, _MAX_SIZE)]
+    top_k: Annotated[int, Whole("Experts that a token picks; 1 for plain.", 1, _MAX_SIZE)] = 1
+    activation: Annotated[
+        Activation, Choice("How gate and up columns are joined, for stage up; none: there are no gate columns.")
+    ] = "none"
+    bias: Annotated[bool, Truth("Whether a bias [experts, rows of the weight] is added.")] = False
+    x_dtype: Annotated[str, Choice("Of inputs: fp32 for CPUs, bf16 or fp16 for GPUs.", _DTYPES)] = "fp32"
+    w_dtype: Annotated[str, Choice("Of weights: that of the inputs.", _DTYPES, like="x_dtype")] = ""
+    out_dtype: Annotated[str, Choice("Of outputs: that of the inputs, or fp32.", _DTYPES, like="x_dtype")] = ""
 
-    def __post_init__(self) -> None:
-        for name in ("w_dtype", "out_dtype"):
-            if getattr(self, name) == "":
-                object.__setattr__(self, name, self.x_dtype)
-        for name in ("experts", "n", "k", "top_k"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_SIZE:
-                raise TilewrightError(
-                    f"moe_gemm: {name}={value!r} is impossible; give a whole number from 1 to {_MAX_SIZE}"
-                )
-        if self.stage not in get_args(Stage):
-            raise TilewrightError(f"moe_gemm: unknown stage {self.stage!r}; choose one of {', '.join(get_args(Stage))}")
-        if self.activation not in get_args(Activation):
-            choices = ", ".join(get_args(Activation))
-            raise TilewrightError(f"moe_gemm: unknown activation {self.activation!r}; choose one of {choices}")
+    def require_possible(self) -> None:
+        """Activations and routing belong to stages; dtypes go together."""
         if self.stage != "up" and self.activation != "none":
             raise TilewrightError(
                 f"moe_gemm: stage {self.stage!r} has no activation; leave activation={self.activation} out"
             )
         if self.stage == "plain" and self.top_k != 1:
             raise TilewrightError(f"moe_gemm: stage 'plain' knows no routing; leave top_k={self.top_k} out")
-        if not isinstance(self.bias, bool):
-            raise TilewrightError(f"moe_gemm: bias={self.bias!r} is neither true nor false")
-        for name, supported in (
-            ("x_dtype", _DTYPES),
-            ("w_dtype", (self.x_dtype,)),
-            ("out_dtype", tuple(dict.fromkeys((self.x_dtype, "fp32")))),
-        ):
-            if getattr(self, name) not in supported:
-                choices = " or ".join(filter(None, (", ".join(supported[:-1]), supported[-1])))
-                raise TilewrightError(f"moe_gemm: {name}={getattr(self, name)!r} is not supported; use {choices}")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> MoeGemmSignature:
-        """Signature from its JSON form.
-
-        Raises:
-            TilewrightError: for a missing, unknown or impossible field.
-
-        """
-        own = {name: value for name, value in values.items() if name != "op"}
-        known = fields(cls)
-        if unknown := sorted(own.keys() - {f.name for f in known}):
-            raise TilewrightError(f"a moe_gemm signature has no field {unknown[0]!r}; this tilewright may be too old")
-        if missing := [f.name for f in known if f.default is MISSING and f.name not in own]:
-            raise TilewrightError(f"a moe_gemm signature lacks the field {missing[0]!r}; it was not written by to_dict")
-        return cls(**own)
-
-    @classmethod
-    def parse(cls, values: Mapping[str, str]) -> MoeGemmSignature:
-        """Signature from ``key=value`` texts.
-
-        Raises:
-            TilewrightError: for a missing, unknown or impossible field.
-
-        """
-        known = [f.name for f in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise TilewrightError(f"moe_gemm has no field {unknown[0]!r}; --problem takes tokens, {', '.join(known)}")
-        if missing := [name for name in ("experts", "n", "k") if name not in values]:
-            raise TilewrightError(
-                f"--problem lacks {', '.join(missing)}; give for example experts=8,n=2048,k=1024,top_k=2"
-            )
-        typed: dict[str, Any] = {"stage": "up", **values}
-        for name in ("experts", "n", "k", "top_k"):
-            if name in values:
-                try:
-                    typed[name] = int(values[name])
-                except ValueError as error:
-                    raise TilewrightError(f"{name}={values[name]!r} in --problem is not a whole number") from error
-        if "bias" in values:
-            truth = {"true": True, "1": True, "false": False, "0": False}
-            if values["bias"].lower() not in truth:
-                raise TilewrightError(f"bias={values['bias']!r} in --problem is neither true nor false")
-            typed["bias"] = truth[values["bias"].lower()]
-        return cls(**typed)
+        given = f"moe_gemm with x_dtype={self.x_dtype}"
+        if self.w_dtype != self.x_dtype:
+            raise impossible(self, given, "w_dtype", self.x_dtype)
+        if self.out_dtype not in (self.x_dtype, "fp32"):
+            raise impossible(self, given, "out_dtype", f"{self.x_dtype} or fp32")
 
     @property
     def title(self) -> str:
