@@ -128,7 +128,7 @@ def test_unrenormalised_weights(weights):
         ({"w_down": torch.zeros(HIDDEN, INTER)}, r"w_down has shape \[8, 6\]"),
         ({"top_k": 6}, "top_k=6 is impossible with 5 experts"),
         ({"top_k": 0}, "top_k=0 is impossible"),
-        ({"activation": "relu"}, "activation 'relu'"),
+        ({"activation": "relu"}, "activation='relu'"),
         ({"bias_up": torch.zeros(EXPERTS, INTER)}, r"bias has shape \[5, 6\]"),
         ({"all_experts": 4}, "all_experts=4 is less than the 5"),
     ],

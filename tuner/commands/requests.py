@@ -26,6 +26,8 @@ from tilewright.tuner.targets.registry import find_target
 DEFAULT_MODEL = "mixtral-8x7b"
 DEFAULT_PROBES = 4
 ALL_OPS = "all"
+HELP = "help"
+"""Given as a problem, asks what problems are."""
 _MAX_SEED = 2**32 - 1
 
 
@@ -58,7 +60,7 @@ def parse_requests(
     archs = [find_arch(name) for name in _names(arguments.arch)]
     if arguments.device and len(archs) > 1:
         raise TilewrightError("--device names a product of one arch; give one --arch with it")
-    names = _op_names(arguments.op)
+    names = op_names(arguments.op)
     if len(names) > 1:
         for option in ("problem", "template"):
             if getattr(arguments, option):
@@ -103,7 +105,13 @@ def _of_target(
     return [replace(each, time_s=time_s * len(each.problems) / problems) for each in requests]
 
 
-def _op_names(text: str) -> list[str]:
+def op_names(text: str) -> list[str]:
+    """Ops that ``--op`` names, each once.
+
+    Raises:
+        TilewrightError: for one that is not known.
+
+    """
     if text == ALL_OPS:
         return list(OPS)
     return list(dict.fromkeys(find_op(name).name for name in _names(text)))
@@ -254,7 +262,7 @@ def _names(text: str) -> list[str]:
 def _fields(text: str, example: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",") if part]
     if not pairs or any(not sign for _, sign, _ in pairs):
-        raise TilewrightError(f"--problem {text!r} is not key=value,...; for example: {example}")
+        raise TilewrightError(f"--problem {text!r} is not key=value,..., such as {example}; see --problem help")
     fields = {key.strip(): value.strip() for key, _, value in pairs}
     if len(fields) < len(pairs):
         raise TilewrightError(f"--problem {text!r} gives a field twice; leave one of them out")

@@ -17,6 +17,8 @@ from tilewright.tuner.commands.requests import (
     ALL_OPS,
     DEFAULT_MODEL,
     DEFAULT_PROBES,
+    HELP,
+    op_names,
     parse_model,
     parse_requests,
 )
@@ -36,7 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", help=f"preset name, config.json, or the model's folder (default {DEFAULT_MODEL})")
     what.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks")
     what.add_argument("--ep", type=int, default=1, metavar="N", help="expert-parallel ranks")
-    what.add_argument("--problem", action="append", metavar="KEY=VALUE,...", help="one problem instead of a model")
+    what.add_argument(
+        "--problem",
+        action="append",
+        metavar="KEY=VALUE,...",
+        help="one problem instead of a model; `--problem help` lists fields",
+    )
     what.add_argument(
         "--tokens",
         metavar="N,N,...",
@@ -106,12 +113,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Tune; 0 when every problem has a right kernel, else 1.
+    """Tune; 0 when every problem has a right kernel, else 1. Asked what problems are, say that and tune nothing.
 
     Raises:
         TilewrightError: for input that cannot be tuned.
 
     """
+    if HELP in (arguments.problem or ()):
+        print("\n".join(OPS[name].problem_help() for name in op_names(arguments.op)))
+        return 0
     model = parse_model(arguments)
     requests = parse_requests(arguments, model, _warn)
     shown: list[Shown] = []
