@@ -123,7 +123,7 @@ def test_an_invalid_or_repeated_proposal_becomes_the_config_that_differs_least()
     def distance(config: Config) -> float:
         steps = 0.0
         for name, values in ranks.items():
-            known = config[name] in values
+            known = config.get(name) in values
             steps += abs(values.index(config[name]) - values.index(wanted[name])) / (len(values) - 1) if known else 1
         return steps + (config["order"] != wanted["order"])
 
