@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from tilewright.codegen.numbers.precisions import LOSSLESS, Precision, find_precision
 
@@ -58,12 +57,6 @@ class WeightLayout:
     def packed_words(self, experts: int, n: int, k: int) -> int:
         """Words of 32 bits (floats, where nothing is quantised) of the packed weight, padding included."""
         return experts * self.panels(n) * self.stored.rows(k) * self.columns
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> WeightLayout:
-        """Layout from its JSON form; one without a precision has a ``dtype`` instead, which was always fp32."""
-        own = {name: value for name, value in fields.items() if name not in ("dtype", "scales")}
-        return cls(**{"precision": fields.get("dtype", LOSSLESS), **own})
 
 
 @dataclass(frozen=True)
@@ -147,8 +140,3 @@ class RowLayout:
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _SCALE_ALIGNMENT) * _SCALE_ALIGNMENT
-
-
-def layout_from_dict(fields: Mapping[str, Any]) -> WeightLayout | RowLayout:
-    """Layout of either kind from its JSON form."""
-    return RowLayout(**fields) if fields.get("form") == "rows" else WeightLayout.from_dict(fields)

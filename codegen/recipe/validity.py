@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict
 from typing import Any
 
-from tilewright.codegen.numbers.layouts import WeightLayout, layout_from_dict
+from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.recipe.expressions import parsed
 from tilewright.codegen.recipe.model import (
     FORMAT_VERSION,
@@ -19,8 +18,8 @@ from tilewright.codegen.recipe.model import (
     TensorSpec,
     packable,
 )
-from tilewright.codegen.recipe.typed import read
 from tilewright.errors import TilewrightError
+from tilewright.structuring import StructureError, structure
 
 _RESERVED = frozenset({THREADS, SM_COUNT, WORKSPACE})
 _LARGEST = (1 << 63) - 1
@@ -40,7 +39,10 @@ def read_recipe(data: Mapping[str, Any]) -> Recipe:
     version = data.get("format_version")
     if version != FORMAT_VERSION:
         raise TilewrightError(f"the recipe has format {version}; this tilewright reads {FORMAT_VERSION}, so tune again")
-    recipe: Recipe = read(Recipe, {**data, "weight_layout": _layout_fields(data.get("weight_layout"))}, "the recipe")
+    try:
+        recipe = structure(Recipe, data)
+    except StructureError as error:
+        raise TilewrightError(f"the recipe cannot be read ({error}); tune again") from error
     validate(recipe)
     return recipe
 
@@ -142,13 +144,3 @@ def _require_all(texts: Iterable[str], known: Collection[str], where: str) -> No
 def _require(text: str, known: Collection[str], where: str) -> None:
     if unknown := sorted(parsed(text).symbols - set(known)):
         raise TilewrightError(f"recipe expression {text!r} ({where}) reads unknown sizes {unknown}")
-
-
-def _layout_fields(fields: object) -> object:
-    """A layout's fields, those of older releases by their present names; anything else as it is, to be refused."""
-    if not isinstance(fields, Mapping):
-        return fields
-    try:
-        return asdict(layout_from_dict(fields))
-    except (TypeError, AttributeError) as error:
-        raise TilewrightError(f"the recipe's weight layout cannot be read: {error}") from error

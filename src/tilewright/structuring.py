@@ -152,7 +152,7 @@ def _union(members: Sequence[_Converter]) -> _Converter:
         # What is wrong inside an object says more than that it is no null.
         if inside := [error for error in errors if error.place or not error.wanted]:
             raise max(inside, key=lambda error: len(error.place))
-        _refuse(value, " or ".join(error.wanted for error in errors))
+        _refuse(value, " or ".join(dict.fromkeys(error.wanted for error in errors)))
 
     return _Converter(lambda value: through(value, "load"), lambda value: through(value, "dump"))
 

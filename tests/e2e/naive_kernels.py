@@ -15,7 +15,7 @@ import pytest
 
 from tilewright.codegen.hardware.archs import native_arch
 from tilewright.codegen.hardware.cpu_info import read_cpu_info
-from tilewright.codegen.numbers.layouts import WeightLayout, layout_from_dict
+from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.recipe.model import ABI_VERSION, Argument, Guard, Launch, Recipe
 from tilewright.tuning_db.records import ArtifactRecord, DeviceRecord, KernelRecord, PlanEntry, PlanRecord
@@ -208,7 +208,7 @@ def store_plan(
             if built is not None:
                 store.add_kernel(built.record, [built.artifact])
         layouts = [
-            layout_from_dict(layout).key if (layout := built.record.recipe["weight_layout"]) else ""
+            layout.key if (layout := Recipe.from_dict(built.record.recipe).weight_layout) else ""
             for _, built in entries
             if built is not None
         ]

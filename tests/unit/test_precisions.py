@@ -13,7 +13,6 @@ from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.numbers.precisions import (
     CPU_PRECISIONS,
     INTEGER_PRECISIONS,
-    LOSSLESS,
     find_precision,
     parse_precisions,
 )
@@ -108,11 +107,6 @@ def test_integer_products_are_offered_where_the_cpu_has_them() -> None:
 def test_layout_keys_name_the_precision() -> None:
     assert WeightLayout(8, precision="int4g32").key == "panel8_int4g32"
     assert len({WeightLayout(8, precision=name).key for name in CPU_PRECISIONS}) == len(CPU_PRECISIONS)
-
-
-def test_layouts_of_older_recipes_are_fp32() -> None:
-    old = {"columns": 16, "halves": 2, "run": 8, "dtype": "fp32", "scales": None}
-    assert WeightLayout.from_dict(old) == WeightLayout(16, 2, 8, LOSSLESS)
 
 
 def test_names_are_parsed_once_each() -> None:

@@ -132,23 +132,23 @@ GONE = object()
         ([], "the recipe is a list"),
         (change("format_version", to=1), "the recipe has format 1; this tilewright reads 2"),
         (change("format_version", to=GONE), "the recipe has format None"),
-        (change("size_name", to=GONE), "the recipe lacks the field 'size_name'"),
-        (change("dynamic_size", to="rows"), "the recipe has the field 'dynamic_size', which this tilewright does not"),
+        (change("size_name", to=GONE), "cannot be read (Recipe: the field 'size_name' is missing); tune again"),
+        (change("dynamic_size", to="rows"), "Recipe: there is no field 'dynamic_size'"),
         (change("size_name", to="lines"), "picks by the size 'lines', which none of its tensors has"),
-        (change("tensors", to="x"), "the recipe.tensors is 'x'; expected a list"),
-        (change("tensors", 0, to=3), "the recipe.tensors[0] is 3; expected an object"),
+        (change("tensors", to="x"), "Recipe.tensors: 'x' is not a list"),
+        (change("tensors", 0, to=3), "Recipe.tensors[0]: 3 is not an object"),
         (
             change("tensors", 0, "dims", 0, to=1.5),
-            "the recipe.tensors[0].dims[0] is 1.5; expected an integer or a text",
+            "Recipe.tensors[0].dims[0]: 1.5 is not an integer or a text",
         ),
         (change("tensors", 0, "dims", 1, to=-1), "tensor x has a dimension of -1"),
-        (change("tensors", 0, "dims", 1, to=True), "dims[1] is True; expected an integer or a text"),
-        (change("tensors", 0, "role", to="guest"), "role is 'guest'; expected one of input, weight, output"),
+        (change("tensors", 0, "dims", 1, to=True), "dims[1]: True is not an integer or a text"),
+        (change("tensors", 0, "role", to="guest"), "role: 'guest' is not one of 'input', 'weight', 'output'"),
         (change("tensors", 0, "name", to="out"), "gives the name 'out' to two things"),
         (change("tensors", 0, "name", to="tokens"), "gives the name 'tokens' to two things"),
         (change("tensors", 0, "name", to="workspace"), "calls a tensor or a size 'workspace'"),
         (change("tensors", 2, "bound", to="lines"), "(the bound of ids) reads unknown sizes ['lines']"),
-        (change("launches", 0, "arguments", 0, "kind", to="map"), "kind is 'map'; expected one of tensor, workspace"),
+        (change("launches", 0, "arguments", 0, "kind", to="map"), "kind: 'map' is not one of 'tensor', 'workspace'"),
         (change("launches", 0, "arguments", 0, "source", to="z"), "align takes 'z', which is no tensor of the recipe"),
         (change("launches", 0, "arguments", 2, "source", to=""), "recipe expression '' is not an integer expression"),
         (change("launches", 0, "arguments", 1, "source", to="lines"), "reads unknown sizes ['lines']"),
@@ -158,18 +158,18 @@ GONE = object()
         (change("launches", 0, "entry", to="a b"), "launches 'a b', which is no name of an entry"),
         (change("launches", 1, "arguments", 0, "map", "box", to=[8]), "a tensor map that needs an address, a shape"),
         (change("launches", 1, "arguments", 0, "map", "shape", 0, to="x"), "reads unknown sizes ['x']"),
-        (change("launches", 1, "arguments", 0, "map", "swizzle", to=None), "swizzle is None; expected an integer"),
+        (change("launches", 1, "arguments", 0, "map", "swizzle", to=None), "swizzle: None is not an integer"),
         (change("workspace_bytes", to="out"), "(workspace_bytes) reads unknown sizes ['out']"),
-        (change("workspace_zeroed", to=1), "workspace_zeroed is 1; expected true or false"),
+        (change("workspace_zeroed", to=1), "workspace_zeroed: 1 is not true or false"),
         (change("guards", 0, "multiple", to=0), "wants 'tokens' to be a multiple of 0"),
         (change("guards", 0, "multiple", to=1 << 63), "to be a multiple of 9223372036854775808; expected 1 to"),
         (change("guards", 0, "expression", to="tokens %"), "is not an integer expression"),
         (change("guards", 0, "expression", to="y"), "reads unknown sizes ['y']"),
-        (change("weight_layout", to=7), "weight_layout is 7; expected an object or an object or null"),
-        (change("weight_layout", "columns", to="8"), "columns is '8'; expected an integer"),
+        (change("weight_layout", to=7), "weight_layout: 7 is not an object or null"),
+        (change("weight_layout", "columns", to="8"), "columns: '8' is not an integer"),
         (change("weight_layout", "columns", to=0), "holds no columns"),
         (change("weight_layout", "precision", to="int3"), "unknown precision 'int3'"),
-        (change("weight_layout", "precision", to=[]), "weight layout cannot be read"),
+        (change("weight_layout", "precision", to=[]), "weight_layout.precision: [] is not a text"),
         (change("tensors", 3, "optional", to=True), "takes scales behind a packed weight, and the recipe has none"),
         (change("tensors", 3, "role", to="input"), "but no weight of three dimensions"),
     ],
@@ -181,8 +181,9 @@ def test_a_recipe_that_nothing_can_be_called_by_is_refused_in_one_sentence(data,
     assert "\n" not in str(refused.value)
 
 
-def test_a_recipe_from_before_there_were_tensor_maps_is_read() -> None:
-    assert Recipe.from_dict(change("launches", 0, "arguments", 0, "map", to=GONE)) == GPU_RECIPE
+def test_a_recipe_says_of_every_argument_whether_it_has_a_map() -> None:
+    with pytest.raises(TilewrightError, match="the field 'map' is missing"):
+        Recipe.from_dict(change("launches", 0, "arguments", 0, "map", to=GONE))
 
 
 SIZES = {"tokens": 70, "rows": 6}
