@@ -251,7 +251,14 @@ class Campaign:
                 within = self._with_constraints(space, variant_builder, constraints) or space
                 remaining = _REFINE_SHARE / (_REFINE_SHARE + _FINAL_SHARE)
                 self._search(tuners, within, request.trials, _share(until, remaining))
-                finals = Finals(make_tuner, evaluator, self._progress, copies=request.weight_copies, until=until)
+                finals = Finals(
+                    make_tuner,
+                    evaluator,
+                    self._progress,
+                    copies=request.weight_copies,
+                    until=until,
+                    starts=request.op.starting_configs(signature, target.arch, admitted),
+                )
                 self._finish(mine, constraints, tuners, finals, variant_builder, evaluator, run_id)
             spent = evaluator.spent
         report.build_s += sum(tuner.build_s for tuner in tuners)

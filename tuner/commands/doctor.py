@@ -151,6 +151,9 @@ def _noise() -> Finding:
             samples.append(time.perf_counter_ns() - begin)
     ratio = paired_ratio(*times)
     slow = float(np.percentile(times[0], 90) / np.median(times[0]))
+    assert ratio.low is not None  # a hundred samples carry an interval
+    assert ratio.high is not None
+    assert ratio.noise is not None
     text = (
         f"two equal products took times in the ratio {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]; "
         f"one in ten took {slow:.2f}x the median"

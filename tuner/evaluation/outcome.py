@@ -31,8 +31,8 @@ class Evaluation:
     """How one kernel did on one problem.
 
     With ``Outcome.OK`` the times are set, in microseconds; with every other outcome ``message`` says in one sentence
-    what went wrong. ``low_us`` and ``high_us`` bound the median with 95 % confidence; with fewer than six samples they
-    are the range of the samples, which covers less. Sample i of all kernels of a batch comes from the same moment and
+    what went wrong. ``low_us`` and ``high_us`` bound the median with 95 % confidence; they are None with fewer than
+    six samples, which do not carry an interval. Sample i of all kernels of a batch comes from the same moment and
     the same data; kernels that were clearly slower have fewer samples.
     A prediction has no samples; its ``low_us`` and ``high_us`` say how far off the model may be.
     """

@@ -26,6 +26,10 @@ class RaceRules:
     """Of each contestant."""
     eliminate: bool = True
     """Whether contestants that are clearly slower than the best drop out; samples of all are equally many otherwise."""
+    least_samples: int = 1
+    """Of each contestant: before it drops out within the budget, and before the race ends."""
+    overtime: float = 0.0
+    """Further budgets that the race may take for ``least_samples``."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ def race(
 ) -> RaceResult:
     """Time contestants until the best are known well enough, or ``budget_s`` is over (at least one lap is run).
 
+    Where those that are left have fewer samples than the rules want of them by then, it goes on for them.
+
     Args:
         contestants: distinct numbers, at least one.
         run_lap: does the timing.
@@ -58,16 +64,19 @@ def race(
 
     """
     end = clock() + budget_s
+    last = end + rules.overtime * budget_s
     active = list(contestants)
     samples = {contestant: np.empty(0) for contestant in contestants}
     while True:
         order.shuffle(active)
         for contestant, times in run_lap(active).items():
             samples[contestant] = np.concatenate((samples[contestant], times))
-        if rules.eliminate:
+        now = clock()
+        if rules.eliminate and (now >= end or len(samples[active[0]]) >= rules.least_samples):
             best = min(active, key=lambda contestant: float(np.median(samples[contestant])))
             active = [c for c in active if c == best or not clearly_slower(samples[c], samples[best], rules.tight)]
-        if clock() >= end or all(_known(samples[contestant], rules) for contestant in active):
+        enough = len(samples[active[0]]) >= rules.least_samples  # all that are left have as many
+        if now >= (end if enough else last) or all(_known(samples[contestant], rules) for contestant in active):
             return RaceResult(samples, frozenset(active))
 
 
@@ -75,4 +84,5 @@ def _known(samples: NDArray[np.float64], rules: RaceRules) -> bool:
     """Whether a contestant needs no more laps."""
     if len(samples) >= rules.max_samples:
         return True
-    return len(samples) > MIN_SAMPLES and median_interval(samples).half_width <= rules.tight
+    half_width = median_interval(samples).half_width if len(samples) > MIN_SAMPLES else None
+    return half_width is not None and half_width <= rules.tight

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_CONFIDENCE = 0.95
+CONFIDENCE = 0.95
 TOLERATED = 0.02
 """By which a kernel may be slower before that speaks against it: what races here resolve."""
 MIN_SAMPLES = 6
@@ -21,13 +20,15 @@ class Interval:
     """A median with its 95 % confidence interval, in the samples' unit."""
 
     median: float
-    low: float
-    high: float
+    low: float | None
+    """None, as ``high``: there are too few samples for an interval."""
+    high: float | None
+    samples: int
 
     @property
-    def half_width(self) -> float:
+    def half_width(self) -> float | None:
         """Half of the interval's width, as a share of the median."""
-        return (self.high - self.low) / (2 * self.median)
+        return None if self.low is None or self.high is None else (self.high - self.low) / (2 * self.median)
 
 
 @dataclass(frozen=True)
@@ -35,30 +36,35 @@ class Ratio:
     """How one kernel's time compares with another's: the median of paired ratios with its 95 % interval."""
 
     median: float
-    low: float
-    high: float
+    low: float | None
+    """None, as ``high``: there are too few pairs for an interval."""
+    high: float | None
     pairs: int
 
     @property
-    def noise(self) -> float:
+    def noise(self) -> float | None:
         """Largest deviation from 1 inside the interval: between equal kernels, the noise of this machine."""
-        return max(self.high - 1, 1 - self.low)
+        return None if self.low is None or self.high is None else max(self.high - 1, 1 - self.low)
 
 
 def median_interval(samples: ArrayLike) -> Interval:
     """Median of ``samples`` between two order statistics that bound it with 95 % confidence.
 
-    With fewer than six samples the interval is their range, which covers less.
+    Fewer than :data:`MIN_SAMPLES` do not carry an interval.
 
     Raises:
         ValueError: for no samples.
 
     """
     ordered = np.sort(np.asarray(samples, dtype=np.float64))
-    if not len(ordered):
+    count = len(ordered)
+    if not count:
         raise ValueError("a median needs at least one sample")
-    rank = _lower_rank(len(ordered))
-    return Interval(float(np.median(ordered)), float(ordered[rank]), float(ordered[len(ordered) - 1 - rank]))
+    median = float(np.median(ordered))
+    rank = lower_rank(count, (1 - CONFIDENCE) / 2)
+    if rank is None:
+        return Interval(median, None, None, count)
+    return Interval(median, float(ordered[rank]), float(ordered[count - 1 - rank]), count)
 
 
 def paired_ratio(times: ArrayLike, baseline: ArrayLike) -> Ratio:
@@ -71,43 +77,47 @@ def paired_ratio(times: ArrayLike, baseline: ArrayLike) -> Ratio:
         ValueError: for no pairs.
 
     """
+    interval = median_interval(paired_ratios(times, baseline))
+    return Ratio(interval.median, interval.low, interval.high, interval.samples)
+
+
+def paired_ratios(times: ArrayLike, baseline: ArrayLike) -> NDArray[np.float64]:
+    """Every pair's ratio, in order, [pairs]; surplus samples of the longer one are left out."""
     above, below = np.asarray(times, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
     pairs = min(len(above), len(below))
-    interval = median_interval(above[:pairs] / below[:pairs])
-    return Ratio(interval.median, interval.low, interval.high, pairs)
-
-
-def beats(candidate: Ratio, noise: float) -> bool:
-    """Whether a candidate may replace the incumbent that it was paired with.
-
-    Its whole interval must lie below 1, and its median by more than ``noise`` (:attr:`Ratio.noise` of a kernel against
-    itself): a winner within the noise replaces nothing.
-    """
-    return candidate.high < 1 and candidate.median < 1 - noise
+    ratios: NDArray[np.float64] = above[:pairs] / below[:pairs]
+    return ratios
 
 
 def clearly_slower(times: NDArray[np.float64], best: NDArray[np.float64], margin: float) -> bool:
     """Whether a contestant need not be timed any further against the ``best`` one.
 
     With six pairs or more: the interval of their ratio lies above ``1 + margin``. With fewer, every single pair must
-    speak against it by a margin that shrinks as they agree (3x after one, 1.5x after two, 1.22x after three): noise
-    rarely hits only one side, and by that much, several times running.
+    speak against it by :func:`unanimous_margin`.
     """
-    pairs = min(len(times), len(best))
-    if pairs >= MIN_SAMPLES:
-        return paired_ratio(times, best).low > 1 + margin
-    return bool(np.min(times[:pairs] / best[:pairs]) > 1 + 2 / pairs**2)
+    ratio = paired_ratio(times, best)
+    if ratio.low is not None:
+        return ratio.low > 1 + margin
+    return bool(np.min(paired_ratios(times, best)) > 1 + unanimous_margin(ratio.pairs))
+
+
+def unanimous_margin(pairs: int) -> float:
+    """Margin by which each of so few pairs must say the same, to be believed: it shrinks as they agree.
+
+    3x after one, 1.5x after two, 1.22x after three: noise rarely hits only one side, and by that much, several times
+    running.
+    """
+    return 2 / pairs**2
 
 
 @lru_cache(maxsize=4096)
-def _lower_rank(count: int) -> int:
-    """Rank, from 0, of the largest order statistic that lies above the median with 2.5 % probability or less."""
-    # It does when no more than ``rank`` samples are below the median, and their number is binomial(count, 1/2).
-    log_half_power = count * math.log(0.5)
-    log_factorial = math.lgamma(count + 1)
-    below = 0.0
-    for rank in range(count // 2 + 1):
-        below += math.exp(log_factorial - math.lgamma(rank + 1) - math.lgamma(count - rank + 1) + log_half_power)
-        if below > (1 - _CONFIDENCE) / 2:
-            return max(rank - 1, 0)
-    return count // 2
+def lower_rank(count: int, tail: float) -> int | None:
+    """Rank, from 0, of the largest of ``count`` order statistics that lies above the median with at most ``tail``.
+
+    None where even the smallest one does with a higher probability. Order statistic ``rank`` lies above the median when
+    no more than ``rank`` samples lie below it, and their number is binomial(count, 1/2).
+    """
+    from scipy.stats import binom  # here, since it takes long to import and not every command compares
+
+    rank = int(binom.ppf(tail, count, 0.5)) - 1
+    return rank if rank >= 0 else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,8 @@ from tilewright.codegen.space import Config
 from tilewright.tuner.campaign.loop import Candidate, ProblemResult, ProblemTuner
 from tilewright.tuner.campaign.variants import BuildResult, PlanConstraint
 from tilewright.tuner.evaluation.outcome import Evaluation
-from tilewright.tuner.evaluation.statistics import MIN_SAMPLES, TOLERATED, Ratio, clearly_slower
+from tilewright.tuner.evaluation.statistics import MIN_SAMPLES, TOLERATED, Ratio
+from tilewright.tuner.plan.decide import Pairing, preferred, replaces, replaces_overall
 from tilewright.tuning_db.records import Outcome
 
 _WORTH_A_COPY = 0.02
@@ -51,6 +52,14 @@ class Finalist:
 
     built: BuildResult
     evaluation: Evaluation
+    standing: int
+    """Where it stands among kernels that are as fast: 0 for the default, then the op's starting configs in their order,
+    then all others."""
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """By which kernels that the rule does not tell apart are ordered."""
+        return self.standing, self.key
 
     @property
     def key(self) -> str:
@@ -82,6 +91,8 @@ class Raced:
     problem: Problem
     right: tuple[Finalist, ...]
     default: Finalist
+    noise: Ratio | None = None
+    """A kernel against itself, at this size or the nearest at which that was raced."""
 
     @property
     def size(self) -> int:
@@ -101,9 +112,19 @@ class Raced:
         """How one kernel did."""
         return next((each for each in self.right if each.key == kernel_key), None)
 
+    def pairing(self, candidate: Finalist, incumbent: Finalist) -> Pairing:
+        """The two in this race."""
+        noise = self.noise.noise if self.noise else None
+        return Pairing(candidate.samples_us, incumbent.samples_us, noise or 0.0)
+
+    def replaces(self, candidate: Finalist, incumbent: Finalist, *, comparisons: int = 1) -> bool:
+        """Whether one takes the other's place at this size: see :func:`tilewright.tuner.plan.decide.replaces`."""
+        pairing = self.pairing(candidate, incumbent)
+        return replaces(pairing.candidate_us, pairing.incumbent_us, noise=pairing.noise, comparisons=comparisons)
+
     def slower_than_default(self, finalist: Finalist) -> bool:
-        """Whether it is slower than the default beyond the noise."""
-        return clearly_slower(finalist.samples_us, self.default.samples_us, TOLERATED)
+        """Whether the default takes its place."""
+        return finalist is not self.default and self.replaces(self.default, finalist)
 
 
 @dataclass(frozen=True)
@@ -117,8 +138,8 @@ class Final:
     default_us: Evaluation
     speedup: Ratio
     """Default's time over the winner's."""
-    noise: Ratio
-    """The winner against itself."""
+    noise: Ratio | None
+    """The fastest kernel of the race against itself; None where that was not raced."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +149,10 @@ class _Standing:
     time_us: float
     slower: bool
     """Than the default."""
+    standing: int
+    """The least of its kernels; see :attr:`Finalist.standing`."""
+    best: tuple[Raced, Finalist] | None = None
+    """In its last race, where it was in one."""
 
 
 def choose_constraints(
@@ -136,7 +161,8 @@ def choose_constraints(
     """What to search on in, of one precision if named; empty where no problem has a candidate.
 
     Those come first with which every problem has a candidate, then those with which none is slower than the default,
-    then those with which the sizes together lose least. ``copies`` layouts at the most, each of which must be worth it.
+    then those with which the sizes together lose least; the default's, where that makes less than 2 %. ``copies``
+    layouts at the most, each of which must be worth it.
     """
     solved = [result for result in results if result.candidates]
     sizes = []
@@ -144,40 +170,53 @@ def choose_constraints(
         default = result.candidates.get(result.default)
         limit_us = default.time_us * (1 + TOLERATED) if default else math.inf
         standings: dict[PlanConstraint, _Standing] = {}
-        for candidate in reversed(result.ranked()):
+        for candidate in result.ranked():
             if candidate.constraint is not None and precision in (None, candidate.kernel.recipe.precision):
-                standings[candidate.constraint] = _Standing(candidate.time_us, candidate.time_us > limit_us)
+                _enter(
+                    standings,
+                    candidate.constraint,
+                    _Standing(candidate.time_us, candidate.time_us > limit_us, int(candidate is not default)),
+                )
         sizes.append(standings)
-    return _pick(sizes, [result.ranked()[0].time_us for result in solved], copies)
+
+    def faster(candidate: Sequence[_Standing], incumbent: Sequence[_Standing]) -> bool:
+        """Times of a search are of different moments, so that there is no interval: a margin alone decides."""
+        ratios = [mine.time_us / other.time_us for mine, other in zip(candidate, incumbent, strict=True)]
+        return geometric_mean(ratios) < 1 - TOLERATED
+
+    return _pick(sizes, [result.ranked()[0].time_us for result in solved], copies, faster)
 
 
 def settle(raced: Sequence[Raced], copies: int = 1) -> Settled:
     """What the plan uses: by the last races, not by the search's many short ones.
 
     A layout with which a size would be clearly slower than the default is taken only if there is no other, and the
-    default's is always such another.
+    default's is always such another. Another than the default's is taken if its kernels replace those of the
+    default's, all sizes taken together.
     """
 
     def standings(each: Raced, *, ordered: bool) -> dict[PlanConstraint, _Standing]:
         found: dict[PlanConstraint, _Standing] = {}
-        for finalist in sorted(each.right, key=lambda finalist: -finalist.median_us):
+        for finalist in sorted(each.right, key=lambda finalist: (finalist.median_us, finalist.place)):
             constraint = finalist.constraint if ordered else PlanConstraint(finalist.built.variant.layout_key)
             if constraint is not None:
-                found[constraint] = _Standing(finalist.median_us, each.slower_than_default(finalist))
+                slower = each.slower_than_default(finalist)
+                _enter(found, constraint, _Standing(finalist.median_us, slower, finalist.standing, (each, finalist)))
         return found
 
     best_us = [each.best.median_us for each in raced]
-    constraints = _pick([standings(each, ordered=True) for each in raced], best_us, copies)
+    kept = [standings(each, ordered=True) for each in raced]
+    constraints = _pick(kept, best_us, copies, _replace_in_races)
     if not constraints:
         return Settled((), 1.0)
     settled = priced(constraints, raced)
-    more = _pick([standings(each, ordered=True) for each in raced], best_us, copies + 1)
+    more = _pick(kept, best_us, copies + 1, _replace_in_races)
     if len(more) > len(constraints):
         settled = replace(settled, another=priced(more, raced))
     if not settled.order:
         return settled
     free = [standings(each, ordered=False) for each in raced]
-    free_constraints = _pick(free, best_us, copies)
+    free_constraints = _pick(free, best_us, copies, _replace_in_races)
     ratios = [
         mine[0].median_us / min(each[constraint].time_us for constraint in free_constraints if constraint in each)
         for mine, each in zip([each.with_constraints(constraints) for each in raced], free, strict=True)
@@ -192,11 +231,28 @@ def priced(constraints: Sequence[PlanConstraint], raced: Sequence[Raced]) -> Set
     return Settled(tuple(constraints), geometric_mean(losses))
 
 
-def race_configs(tuner: ProblemTuner, configs: Sequence[Config], budget_s: float) -> Raced | None:
-    """Race ``configs`` and the default; None when the default was not right."""
+def noise_near(raced: Sequence[Raced], size: int) -> Ratio | None:
+    """A kernel against itself at the nearest size, by ratio, at which that is known; None where it is nowhere."""
+    known = [each for each in raced if each.noise is not None]
+    nearest = min(known, key=lambda each: max(each.size / size, size / each.size), default=None)
+    return nearest.noise if nearest else None
+
+
+def race_configs(
+    tuner: ProblemTuner, configs: Sequence[Config], budget_s: float, starts: Sequence[Config] = ()
+) -> Raced | None:
+    """Race ``configs`` and the default; None when the default was not right.
+
+    ``starts`` are the op's starting configs, which come before others that are as fast.
+    """
     result = tuner.result
     raced = tuner.race_again(list(dict.fromkeys([*configs, result.default])), budget_s)
-    right = tuple(Finalist(*pair) for pair in raced if pair[1].outcome is Outcome.OK)
+    standings = {config: 1 + place for place, config in enumerate(starts)} | {result.default: 0}
+    right = tuple(
+        Finalist(built, evaluation, standings.get(built.variant.config, 1 + len(starts)))
+        for built, evaluation in raced
+        if evaluation.outcome is Outcome.OK
+    )
     default = next((finalist for finalist in right if finalist.built.variant.config == result.default), None)
     return None if default is None else Raced(result.problem, right, default)
 
@@ -213,28 +269,67 @@ def geometric_mean(ratios: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0
 
 
+def _enter(standings: dict[PlanConstraint, _Standing], constraint: PlanConstraint, standing: _Standing) -> None:
+    """Note the next fastest kernel with ``constraint``: the first one is its best, and all say where it stands."""
+    first = standings.setdefault(constraint, standing)
+    standings[constraint] = replace(first, standing=min(first.standing, standing.standing))
+
+
+def _replace_in_races(candidate: Sequence[_Standing], incumbent: Sequence[_Standing]) -> bool:
+    """Whether kernels, one at each size, replace others by the races in which they met."""
+    pairings = []
+    for mine, other in zip(candidate, incumbent, strict=True):
+        if mine.best is not None and other.best is not None:
+            raced, finalist = mine.best
+            pairings.append(raced.pairing(finalist, other.best[1]))
+    return replaces_overall(pairings)
+
+
 def _pick(
-    sizes: Sequence[Mapping[PlanConstraint, _Standing]], best_us: Sequence[float], copies: int
+    sizes: Sequence[Mapping[PlanConstraint, _Standing]],
+    best_us: Sequence[float],
+    copies: int,
+    faster: Callable[[Sequence[_Standing], Sequence[_Standing]], bool],
 ) -> tuple[PlanConstraint, ...]:
-    """The best constraint, then, up to ``copies`` of one order, those that are worth their memory."""
+    """The best constraint, then, up to ``copies`` of one order, those that are worth their memory.
 
-    def loss(constraints: tuple[PlanConstraint, ...]) -> tuple[int, int, float]:
+    ``faster`` decides between those that leave as few sizes without a kernel, and as few slower than the default, from
+    the best of each at the sizes that both have.
+    """
+
+    def fastest(constraints: tuple[PlanConstraint, ...]) -> list[_Standing | None]:
         served = [[each[constraint] for constraint in constraints if constraint in each] for each in sizes]
-        fastest = [min(some, key=lambda s: s.time_us) if some else None for some in served]
-        ratios = [mine.time_us / best for mine, best in zip(fastest, best_us, strict=True) if mine]
-        return fastest.count(None), sum(mine.slower for mine in fastest if mine), geometric_mean(ratios)
+        return [min(some, key=lambda s: s.time_us) if some else None for some in served]
 
-    known = sorted({constraint for each in sizes for constraint in each})
+    def flaws(constraints: tuple[PlanConstraint, ...]) -> tuple[int, int]:
+        served = fastest(constraints)
+        return served.count(None), sum(mine.slower for mine in served if mine)
+
+    def cost(constraints: tuple[PlanConstraint, ...]) -> float:
+        served = zip(fastest(constraints), best_us, strict=True)
+        return geometric_mean([mine.time_us / best for mine, best in served if mine])
+
+    def displaces(candidate: tuple[PlanConstraint, ...], incumbent: tuple[PlanConstraint, ...]) -> bool:
+        mine, others = flaws(candidate), flaws(incumbent)
+        if mine != others:
+            return mine < others
+        both = [(a, b) for a, b in zip(fastest(candidate), fastest(incumbent), strict=True) if a and b]
+        return faster([a for a, _ in both], [b for _, b in both])
+
+    def place(constraint: PlanConstraint) -> tuple[int, PlanConstraint]:
+        return min(each[constraint].standing for each in sizes if constraint in each), constraint
+
+    known = sorted({constraint for each in sizes for constraint in each}, key=place)
     if not known:
         return ()
-    picked: tuple[PlanConstraint, ...] = (min(known, key=lambda constraint: loss((constraint,))),)
+    singles: list[tuple[PlanConstraint, ...]] = [(constraint,) for constraint in known]
+    picked = preferred(singles, displaces)
     while len(picked) < copies:
-        others = [
-            constraint for constraint in known if constraint not in picked and constraint.order == picked[0].order
-        ]
-        better = min(((*picked, constraint) for constraint in others), key=loss, default=picked)
-        missing, slower, cost = loss(picked)
-        if loss(better) >= (missing, slower, cost * (1 - _WORTH_A_COPY)):
+        others = [c for c in known if c not in picked and c.order == picked[0].order]
+        if not others:
             break
-        picked = better
+        more = preferred([(*picked, constraint) for constraint in others], displaces)
+        if (*flaws(more), cost(more)) >= (*flaws(picked), cost(picked) * (1 - _WORTH_A_COPY)):
+            break
+        picked = more
     return picked

@@ -22,7 +22,8 @@ from tilewright.codegen.workers.channel import Message
 from tilewright.codegen.workers.child import connect, serve
 from tilewright.codegen.workers.process import WorkerLostError, WorkerProcess
 from tilewright.tuner.evaluation.cpu.binding import DTYPES, outputs_of, shape_of, sizes_of
-from tilewright.tuner.evaluation.statistics import TOLERATED, Interval, Ratio, median_interval, paired_ratio
+from tilewright.tuner.evaluation.statistics import MIN_SAMPLES, Interval, Ratio, median_interval, paired_ratio
+from tilewright.tuner.plan.decide import replaces
 
 _ROUNDS = 25
 _LIMIT_S = 300
@@ -42,49 +43,77 @@ class Deployed:
     """One problem, as an engine would see it: interleaved calls from Python."""
 
     size: int
-    served: Interval
-    """Of the times in us of what the runtime serves; the others likewise."""
-    torch: Interval
-    default: Interval | None
+    served_us: tuple[float, ...]
+    """Times in us of what the runtime serves; those of the others at the same place are of the same moment."""
+    torch_us: tuple[float, ...]
+    default_us: tuple[float, ...] | None
     """None where it was not in the race."""
-    over_torch: Ratio
-    """Torch's time over that of what is served."""
-    over_default: Ratio | None
     error: float
     """Largest difference between what is served and torch, relative to the largest of torch's."""
+    noise: float = 0.0
+    """What became of two equal times: of a kernel that was raced with itself, at the nearest size where one was."""
+    kernel_key: str | None = None
+    """Of the kernel that was served; None: plain torch."""
+
+    @property
+    def served(self) -> Interval:
+        """Median time in us of what the runtime serves."""
+        return median_interval(self.served_us)
+
+    @property
+    def torch(self) -> Interval:
+        """Median time in us of plain torch."""
+        return median_interval(self.torch_us)
+
+    @property
+    def default(self) -> Interval | None:
+        """Median time in us of the default, where it was in the race."""
+        return median_interval(self.default_us) if self.default_us else None
+
+    @property
+    def over_torch(self) -> Ratio:
+        """Torch's time over that of what is served, pair by pair."""
+        return paired_ratio(self.torch_us, self.served_us)
+
+    @property
+    def over_default(self) -> Ratio | None:
+        """The default's time over that of what is served, pair by pair."""
+        return paired_ratio(self.default_us, self.served_us) if self.default_us else None
 
     @property
     def slower_than_torch(self) -> bool:
-        """Whether torch is faster, beyond the noise."""
-        return _loses(self.over_torch)
+        """Whether torch takes the place of what is served."""
+        return self._loses_to(self.torch_us)
 
     @property
     def slower_than_default(self) -> bool:
-        """Whether the default is faster, beyond the noise."""
-        return self.over_default is not None and _loses(self.over_default)
+        """Whether the default takes the place of what is served."""
+        return self.default_us is not None and self._loses_to(self.default_us)
+
+    @property
+    def torch_beats_default(self) -> bool:
+        """Whether torch, where both are faster than what is served, is the one to serve."""
+        if self.default_us is None:
+            return True
+        return replaces(np.array(self.torch_us), np.array(self.default_us), noise=self.noise)
+
+    def _loses_to(self, times_us: tuple[float, ...]) -> bool:
+        return replaces(np.array(times_us), np.array(self.served_us), noise=self.noise)
 
     def document(self) -> dict[str, Any]:
         """As JSON, with the samples, intervals and error of what was measured."""
         document = {
-            "torch": self._timed(self.torch, None),
-            "served": self._timed(self.served, self.error),
+            "kernel": self.kernel_key,
+            "torch": _timed(self.torch, None),
+            "served": _timed(self.served, self.error),
             "speedup": _ratio_document(self.over_torch),
         }
         if self.default is not None and self.over_default is not None:
             document |= {
-                "default": self._timed(self.default, None),
+                "default": _timed(self.default, None),
                 "speedup_over_default": _ratio_document(self.over_default),
             }
         return document
-
-    def _timed(self, times: Interval, error: float | None) -> dict[str, Any]:
-        return {
-            "median_us": times.median,
-            "low_us": times.low,
-            "high_us": times.high,
-            "samples": self.over_torch.pairs,
-            "error_against_torch": error,
-        }
 
 
 class DeployedRaces:
@@ -163,18 +192,22 @@ class DeployedRaces:
 
 
 def _from_document(row: Mapping[str, Any]) -> Deployed:
-    intervals = {name: row[name] and Interval(**row[name]) for name in (_SERVED, _TORCH, _DEFAULT)}
-    ratios = {name: row[name] and Ratio(**row[name]) for name in ("over_torch", "over_default")}
-    return Deployed(**{**row, **intervals, **ratios})
+    times = {name: row[name] and tuple(row[name]) for name in ("served_us", "torch_us", "default_us")}
+    return Deployed(**{**row, **times})
 
 
-def _loses(ratio: Ratio) -> bool:
-    """Whether a contender is faster than what is served, by a ratio of its time to that."""
-    return ratio.high * (1 + TOLERATED) < 1
+def _timed(times: Interval, error: float | None) -> dict[str, Any]:
+    return {
+        "median_us": times.median,
+        "low_us": times.low,
+        "high_us": times.high,
+        "samples": times.samples,
+        "error_against_torch": error,
+    }
 
 
-def _ratio_document(ratio: Ratio) -> dict[str, float]:
-    return {"median": ratio.median, "low": ratio.low, "high": ratio.high}
+def _ratio_document(ratio: Ratio) -> dict[str, float | None]:
+    return {"median": ratio.median, "low": ratio.low, "high": ratio.high, "samples": ratio.pairs}
 
 
 def _answer(request: dict[str, Any]) -> list[Deployed]:
@@ -243,16 +276,13 @@ def _race(
             contenders[name](*calls[round_ % len(calls)])
             if round_ >= 0:
                 times[name].append((time.perf_counter_ns() - begin) / 1e3)
-        if round_ >= 5 and time.perf_counter() > deadline:
+        if round_ + 1 >= MIN_SAMPLES and time.perf_counter() > deadline:
             break
-    intervals = {name: median_interval(taken) for name, taken in times.items()}
     return Deployed(
         size=problem.size,
-        served=intervals[_SERVED],
-        torch=intervals[_TORCH],
-        default=intervals.get(_DEFAULT),
-        over_torch=paired_ratio(times[_TORCH], times[_SERVED]),
-        over_default=paired_ratio(times[_DEFAULT], times[_SERVED]) if _DEFAULT in times else None,
+        served_us=tuple(times[_SERVED]),
+        torch_us=tuple(times[_TORCH]),
+        default_us=tuple(times[_DEFAULT]) if _DEFAULT in times else None,
         error=error,
     )
 

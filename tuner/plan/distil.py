@@ -9,64 +9,79 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from tilewright.tuner.campaign.variants import PlanConstraint
-from tilewright.tuner.evaluation.statistics import TOLERATED, clearly_slower, paired_ratio
 from tilewright.tuner.plan.constraint import Finalist, Raced, geometric_mean
+from tilewright.tuner.plan.decide import preferred, replaces_overall
 
-_NOISY = 0.05
-"""By which a kernel's median may be off where the noise does not tell it from the best."""
 _WORTH_A_SWITCH = 0.01
 """Of the time at one size, that another kernel must save there: fewer switches are fewer places to be wrong at."""
 
 
-def equals_best(finalist: Finalist, best: Finalist) -> bool:
-    """Whether the race does not tell the two apart, or hardly."""
-    loss = finalist.median_us / best.median_us - 1
-    if loss <= TOLERATED:
-        return True
-    return loss <= _NOISY and not clearly_slower(finalist.samples_us, best.samples_us, 0.0)
+def as_fast(raced: Raced, finalist: Finalist, best: Finalist) -> bool:
+    """Whether the fastest of a race would not take this one's place."""
+    return finalist is best or not raced.replaces(best, finalist)
 
 
 def distil(grid: Sequence[Raced], constraints: Collection[PlanConstraint]) -> list[str]:
     """Keys of few kernels of which one is as good as the best at every size of ``grid``.
 
-    Greedy: the next kernel is the one that is as good as the best at most of the sizes that are left, and of several
-    such ones that which loses least over all sizes where it was raced.
+    Greedy: the next kernel is the one that is as good as the best at most of the sizes that are left. Of several such
+    ones it is the first in canonical order (the default, the op's starting configs, the smaller key), unless another
+    replaces it by all races in which they met.
     """
-    points = {each.size: each.with_constraints(constraints) for each in grid if each.with_constraints(constraints)}
-    good = {size: {f.key for f in ranked if equals_best(f, ranked[0])} for size, ranked in points.items()}
-    loss: dict[str, float] = {}
-    for key in sorted({key for keys in good.values() for key in keys}):
-        ratios = [f.median_us / ranked[0].median_us for ranked in points.values() for f in ranked if f.key == key]
-        loss[key] = geometric_mean(ratios)
+    points = {each.size: each for each in grid if each.with_constraints(constraints)}
+    asked = _comparisons(grid, constraints)
+    good = {size: _good(each, constraints, asked) for size, each in points.items()}
+    places: dict[str, tuple[int, str]] = {}
+    for finalist in (finalist for some in good.values() for finalist in some):
+        places[finalist.key] = min(finalist.place, places.get(finalist.key, finalist.place))
+
+    def displaces(candidate: str, incumbent: str) -> bool:
+        met = [
+            each.pairing(mine, other)
+            for each in points.values()
+            if (mine := each.of(candidate)) and (other := each.of(incumbent))
+        ]
+        return replaces_overall(met)
+
     chosen: list[str] = []
-    while left := [size for size, keys in good.items() if not keys & set(chosen)]:
-        chosen.append(max(loss, key=lambda key: (sum(key in good[size] for size in left), -loss[key])))
+    while left := [keys for some in good.values() if not (keys := {f.key for f in some}) & set(chosen)]:
+        counts = {key: sum(key in keys for keys in left) for key in sorted(places, key=lambda key: places[key])}
+        chosen.append(preferred([key for key in counts if counts[key] == max(counts.values())], displaces))
     return chosen
 
 
 def assign(grid: Sequence[Raced], keys: Collection[str], constraints: Collection[PlanConstraint]) -> list[Finalist]:
     """Who serves at each size of ``grid``: of ``keys``, with as few switches as cost nothing.
 
-    Nobody serves where it was slower than the default, as long as there is a choice; where none of ``keys`` was right,
-    the best with ``constraints`` serves.
+    Where the default may serve, another kernel serves if it replaces it; or at a size at which the two are as fast, if
+    it does at the sizes below and above, and handing over and back would cost more. Nobody serves where the default
+    replaces it, as long as there is a choice; where none of ``keys`` was right, the best with ``constraints`` serves.
 
     Raises:
         ValueError: when nothing with these constraints was right at some size.
 
     """
+    asked = _comparisons(grid, constraints)
     choices: list[list[Finalist]] = []
+    losses: list[list[float]] = []
     for each in grid:
         fitting = each.with_constraints(constraints)
-        mine = [f for f in fitting if f.key in keys] or fitting
-        choices.append([f for f in mine if not each.slower_than_default(f)] or mine[:1])
-        if not choices[-1]:
+        if not fitting:
             raise ValueError(f"nothing serves {each.size}")
+        mine = [f for f in fitting if f.key in keys] or fitting
+        if each.default in fitting and each.default not in mine and not any(_proven(each, f, asked) for f in mine):
+            mine = [*mine, each.default]
+        options = [f for f in mine if not each.slower_than_default(f)] or mine[:1]
+        proven = [f for f in options if each.default not in options or _proven(each, f, asked)]
+        best = (proven or options)[0]
+        # In canonical order, so that of ways that cost the same the first one is taken.
+        choices.append(sorted(options, key=lambda finalist: finalist.place))
+        losses.append([_loss(each, f, best) + (0.0 if f in proven else _WORTH_A_SWITCH) for f in choices[-1]])
     # Shortest path: by size, the least cost of all before it for each choice, with the choice that it came from.
     costs: list[list[tuple[float, int]]] = []
     for position, options in enumerate(choices):
         row = []
-        for option in options:
-            own = math.log(option.median_us / min(f.median_us for f in options))
+        for option, own in zip(options, losses[position], strict=True):
             if position == 0:
                 row.append((own, -1))
                 continue
@@ -89,6 +104,28 @@ def cost_of(grid: Sequence[Raced], chosen: Sequence[Finalist], constraints: Coll
     """Geometric mean of the times of who serves, against the best with the same constraints at each size."""
     pairs = zip(grid, chosen, strict=True)
     return geometric_mean([mine.median_us / each.with_constraints(constraints)[0].median_us for each, mine in pairs])
+
+
+def _comparisons(grid: Sequence[Raced], constraints: Collection[PlanConstraint]) -> int:
+    """How many kernels with ``constraints`` challenge the default, at all sizes together; at least one."""
+    return max(1, sum(f is not each.default for each in grid for f in each.with_constraints(constraints)))
+
+
+def _proven(raced: Raced, finalist: Finalist, comparisons: int) -> bool:
+    """Whether it is the default, or replaces it at this size."""
+    return finalist is raced.default or raced.replaces(finalist, raced.default, comparisons=comparisons)
+
+
+def _good(raced: Raced, constraints: Collection[PlanConstraint], comparisons: int) -> list[Finalist]:
+    """Those that may serve and are as fast as the best of them, fastest first; of at least one with ``constraints``."""
+    fitting = raced.with_constraints(constraints)
+    may_serve = [f for f in fitting if raced.default not in fitting or _proven(raced, f, comparisons)]
+    return [f for f in may_serve if as_fast(raced, f, may_serve[0])]
+
+
+def _loss(raced: Raced, finalist: Finalist, best: Finalist) -> float:
+    """Log of how much slower than ``best`` a kernel is; 0 where the race does not tell them apart."""
+    return 0.0 if as_fast(raced, finalist, best) else math.log(finalist.median_us / best.median_us)
 
 
 @dataclass(frozen=True)
@@ -118,12 +155,11 @@ class Crossing:
         below, above = raced.of(self.below), raced.of(self.above)
         if below is None or above is None:
             return Crossing(self.below, self.above, *((raced.size, self.high) if below else (self.low, raced.size)))
-        ratio = paired_ratio(above.samples_us, below.samples_us)
-        if ratio.low <= 1 <= ratio.high:  # they cross here
-            return Crossing(self.below, self.above, raced.size, raced.size + 1)
-        return Crossing(
-            self.below, self.above, *((self.low, raced.size) if ratio.high < 1 else (raced.size, self.high))
-        )
+        if raced.replaces(above, below):
+            return Crossing(self.below, self.above, self.low, raced.size)
+        if raced.replaces(below, above):
+            return Crossing(self.below, self.above, raced.size, self.high)
+        return Crossing(self.below, self.above, raced.size, raced.size + 1)  # they cross here
 
 
 def sizes_between(sizes: Sequence[int]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tilewright.codegen.ops.base import Problem
 from tilewright.codegen.space import Config
@@ -15,8 +15,8 @@ from tilewright.tuner.campaign.progress import Progress
 from tilewright.tuner.campaign.variants import PlanConstraint
 from tilewright.tuner.evaluation.interface import Evaluator
 from tilewright.tuner.evaluation.statistics import Ratio, paired_ratio
-from tilewright.tuner.plan.constraint import Final, Finalist, Raced, Settled, priced, race_configs, settle
-from tilewright.tuner.plan.distil import Crossing, assign, cost_of, distil, equals_best, probe_sizes, sizes_between
+from tilewright.tuner.plan.constraint import Final, Finalist, Raced, Settled, noise_near, priced, race_configs, settle
+from tilewright.tuner.plan.distil import Crossing, as_fast, assign, cost_of, distil, probe_sizes, sizes_between
 from tilewright.tuner.plan.entries import plan_entries
 from tilewright.tuning_db.records import CHECKED_LEVELS, TIMINGS, Checked, PlanEntry, Timing
 
@@ -27,7 +27,7 @@ _TUNED_SHARE = 0.5
 _BETWEEN_SHARE = 0.6
 """Of what is left then, for the sizes between."""
 _NOISE_S = 0.5
-"""Seconds for the race of a winner against itself."""
+"""Seconds for the race of a kernel against itself."""
 _PROBE_S = 2.5
 """Most seconds for a race between tuned sizes, and for a probe."""
 _MOST_S = 6.0
@@ -91,7 +91,7 @@ class Probe:
     speedup: Ratio
     """Default's time over the kernel's."""
     slower: bool
-    """Whether the kernel is slower than the default beyond the noise."""
+    """Whether the default takes the kernel's place."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ class Finals:
         progress: told of every race.
         copies: of the weights, in as many layouts, that a plan may need.
         until: the moment (monotonic clock) by which all but the probes should be over.
+        starts: the op's starting configs, which serve before others that are as fast.
 
     """
 
@@ -131,12 +132,14 @@ class Finals:
         *,
         copies: int,
         until: float,
+        starts: Sequence[Config] = (),
     ) -> None:
         self._make_tuner = make_tuner
         self._evaluator = evaluator
         self._progress = progress
         self._copies = copies
         self._until = until
+        self._starts = starts
         self._tuned: list[Raced] = []
 
     def run(self, tuners: Sequence[ProblemTuner], constraints: Sequence[PlanConstraint]) -> Verdict | None:
@@ -147,7 +150,9 @@ class Finals:
             contenders = _contenders(tuner, solved, constraints, constraints[: self._copies])
             raced = self._race(tuner, contenders, until, len(solved) - done, _MOST_S)
             if raced is not None:
-                self._tuned.append(raced)
+                best = raced.best.built.kernel
+                noise = self._evaluator.measure_noise(best, raced.problem, budget_s=_NOISE_S)
+                self._tuned.append(replace(raced, noise=noise))
         self._tuned.sort(key=lambda each: each.size)
         if not self._tuned or not (settled := settle(self._tuned, self._copies)).constraints:
             return None
@@ -200,7 +205,7 @@ class Finals:
             settled = settle(grid, self._copies)
             keys = distil(grid, settled.constraints)
         tuned = [each for each in grid if each.size in {f.problem.size for f in verdict.finals}]
-        return self._decided(grid, tuned, settled, keys, verdict.candidates, finals=verdict.finals)
+        return self._decided(grid, tuned, settled, keys, verdict.candidates)
 
     def _decided(
         self,
@@ -210,27 +215,13 @@ class Finals:
         keys: Sequence[str],
         candidates: int,
         *,
-        finals: Sequence[Final] = (),
         steps: int = _STEPS,
     ) -> Verdict:
         chosen = assign(grid, keys, settled.constraints)
         crossings = tuple(self._crossings(grid, chosen, steps))
         by_size = {each.size: finalist for each, finalist in zip(grid, chosen, strict=True)}
-        noises = {final.problem.size: final.noise for final in finals}
-        made = tuple(self._final(each, by_size[each.size], noises.get(each.size)) for each in tuned)
+        made = tuple(_final(each, by_size[each.size]) for each in tuned)
         return Verdict(settled, tuple(grid), tuple(chosen), crossings, made, candidates)
-
-    def _final(self, raced: Raced, winner: Finalist, noise: Ratio | None) -> Final:
-        default = raced.default
-        return Final(
-            raced.problem,
-            winner.built,
-            winner.evaluation,
-            default.built,
-            default.evaluation,
-            paired_ratio(default.samples_us, winner.samples_us),
-            noise or self._evaluator.measure_noise(winner.built.kernel, raced.problem, budget_s=_NOISE_S),
-        )
 
     def _crossings(self, grid: Sequence[Raced], chosen: Sequence[Finalist], steps: int) -> Iterator[Crossing]:
         """Where each kernel hands over to the next: narrowed by races of the two, a few for each."""
@@ -271,9 +262,9 @@ class Finals:
         """All that serve anywhere, and the default, at one more size."""
         configs = [finalist.built.variant.config for finalist in verdict.chosen]
         tuner = self._make_tuner(verdict.grid[0].problem.with_size(size))
-        raced = race_configs(tuner, configs, _PROBE_S)
+        raced = race_configs(tuner, configs, _PROBE_S, self._starts)
         self._progress.raced(f"{tuner.result.problem.title}  probe", raced)
-        return raced
+        return self._with_noise(raced)
 
     def _race(
         self,
@@ -286,9 +277,12 @@ class Finals:
         note: str = "",
     ) -> Raced | None:
         seconds = (until - time.monotonic()) / races_left
-        raced = race_configs(tuner, configs, min(max(seconds, _LEAST_S), most_s))
+        raced = race_configs(tuner, configs, min(max(seconds, _LEAST_S), most_s), self._starts)
         self._progress.raced(tuner.result.problem.title + note, raced)
-        return raced
+        return self._with_noise(raced)
+
+    def _with_noise(self, raced: Raced | None) -> Raced | None:
+        return None if raced is None else replace(raced, noise=noise_near(self._tuned, raced.size))
 
     def _share(self, share: float) -> float:
         """The moment at which ``share`` of the time that is left is over."""
@@ -319,11 +313,24 @@ def _winners(tuned: Sequence[Raced], constraints: Sequence[PlanConstraint]) -> l
     for each in tuned:
         ranked = each.with_constraints(constraints)
         for finalist in ranked:
-            if equals_best(finalist, ranked[0]):
+            if as_fast(each, finalist, ranked[0]):
                 config = finalist.built.variant.config
                 found[config] = found.get(config, 0) + (len(tuned) if finalist is ranked[0] else 1)
     best = sorted(found, key=lambda config: -found[config])
     return best[: len(tuned) + 2]
+
+
+def _final(raced: Raced, winner: Finalist) -> Final:
+    default = raced.default
+    return Final(
+        raced.problem,
+        winner.built,
+        winner.evaluation,
+        default.built,
+        default.evaluation,
+        paired_ratio(default.samples_us, winner.samples_us),
+        raced.noise,
+    )
 
 
 def _probe(verdict: Verdict, raced: Raced) -> Probe | None:

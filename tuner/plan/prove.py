@@ -106,10 +106,18 @@ class Prover:
         self._budget_s = budget_s
         self._say = say
 
-    def prove(self, plan: PlanRecord, grid: Sequence[Problem], default: Default, probes: int) -> Proof:
+    def prove(
+        self,
+        plan: PlanRecord,
+        grid: Sequence[Problem],
+        default: Default,
+        probes: int,
+        noise_at: Callable[[int], float] = lambda _size: 0.0,
+    ) -> Proof:
         """Race ``plan`` at the problems of ``grid``, on which it rests, and at ``probes`` fresh sizes; mend it.
 
         The first round races both, later ones what was mended and fresh sizes. The plan that comes out is not stored.
+        ``noise_at`` says what becomes of two equal times at a size: what is faster by less mends nothing.
         """
         draw = random.Random(self._seed + _FRESH_SEED)
         known = {problem.size for problem in grid}
@@ -128,6 +136,9 @@ class Prover:
             except RaceLost as lost:
                 self._say(f"the plan could not be raced as it is served: {lost}")
                 break
+            raced = [
+                replace(row, noise=noise_at(row.size), kernel_key=_serving(plan.entries, row.size)) for row in raced
+            ]
             rounds.append(tuple(fresh))
             rows |= {row.size: row for row in raced}
             mended = [] if round_ == ROUNDS - 1 else self._mend(plan, base, raced, default, substitutes)
@@ -155,18 +166,17 @@ class Prover:
         for row in raced:
             if not (row.slower_than_torch or row.slower_than_default):
                 continue
-            choices: list[tuple[float, Mend, Substitute]] = []
-            # Torch adds up in other orders for other batches, so it has no part in a plan that must not.
-            if row.slower_than_torch and not plan.batch_invariant:
-                torch_us = row.torch.median
-                default_us = row.default.median if row.default else None
-                choices.append((torch_us, Mend(row.size, "torch"), Substitute(None, torch_us, default_us)))
+            choices: list[tuple[Mend, Substitute]] = []
             if row.slower_than_default and default.joins and row.default:
                 default_us = row.default.median
                 by_default = Substitute(default.kernel_key, default_us, default_us)
-                choices.append((default_us, Mend(row.size, "default"), by_default))
+                choices.append((Mend(row.size, "default"), by_default))
+            # Torch adds up in other orders for other batches, so it has no part in a plan that must not.
+            if row.slower_than_torch and not plan.batch_invariant and (not choices or row.torch_beats_default):
+                other_us = row.default.median if row.default else None
+                choices.append((Mend(row.size, "torch"), Substitute(None, row.torch.median, other_us)))
             if choices:
-                _, mend, substitute = min(choices, key=lambda choice: choice[0])
+                mend, substitute = choices[-1]
                 substitutes[row.size] = substitute
                 mended.append(mend)
             elif _serving(plan.entries, row.size) != _serving(base, row.size):

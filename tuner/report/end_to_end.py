@@ -27,9 +27,9 @@ class Part:
     """Of all its calls in plain torch."""
     tuned_us: float
     """Of all its calls as the runtime serves them."""
-    low_us: float
-    """The least and the most that ``tuned_us`` may be, by the interval of the paired speed-up."""
-    high_us: float
+    low_us: float | None
+    """The least and the most that ``tuned_us`` may be, by the interval of the paired speed-up, where it has one."""
+    high_us: float | None
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,17 @@ class Pass:
         return sum(part.tuned_us for part in self.parts)
 
     @property
-    def gain(self) -> tuple[float, float, float]:
-        """``torch_us / tuned_us`` with its 95 % interval; parts were measured apart, so that their noise is too."""
-        above = math.hypot(*(part.high_us - part.tuned_us for part in self.parts))
-        below = math.hypot(*(part.tuned_us - part.low_us for part in self.parts))
+    def gain(self) -> tuple[float, float | None, float | None]:
+        """``torch_us / tuned_us`` with its 95 % interval; parts were measured apart, so that their noise is too.
+
+        There is no interval where that of some part is not known.
+        """
         torch, tuned = self.torch_us, self.tuned_us
-        return torch / tuned, torch / (tuned + above), torch / max(tuned - below, 1e-9)
+        above = [part.high_us - part.tuned_us for part in self.parts if part.high_us is not None]
+        below = [part.tuned_us - part.low_us for part in self.parts if part.low_us is not None]
+        if len(above) < len(self.parts) or len(below) < len(self.parts):
+            return torch / tuned, None, None
+        return torch / tuned, torch / (tuned + math.hypot(*above)), torch / max(tuned - math.hypot(*below), 1e-9)
 
     def without(self, op: str) -> Pass:
         """The pass less its calls of ``op``."""
@@ -112,7 +117,8 @@ def telling_names(signatures: Sequence[Signature]) -> dict[str, str]:
 def _part(op: str, title: str, calls: float, row: Deployed) -> Part:
     """Times are tied to torch's by the paired speed-up, in which drift cancels."""
     torch, ratio = calls * row.torch.median, row.over_torch
-    return Part(op, title, calls, torch, torch / ratio.median, torch / ratio.high, torch / ratio.low)
+    low, high = (bound and torch / bound for bound in (ratio.high, ratio.low))
+    return Part(op, title, calls, torch, torch / ratio.median, low, high)
 
 
 def not_counted(model: ModelShape, tuned: Sequence[Signature]) -> list[str]:

@@ -21,7 +21,7 @@ from tilewright.tuner.report.terminal import Heading, plain
 
 _UNITS = ((1.0, "us"), (1e3, "ms"), (1e6, "s"))
 _GAP = "  "
-_NUMBER = re.compile(r"-|\d+(\.\d+)?(e-\d+)?([-%x ].*)?")
+_NUMBER = re.compile(r"-|(n=|>)?\d+(\.\d+)?(e-\d+)?([-%x, ].*)?")
 """A number with its unit or interval, or none; not a key, which may begin with a digit, too."""
 
 
@@ -31,17 +31,24 @@ def format_us(time_us: float) -> str:
     return f"{_three_digits(time_us / scale)} {unit}"
 
 
-def format_interval(median_us: float, low_us: float | None, high_us: float | None) -> str:
-    """Interval of a time, in the unit that ``format_us`` gives its median."""
+def format_interval(median_us: float, low_us: float | None, high_us: float | None, samples: int = 0) -> str:
+    """Interval of a time, in the unit that ``format_us`` gives its median; how many samples do not carry one."""
     if low_us is None or high_us is None:
-        return "-"
+        return no_interval(samples) if samples else "-"
     scale, _ = _unit(median_us)
     return f"{_three_digits(low_us / scale)}-{_three_digits(high_us / scale)}"
 
 
-def format_ratio(median: float, low: float, high: float) -> str:
-    """Ratio and its interval."""
+def format_ratio(median: float, low: float | None, high: float | None, samples: int = 0) -> str:
+    """Ratio and its interval; how many samples do not carry one."""
+    if low is None or high is None:
+        return f"{_three_digits(median)}x {no_interval(samples) if samples else ''}".rstrip()
     return f"{_three_digits(median)}x {_three_digits(low)}-{_three_digits(high)}"
+
+
+def no_interval(samples: int) -> str:
+    """In place of an interval: that ``samples`` are too few for one."""
+    return f"n={samples}, no interval"
 
 
 def format_shape(signature: Mapping[str, Any]) -> str:

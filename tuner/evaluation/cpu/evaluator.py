@@ -29,13 +29,15 @@ from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation, TimeSpe
 from tilewright.tuner.evaluation.problems import ProblemData, expected_bytes, share_inputs
 from tilewright.tuner.evaluation.racing import RaceRules
 from tilewright.tuner.evaluation.rotation import input_sets, weight_copies
-from tilewright.tuner.evaluation.statistics import Ratio, paired_ratio
+from tilewright.tuner.evaluation.statistics import MIN_SAMPLES, Ratio, paired_ratio
 from tilewright.tuning_db.records import Checked, Outcome
 
 _MEMORY_SHARE = 0.6
 """Of this machine's memory that weights and inputs may take together."""
 _PROBLEM_SHARE = 0.1
 """Of memory for problems that are kept for when they are asked for again."""
+_FINAL_RULES = RaceRules(least_samples=MIN_SAMPLES, overtime=1.0)
+"""Of races that decide, and whose medians are shown."""
 
 
 class CpuEvaluator:
@@ -132,7 +134,7 @@ class CpuEvaluator:
         problem: Problem,
         *,
         budget_s: float,
-        finalists: bool = False,  # noqa: ARG002  (every check is made of every kernel)
+        finalists: bool = False,
     ) -> list[Evaluation]:
         """Check every kernel of ``kernels`` and race those that are right, interleaved; one evaluation each, in order.
 
@@ -143,7 +145,8 @@ class CpuEvaluator:
             kernels: kernels of this evaluator's signature.
             problem: what to measure.
             budget_s: wall seconds for the race; checking comes on top, and every kernel is timed at least once.
-            finalists: makes no difference: all checks are made of every kernel.
+            finalists: whether each should be timed six times at least, in twice the budget if need be, so that medians
+                have intervals. All checks are made of every kernel.
 
         Raises:
             TilewrightError: when the problem does not fit the memory, or no worker can be started.
@@ -159,7 +162,7 @@ class CpuEvaluator:
                 [evaluations[index] for index in members],
                 data,
                 budget_s=budget_s * len(members) / len(racers),
-                rules=RaceRules(),
+                rules=_FINAL_RULES if finalists else RaceRules(),
             )
             for index, evaluation in zip(members, raced, strict=True):
                 evaluations[index] = evaluation
@@ -181,7 +184,9 @@ class CpuEvaluator:
         evaluation = self._check(kernel, data)
         twins = [evaluation, evaluation]
         if evaluation.outcome is Outcome.OK:
-            twins = self._race([kernel] * 2, twins, data, budget_s=budget_s, rules=RaceRules(eliminate=False))
+            twins = self._race(
+                [kernel] * 2, twins, data, budget_s=budget_s, rules=replace(_FINAL_RULES, eliminate=False)
+            )
         for twin in twins:
             if twin.outcome is not Outcome.OK:
                 raise TilewrightError(
