@@ -19,7 +19,7 @@ from tilewright.codegen.ops.attention.signature import AttentionSignature, Stage
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.runtime import PagedDecode, ServeOptions, VarlenPrefill
-from tilewright.tuner.report.roofline import measure_roofline
+from tilewright.tuner.report.roofline import roofline_share
 
 SHAPES = {"32/8 x128": (32, 8, 128, 16), "32/8 x64": (32, 8, 64, 16), "32/8 x64 p128": (32, 8, 64, 128)}
 """Query heads, key/value heads, head dim, tokens of a page."""
@@ -87,7 +87,7 @@ def run_race(stage: Stage, shape: str, call: tuple[int, int], threads: int) -> R
             best_peer=best,
             speedup=result.ratio(best, OURS),
             noise=result.noise,
-            roofline_share=measure_roofline(threads).time_us(work.flops, work.min_bytes) / mine.median,
+            roofline_share=roofline_share(threads, work.flops, work.min_bytes, mine.median),
         )
     )
     return result

@@ -15,7 +15,7 @@ from tuned import ensure_tuned
 
 from tilewright.codegen.hardware.cpu_info import read_cpu_info, usable_cores
 from tilewright.runtime import Experts, ServeOptions
-from tilewright.tuner.report.roofline import measure_roofline
+from tilewright.tuner.report.roofline import roofline_share
 
 SHAPES = {
     "E8 k2 1024->2048": {"experts": 8, "top_k": 2, "hidden": 1024, "inter": 2048},
@@ -65,7 +65,7 @@ def run_race(shape: str, tokens: int, threads: int) -> Race:
         result = race({OURS: ours, **contenders}, control=OURS, budget_s=BUDGET_S, min_rounds=11)
     best = result.fastest(list(contenders))
     mine = result.results[OURS].median_us
-    share = measure_roofline(threads).time_us(cases[0].flops, cases[0].bytes_moved) / mine.median
+    share = roofline_share(threads, cases[0].flops, cases[0].bytes_moved, mine.median)
     POINTS.append(
         Point(
             table="expert FFN",

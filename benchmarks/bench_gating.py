@@ -15,7 +15,7 @@ from tuned import ensure_tuned
 
 from tilewright.codegen.hardware.cpu_info import usable_cores
 from tilewright.runtime import Gate, ServeOptions
-from tilewright.tuner.report.roofline import measure_roofline
+from tilewright.tuner.report.roofline import roofline_share
 
 SHAPES = {"E64 k6": (64, 6, False), "E256 k8": (256, 8, False), "E256 k8 groups": (256, 8, True)}
 """Experts, top_k, and whether groups are chosen first, as DeepSeek-V3 does."""
@@ -79,7 +79,7 @@ def run_race(shape: str, tokens: int, threads: int) -> Race:
             best_peer=best,
             speedup=result.ratio(best, OURS),
             noise=result.noise,
-            roofline_share=measure_roofline(threads).time_us(0.0, cases[0].bytes_moved) / mine.median,
+            roofline_share=roofline_share(threads, 0.0, cases[0].bytes_moved, mine.median),
         )
     )
     return result

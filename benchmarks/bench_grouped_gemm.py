@@ -15,7 +15,7 @@ from tuned import ensure_tuned
 
 from tilewright.codegen.hardware.cpu_info import read_cpu_info, usable_cores
 from tilewright.runtime import ServeOptions, prepare
-from tilewright.tuner.report.roofline import measure_roofline
+from tilewright.tuner.report.roofline import roofline_share
 
 SHAPES = {
     "E8 k2 1024->2048": {"experts": 8, "top_k": 2, "hidden": 1024, "inter": 2048},
@@ -61,7 +61,6 @@ def run_race(shape: str, tokens: int, threads: int) -> Race:
     # A single call of a slow peer must not eat the whole budget.
     with limited_to(threads):
         result = race({OURS: ours, **contenders}, control=OURS, budget_s=BUDGET_S, min_rounds=11)
-    roofline = measure_roofline(threads)
     best = result.fastest(list(contenders))
     mine = result.results[OURS].median_us
     POINTS.append(
@@ -73,7 +72,7 @@ def run_race(shape: str, tokens: int, threads: int) -> Race:
             best_peer=best,
             speedup=result.ratio(best, OURS),
             noise=result.noise,
-            roofline_share=roofline.time_us(cases[0].flops, cases[0].bytes_moved) / mine.median,
+            roofline_share=roofline_share(threads, cases[0].flops, cases[0].bytes_moved, mine.median),
         )
     )
     return result

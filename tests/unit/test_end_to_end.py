@@ -5,7 +5,6 @@ import pytest
 from tilewright.codegen.models.shapes import load_model
 from tilewright.codegen.ops.registry import OPS
 from tilewright.codegen.routing.spec import RoutingSpec
-from tilewright.tuner.evaluation.statistics import Interval, Ratio
 from tilewright.tuner.plan.deployed import Deployed
 from tilewright.tuner.report.end_to_end import not_counted, passes, telling_names
 
@@ -14,9 +13,9 @@ SIGNATURES = {name: op.signatures(MODEL) for name, op in OPS.items()}
 
 
 def raced(tokens: int, torch_us: float, speedup: float, noise: float = 0.0) -> Deployed:
-    once = Interval(torch_us, torch_us, torch_us)
-    ratio = Ratio(speedup, speedup * (1 - noise), speedup * (1 + noise), pairs=9)
-    return Deployed(tokens, once, once, None, ratio, None, error=0.0)
+    """Six times of each, so that the interval is the range: the served ones are off by ``noise`` once each way."""
+    served_us = [torch_us / (speedup * factor) for factor in (1, 1 - noise, 1, 1, 1 + noise, 1)]
+    return Deployed(tokens, tuple(served_us), (torch_us,) * 6, None, error=0.0)
 
 
 def test_calls_are_counted_per_layer_and_phase():
@@ -80,3 +79,10 @@ def test_parts_that_share_a_title_say_how_they_differ():
     decode = [signature for signature in SIGNATURES["attention"] if signature.stage == "decode"]
     assert set(telling_names(decode).values()) == {"attention decode window=0", "attention decode window=128"}
     assert set(telling_names(decode[:1]).values()) == {"attention decode"}
+
+
+def test_a_gain_has_no_interval_where_a_part_has_none():
+    up, down = SIGNATURES["moe_gemm"]
+    few = Deployed(1, (5.0,) * 5, (10.0,) * 5, None, error=0.0)
+    one = passes(MODEL, [(up, [raced(1, 100.0, 2.0)]), (down, [few])])[0]
+    assert one.gain == (pytest.approx(2.0), None, None)

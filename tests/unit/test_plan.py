@@ -59,7 +59,7 @@ def finalist(variant_builder: VariantBuilder, config: Config, time_us: float) ->
     variant = variant_builder.variant(config)
     samples = tuple(time_us * (1 + 0.001 * (index % 3)) for index in range(ROUNDS))
     evaluation = Evaluation(variant.key, Outcome.OK, samples_us=samples, median_us=time_us)
-    return Finalist(BuildResult(variant, None, "", 0.0), evaluation)
+    return Finalist(BuildResult(variant, None, "", 0.0), evaluation, int(config != DEFAULT))
 
 
 def raced(variant_builder: VariantBuilder, times: Mapping[Config, float], rows: int = 16) -> Raced:

@@ -74,6 +74,31 @@ def test_nobody_drops_out_of_a_race_without_elimination() -> None:
     assert result.finalists == {0, 1}
 
 
+def test_a_race_that_decides_goes_on_until_medians_have_intervals() -> None:
+    rules = RaceRules(tight=1e-9, least_samples=6, overtime=9.0)
+    track = Track([1000, 1000])
+    result = race(range(2), track.lap, budget_s=3e-3, rules=rules, order=random.Random(0), clock=track.clock)
+    assert [len(samples) for samples in result.samples_us.values()] == [6, 6]
+    cut = Track([1000, 1000])
+    race(range(2), cut.lap, budget_s=2e-3, rules=RaceRules(tight=1e-9), order=random.Random(0), clock=cut.clock)
+    assert cut.laps < 3
+
+
+def test_a_race_goes_on_within_its_limits() -> None:
+    track = Track([1000, 1000])
+    rules = RaceRules(least_samples=6, overtime=1.0)
+    race(range(2), track.lap, budget_s=4e-3, rules=rules, order=random.Random(0), clock=track.clock)
+    assert 3 < track.laps < 6
+
+
+def test_nobody_drops_out_of_a_race_that_decides_with_too_few_samples_for_an_interval() -> None:
+    track = Track([100, 900])
+    rules = RaceRules(least_samples=6)
+    result = race(range(2), track.lap, budget_s=1.0, rules=rules, order=random.Random(0), clock=track.clock)
+    assert result.finalists == {0}
+    assert len(result.samples_us[1]) == 6
+
+
 @given(contestants=st.integers(1, 20), sets=st.integers(1, 16), laps=st.integers(1, 4))
 def test_every_contestant_runs_on_every_set_once_a_lap(contestants: int, sets: int, laps: int) -> None:
     rotation = Rotation(sets)

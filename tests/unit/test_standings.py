@@ -41,5 +41,10 @@ def test_nothing_stands_where_nothing_was_right():
 
 
 def test_a_measured_entry_has_samples_interval_and_error():
-    one = replace(trial("run"), samples_us=(1.0, 2.0), low_us=1.0, high_us=2.0, median_us=1.5, error=1e-6)
-    assert measured_document(one) == {"median_us": 1.5, "low_us": 1.0, "high_us": 2.0, "samples": 2, "error": 1e-6}
+    timed = replace(trial("run"), low_us=1.0, high_us=2.0, median_us=1.5, error=1e-6)
+    six, two = replace(timed, samples_us=(1.0, 2.0) * 3), replace(timed, samples_us=(1.0, 2.0))
+    assert measured_document(six) == {"median_us": 1.5, "low_us": 1.0, "high_us": 2.0, "samples": 6, "error": 1e-6}
+    # Databases hold such intervals from when their range was taken for one.
+    assert measured_document(two) == {"median_us": 1.5, "low_us": None, "high_us": None, "samples": 2, "error": 1e-6}
+    predicted = replace(timed, samples_us=(), timing="predicted")
+    assert measured_document(predicted)["low_us"] == 1.0

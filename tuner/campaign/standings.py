@@ -9,6 +9,7 @@ from typing import Any
 from tilewright.codegen.space import Config, Space
 from tilewright.tuner.campaign.loop import FINAL_RACE
 from tilewright.tuner.campaign.variants import VariantBuilder
+from tilewright.tuner.evaluation.statistics import MIN_SAMPLES
 from tilewright.tuning_db.records import Checked, Outcome, ProblemSummary, TrialRecord
 from tilewright.tuning_db.store import Store
 
@@ -58,12 +59,20 @@ def standings(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
     return [*sorted(last.values(), key=_time_us), *others.values()]
 
 
+def carried_interval(measured: Any) -> tuple[float | None, float | None]:
+    """Interval of a time in us, of a trial or of an evaluation; none where samples are too few for one."""
+    if 0 < len(measured.samples_us) < MIN_SAMPLES:
+        return None, None
+    return measured.low_us, measured.high_us
+
+
 def measured_document(measured: Any) -> dict[str, Any]:
     """What every measured entry of a JSON document says; of a trial or of an evaluation."""
+    low_us, high_us = carried_interval(measured)
     return {
         "median_us": measured.median_us,
-        "low_us": measured.low_us,
-        "high_us": measured.high_us,
+        "low_us": low_us,
+        "high_us": high_us,
         "samples": len(measured.samples_us),
         "error": measured.error,
     }

@@ -13,10 +13,10 @@ from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.codegen.ops.registry import find_op
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.loop import FINAL_RACE
-from tilewright.tuner.campaign.standings import checked, measured_document, right_trials, standings
+from tilewright.tuner.campaign.standings import carried_interval, checked, measured_document, right_trials, standings
 from tilewright.tuner.commands.common import add_options, only_one, print_json
 from tilewright.tuner.report.comparison import compare_kernels
-from tilewright.tuner.report.roofline import measure_roofline
+from tilewright.tuner.report.roofline import Achieved, ceilings, format_share
 from tilewright.tuner.report.terminal import print_lines
 from tilewright.tuner.report.text import (
     format_interval,
@@ -99,6 +99,7 @@ def _variants(store: Store, summary: ProblemSummary, top: int) -> dict[str, Any]
     chosen = ranked[:top]
     if default is not None and default not in chosen:
         chosen.append(default)
+    bound_us, roofline = _bound(op, problem, summary, chosen)
     return {
         "problem": summary.problem_key,
         "signature": problem.signature.to_dict(),
@@ -113,20 +114,21 @@ def _variants(store: Store, summary: ProblemSummary, top: int) -> dict[str, Any]
 
 
 def _bound(
-    op: OpDeclaration[Any, Any], problem: Problem, summary: ProblemSummary, ranked: Sequence[TrialRecord]
+    op: OpDeclaration[Any, Any], problem: Problem, summary: ProblemSummary, shown: Sequence[TrialRecord]
 ) -> tuple[float | None, str]:
     """Least time of a problem in us, and in words where it comes from; None where it is not known here."""
-    if ranked and all(trial.timing == "predicted" for trial in ranked):
+    if shown and all(trial.timing == "predicted" for trial in shown):
         return None, f"predicted for {summary.device_key}; nothing was timed on it"
     if summary.device_key != read_cpu_info().key:
         return None, "the roofline is not known here: the times are of another device"
     try:
-        roofline = measure_roofline(summary.threads)
         work = op.workload(problem, op.inputs(problem, 0))
+        achieved = [Achieved(work.flops, work.min_bytes, t.median_us) for t in shown if t.median_us]
+        roofline = ceilings(summary.threads).explaining(achieved)
     except TilewrightError as error:  # no compiler, or recorded routing that is gone
         return None, f"the roofline is not known here: {error}"
-    ceilings = f"{roofline.peak_gflops:.0f} GFLOP/s, {roofline.bandwidth_gbps:.0f} GB/s"
-    return roofline.time_us(work.flops, work.min_bytes), f"roofline as measured just now: {ceilings}"
+    words = f"{roofline.peak_gflops:.0f} GFLOP/s, {roofline.bandwidth_gbps:.0f} GB/s"
+    return roofline.time_us(work.flops, work.min_bytes), f"roofline as measured just now: {words}"
 
 
 def _variant(
@@ -138,7 +140,7 @@ def _variant(
         **measured_document(trial),
         "against_best": median / (best.median_us or median),
         "against_default": median / default.median_us if default and default.median_us else None,
-        "within_noise_of_best": trial.timing == "measured" and (trial.low_us or 0.0) <= (best.high_us or 0.0),
+        "within_noise_of_best": trial.timing == "measured" and not _told_apart(trial, best),
         "is_default": trial is default,
         "race": trial.search,
         "roofline_share": None if bound_us is None else bound_us / median,
@@ -146,6 +148,12 @@ def _variant(
         "checked": checked(trial),
         "config": trial.config,
     }
+
+
+def _told_apart(trial: TrialRecord, best: TrialRecord) -> bool:
+    """Whether the intervals do not overlap; too few samples for one tell nothing apart."""
+    low_us, best_high_us = carried_interval(trial)[0], carried_interval(best)[1]
+    return trial is not best and low_us is not None and best_high_us is not None and low_us > best_high_us
 
 
 _HEAD = (
@@ -162,7 +170,7 @@ _HEAD = (
     "checked",
 )
 _NOTE = """\
-time/best 1.10 is 10 % slower than the best; ~: the intervals overlap.
+time/best 1.10 is 10 % slower than the best; ~: the intervals overlap, or samples are too few for one.
 race: finalists met in one last race (final); the others were timed at other moments, and compare only roughly."""
 
 
@@ -178,11 +186,11 @@ def _lines(document: dict[str, Any]) -> list[str]:
         (
             v["kernel"][:8] + (" default" if v["is_default"] else ""),
             format_us(v["median_us"]),
-            format_interval(v["median_us"], v["low_us"], v["high_us"]),
+            format_interval(v["median_us"], v["low_us"], v["high_us"], v["samples"]),
             str(v["samples"] or "-"),
             f"{v['against_best']:.2f}" + (" ~" if v["within_noise_of_best"] else "  "),
             "-" if v["against_default"] is None else f"{v['against_default']:.2f}",
-            "-" if v["roofline_share"] is None else f"{v['roofline_share']:.0%}",
+            "-" if v["roofline_share"] is None else format_share(v["roofline_share"]),
             "-" if v["error"] is None else f"{v['error']:.0e}",
             "final" if v["race"] == FINAL_RACE else v["race"],
             v["timing"],

@@ -17,7 +17,7 @@ from tilewright.tuner.evaluation.statistics import Ratio
 from tilewright.tuner.plan.constraint import Final
 from tilewright.tuner.plan.deployed import Deployed
 from tilewright.tuner.plan.facts import costs_text, probed_text
-from tilewright.tuner.report.roofline import Roofline
+from tilewright.tuner.report.roofline import Achieved, Roofline, format_share
 from tilewright.tuner.report.text import (
     format_ratio,
     format_shape,
@@ -30,9 +30,11 @@ from tilewright.tuner.report.text import (
 
 HEAD = ("tokens", "torch", "default", "tuned", "vs default", "vs torch", "roofline", "noise", "kernel")
 NOTES = """\
-default: the config that one would write down without tuning, in one last race with the tuned one
-torch: the same in plain torch, raced with the plan as the runtime serves it
-roofline: share of what bandwidth or peak allow here; noise: the tuned kernel raced with itself"""
+a row is one race of three, called in turn from Python: plain torch, the default (the config that
+one would write down without tuning), and tuned (the plan as the runtime serves it)
+vs: median of the ratios of neighbouring calls, with its 95 % interval
+roofline: share of what bandwidth or peak allow here; >105%: the data comes from a cache
+noise: a kernel raced with itself"""
 
 
 @dataclass(frozen=True)
@@ -144,17 +146,25 @@ class Findings:
         return [part for text in texts if text for part in wrapped(text, terminal_width())]
 
     def _row(self, final: Final, served: Deployed | None) -> Sequence[str]:
-        return (
-            str(final.problem.size),
-            format_us(served.torch.median) if served else "-",
-            format_us(final.default_us.median_us or 0),
-            format_us(final.winner_us.median_us or 0),
-            format_ratio(*_interval(final.speedup)),
-            format_ratio(*_interval(served.over_torch)) if served else "-",
-            f"{self._roofline_share(final):.0%}",
-            f"{final.noise.noise:.1%}",
-            self._name(final),
-        )
+        """Of one race: the plan's as it is served, or where that was lost, the last one of the finalists."""
+        noise = final.noise.noise if final.noise else None
+        size, ending = str(final.problem.size), "-" if noise is None else f"{noise:.1%}"
+        if served is None:
+            tuned_us = final.winner_us.median_us or math.inf
+            times = ("-", format_us(final.default_us.median_us or 0), format_us(tuned_us))
+            ratios, name = (_ratio(final.speedup), "-"), self._name(final, final.winner.variant.key)
+        else:
+            tuned_us = served.served.median
+            times = (
+                format_us(served.torch.median),
+                format_us(served.default.median) if served.default else "-",
+                format_us(tuned_us),
+            )
+            ratios, name = (
+                (_ratio(served.over_default), _ratio(served.over_torch)),
+                self._name(final, served.kernel_key),
+            )
+        return size, *times, *ratios, format_share(self._roofline_share(final.problem, tuned_us)), ending, name
 
     def served(self, problem: Problem) -> Deployed | None:
         """The plan at ``problem`` raced against plain torch, where it was."""
@@ -162,10 +172,20 @@ class Findings:
         rows = mine.proof.rows if mine.proof else ()
         return next((row for row in rows if row.size == problem.size), None)
 
-    def _roofline_share(self, final: Final) -> float:
+    def achieved(self) -> list[Achieved]:
+        """Of what shares of the roofline are stated."""
+        finals = [final for mine in self.report.signatures for final in mine.finals]
+        served = [(final.problem, row.served.median) for final in finals if (row := self.served(final.problem))]
+        raced = [(final.problem, final.winner_us.median_us) for final in finals]
+        return [self._achieved(problem, time_us) for problem, time_us in (*served, *raced) if time_us]
+
+    def _achieved(self, problem: Problem, time_us: float) -> Achieved:
         request = self.request
-        work = request.op.workload(final.problem, request.op.inputs(final.problem, request.seed))
-        return self.roofline.time_us(work.flops, work.min_bytes) / (final.winner_us.median_us or math.inf)
+        work = request.op.workload(problem, request.op.inputs(problem, request.seed))
+        return Achieved(work.flops, work.min_bytes, time_us)
+
+    def _roofline_share(self, problem: Problem, time_us: float) -> float:
+        return self.roofline.share(self._achieved(problem, time_us))
 
     def _signature_document(self, mine: SignatureReport) -> dict[str, Any]:
         return {
@@ -197,19 +217,34 @@ class Findings:
             "checked": "device",
             "tuned": measured_document(final.winner_us),
             "default": measured_document(final.default_us),
-            "speedup": {"median": final.speedup.median, "low": final.speedup.low, "high": final.speedup.high},
-            "noise": final.noise.noise,
-            "roofline_share": self._roofline_share(final),
-            "deployed": None if served is None else served.document(),
+            "speedup": {
+                "median": final.speedup.median,
+                "low": final.speedup.low,
+                "high": final.speedup.high,
+                "samples": final.speedup.pairs,
+            },
+            "noise": final.noise.noise if final.noise else None,
+            "roofline_share": self._roofline_share(final.problem, final.winner_us.median_us or math.inf),
+            "deployed": None if served is None else self._deployed_document(final.problem, served),
         }
 
-    def _name(self, final: Final) -> str:
-        """Enough to recognise a kernel by; ``the default`` where that won."""
-        return "the default" if final.winner == final.default else self.request.op.label(final.winner.variant.config)
+    def _deployed_document(self, problem: Problem, served: Deployed) -> dict[str, Any]:
+        return {**served.document(), "roofline_share": self._roofline_share(problem, served.served.median)}
+
+    def _name(self, final: Final, key: str | None) -> str:
+        """Enough to recognise by what serves; ``the default`` where that does."""
+        if key is None:
+            return "torch"
+        if key == final.default.variant.key:
+            return "the default"
+        mine = next(each for each in self.report.signatures if each.signature == final.problem.signature)
+        raced = mine.verdict.grid if mine.verdict else ()
+        config = next((finalist.built.variant.config for each in raced if (finalist := each.of(key))), None)
+        return key[:8] if config is None else self.request.op.label(config)
 
 
-def _interval(ratio: Ratio) -> tuple[float, float, float]:
-    return ratio.median, ratio.low, ratio.high
+def _ratio(ratio: Ratio | None) -> str:
+    return "-" if ratio is None else format_ratio(ratio.median, ratio.low, ratio.high, ratio.pairs)
 
 
 def _point_document(point: FrontPoint) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tilewright.codegen.ops.registry import find_op
-from tilewright.tuner.campaign.standings import checked, measured_document, right_trials, standings
+from tilewright.tuner.campaign.standings import carried_interval, checked, measured_document, right_trials, standings
 from tilewright.tuner.commands.common import add_options, only_one, print_json
 from tilewright.tuner.plan.facts import costs_text, probed_text
 from tilewright.tuner.report.terminal import print_lines, print_source
@@ -183,7 +183,7 @@ def _row(problem: _KnownProblem) -> tuple[str, ...]:
     return (
         *counts,
         format_us(best.median_us),
-        format_interval(best.median_us, best.low_us, best.high_us),
+        format_interval(best.median_us, *carried_interval(best), len(best.samples_us)),
         str(len(best.samples_us) or "-"),
         "-" if best.error is None else f"{best.error:.0e}",
         best.timing,
@@ -254,7 +254,9 @@ def _kernel_lines(kernel: KernelRecord, trials: Sequence[TrialRecord]) -> list[s
             trial.search,
             trial.outcome.value,
             "-" if trial.median_us is None else format_us(trial.median_us),
-            "-" if trial.median_us is None else format_interval(trial.median_us, trial.low_us, trial.high_us),
+            "-"
+            if trial.median_us is None
+            else format_interval(trial.median_us, *carried_interval(trial), len(trial.samples_us)),
             str(len(trial.samples_us) or "-"),
             "-" if trial.error is None else f"{trial.error:.0e}",
         )

@@ -16,9 +16,9 @@ _WORTH_A_SWITCH = 0.01
 """Of the time at one size, that another kernel must save there: fewer switches are fewer places to be wrong at."""
 
 
-def as_fast(raced: Raced, finalist: Finalist, best: Finalist) -> bool:
-    """Whether the fastest of a race would not take this one's place."""
-    return finalist is best or not raced.replaces(best, finalist)
+def as_fast(raced: Raced, finalist: Finalist, best: Finalist, comparisons: int) -> bool:
+    """Whether the fastest of a race, which one of ``comparisons`` is by luck, would not take this one's place."""
+    return finalist is best or not raced.replaces(best, finalist, comparisons=comparisons)
 
 
 def distil(grid: Sequence[Raced], constraints: Collection[PlanConstraint]) -> list[str]:
@@ -76,7 +76,7 @@ def assign(grid: Sequence[Raced], keys: Collection[str], constraints: Collection
         best = (proven or options)[0]
         # In canonical order, so that of ways that cost the same the first one is taken.
         choices.append(sorted(options, key=lambda finalist: finalist.place))
-        losses.append([_loss(each, f, best) + (0.0 if f in proven else _WORTH_A_SWITCH) for f in choices[-1]])
+        losses.append([_loss(each, f, best, asked) + (0.0 if f in proven else _WORTH_A_SWITCH) for f in choices[-1]])
     # Shortest path: by size, the least cost of all before it for each choice, with the choice that it came from.
     costs: list[list[tuple[float, int]]] = []
     for position, options in enumerate(choices):
@@ -120,12 +120,12 @@ def _good(raced: Raced, constraints: Collection[PlanConstraint], comparisons: in
     """Those that may serve and are as fast as the best of them, fastest first; of at least one with ``constraints``."""
     fitting = raced.with_constraints(constraints)
     may_serve = [f for f in fitting if raced.default not in fitting or _proven(raced, f, comparisons)]
-    return [f for f in may_serve if as_fast(raced, f, may_serve[0])]
+    return [f for f in may_serve if as_fast(raced, f, may_serve[0], comparisons)]
 
 
-def _loss(raced: Raced, finalist: Finalist, best: Finalist) -> float:
+def _loss(raced: Raced, finalist: Finalist, best: Finalist, comparisons: int) -> float:
     """Log of how much slower than ``best`` a kernel is; 0 where the race does not tell them apart."""
-    return 0.0 if as_fast(raced, finalist, best) else math.log(finalist.median_us / best.median_us)
+    return 0.0 if as_fast(raced, finalist, best, comparisons) else math.log(finalist.median_us / best.median_us)
 
 
 @dataclass(frozen=True)

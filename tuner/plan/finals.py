@@ -313,7 +313,7 @@ def _winners(tuned: Sequence[Raced], constraints: Sequence[PlanConstraint]) -> l
     for each in tuned:
         ranked = each.with_constraints(constraints)
         for finalist in ranked:
-            if as_fast(each, finalist, ranked[0]):
+            if as_fast(each, finalist, ranked[0], len(ranked)):
                 config = finalist.built.variant.config
                 found[config] = found.get(config, 0) + (len(tuned) if finalist is ranked[0] else 1)
     best = sorted(found, key=lambda config: -found[config])

@@ -166,17 +166,8 @@ class Prover:
         for row in raced:
             if not (row.slower_than_torch or row.slower_than_default):
                 continue
-            choices: list[tuple[Mend, Substitute]] = []
-            if row.slower_than_default and default.joins and row.default:
-                default_us = row.default.median
-                by_default = Substitute(default.kernel_key, default_us, default_us)
-                choices.append((Mend(row.size, "default"), by_default))
-            # Torch adds up in other orders for other batches, so it has no part in a plan that must not.
-            if row.slower_than_torch and not plan.batch_invariant and (not choices or row.torch_beats_default):
-                other_us = row.default.median if row.default else None
-                choices.append((Mend(row.size, "torch"), Substitute(None, row.torch.median, other_us)))
-            if choices:
-                mend, substitute = choices[-1]
+            if found := mend_for(row, default, batch_invariant=plan.batch_invariant):
+                mend, substitute = found
                 substitutes[row.size] = substitute
                 mended.append(mend)
             elif _serving(plan.entries, row.size) != _serving(base, row.size):
@@ -207,6 +198,21 @@ class Prover:
                 max_error=plan.error,
                 batch_invariant=plan.batch_invariant,
             )
+
+
+def mend_for(row: Deployed, default: Default, *, batch_invariant: bool) -> tuple[Mend, Substitute] | None:
+    """What is to serve around a size in place of what did in a race there; None: nothing that may is faster.
+
+    Of the default and torch, where both are faster than what was served, it is torch only if torch replaces the default
+    as well. Torch adds up in other orders for other batches, so that it has no part in a ``batch_invariant`` plan.
+    """
+    default_us = row.default.median if row.default else None
+    by_default = default.joins and row.slower_than_default
+    if row.slower_than_torch and not batch_invariant and (not by_default or row.torch_beats_default):
+        return Mend(row.size, "torch"), Substitute(None, row.torch.median, default_us)
+    if by_default:
+        return Mend(row.size, "default"), Substitute(default.kernel_key, default_us, default_us)
+    return None
 
 
 def _serving(entries: Sequence[PlanEntry], size: int) -> str | None:

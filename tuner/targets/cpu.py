@@ -18,11 +18,12 @@ from tilewright.tuner.commands.findings import Findings
 from tilewright.tuner.commands.model_findings import ModelFindings
 from tilewright.tuner.evaluation.cpu.evaluator import CpuEvaluator
 from tilewright.tuner.evaluation.interface import Evaluator
+from tilewright.tuner.plan.constraint import noise_near
 from tilewright.tuner.plan.deployed import DeployedRaces
 from tilewright.tuner.plan.facts import probed_document
 from tilewright.tuner.plan.finals import Probed
 from tilewright.tuner.plan.prove import Proof, Prover
-from tilewright.tuner.report.roofline import Roofline, measure_roofline
+from tilewright.tuner.report.roofline import ceilings
 from tilewright.tuner.targets.base import MEASURING, DefaultBudget, Shown, Target, Wishes
 from tilewright.tuning_db.records import DeviceRecord, PlanRecord
 from tilewright.tuning_db.store import Store
@@ -48,7 +49,6 @@ class CpuTarget(Target):
             "features": sorted(cpu.features),
         }
         super().__init__(arch, DeviceRecord(cpu.key, cpu.name, arch.name, facts), threads)
-        self._roofline: Roofline | None = None
 
     @classmethod
     def find(cls, arch: Arch, wishes: Wishes, warn: Callable[[str], None]) -> Self | None:
@@ -76,7 +76,7 @@ class CpuTarget(Target):
     def begin(self, progress: Progress) -> None:
         """Measure the ceilings that times are held against."""
         progress.say("measuring this machine's roofline")
-        self._roofline = measure_roofline(self.location.threads)
+        ceilings(self.location.threads).measure_again()
 
     def prove(self, request: Request, report: Report, store: Store, progress: Progress) -> None:
         """Race every plan as the runtime serves it."""
@@ -87,12 +87,15 @@ class CpuTarget(Target):
     def findings(
         self, runs: Sequence[tuple[Request, Report]], model: ModelShape | None, database: str
     ) -> Sequence[Shown]:
-        """Times, held against ceilings measured before and after; of several ops of a model in one table."""
-        measure_roofline.cache_clear()
-        roofline = measure_roofline(self.location.threads)
-        if self._roofline is not None:
-            roofline = self._roofline.raised_to(roofline)
+        """Times, held against ceilings measured before, after and until they explain the times.
+
+        Those of several ops of a model are in one table.
+        """
+        known = ceilings(self.location.threads)
+        roofline = known.measure_again()
         found = tuple(Findings(report, request, roofline, database) for request, report in runs)
+        roofline = known.explaining([achieved for findings in found for achieved in findings.achieved()])
+        found = tuple(replace(findings, roofline=roofline) for findings in found)
         return found if len(found) == 1 or model is None else (ModelFindings(found, model),)
 
 
@@ -101,7 +104,13 @@ def _prove(mine: SignatureReport, store: Store, races: DeployedRaces, request: R
     if mine.plan is None or mine.verdict is None:
         return
     progress.say("racing the frozen plans, as the runtime serves them, against the default and plain torch")
-    grid = {each.size: each.problem for each in mine.verdict.grid}
+    raced = mine.verdict.grid
+    grid = {each.size: each.problem for each in raced}
+
+    def noise_at(size: int) -> float:
+        near = noise_near(raced, size)
+        return (near.noise if near else None) or 0.0
+
     prover = Prover(
         request.op,
         store,
@@ -113,7 +122,7 @@ def _prove(mine: SignatureReport, store: Store, races: DeployedRaces, request: R
     )
 
     def proven(plan: PlanRecord, rehearsed: Probed) -> Proof:
-        proof = prover.prove(plan, list(grid.values()), mine.default_for(plan), request.probes)
+        proof = prover.prove(plan, list(grid.values()), mine.default_for(plan), request.probes, noise_at)
         facts = plan.facts | {"probed": probed_document(rehearsed, proof)}
         store.put_plan(replace(proof.plan, facts=facts))
         return replace(proof, plan=replace(proof.plan, facts=facts))
