@@ -272,12 +272,16 @@ def test_compare_as_text(run: Run, monkeypatch: pytest.MonkeyPatch, columns: int
         assert ("default" in row) == variant["is_default"]
 
 
-def test_compare_two_kernels(run: Run) -> None:
-    variants = json.loads(run("compare", "--json"))[0]["variants"]
-    default = next(v for v in variants if v["is_default"])
-    with_bytes = {entry["kernel_key"] for entry in json.loads(run("show", "--json"))["plans"][0]["entries"]}
-    other = next(v for v in variants if v["kernel"] != default["kernel"] and v["race"] == FINAL_RACE)
-    keys = (default["kernel"][:12], next(iter(with_bytes - {default["kernel"]}), other["kernel"])[:12])
+def two_kernels(database: Path) -> tuple[str, str]:
+    """Keys of the default and of another kernel whose bytes are kept."""
+    with Store.open_read_only(database) as store:
+        by_template = {kernel.template: kernel.key for kernel in store.kernels()}
+    return by_template["moe_gemm/cpu_blocked"], by_template["moe_gemm/cpu_stream"]
+
+
+def test_compare_two_kernels(run: Run, tuned: tuple[Path, str, str]) -> None:
+    one, other = two_kernels(tuned[0])
+    keys = one[:12], other[:12]
     text = run("compare", *keys)
     assert text.splitlines()[0].split() == ["knob", keys[0][:8], keys[1][:8]]
     assert "moe_gemm/cpu_blocked" in text
@@ -292,8 +296,8 @@ def test_compare_two_kernels(run: Run) -> None:
 
 
 @pytest.mark.skipif(not (shutil.which("objdump") or shutil.which("llvm-objdump")), reason="there is no objdump")
-def test_compare_the_machine_code_of_two_kernels(run: Run) -> None:
-    kernels = [v["kernel"] for v in json.loads(run("compare", "--json"))[0]["variants"] if v["race"] == FINAL_RACE]
+def test_compare_the_machine_code_of_two_kernels(run: Run, tuned: tuple[Path, str, str]) -> None:
+    kernels = two_kernels(tuned[0])
     code = json.loads(run("compare", kernels[0], kernels[1], "--disassembly", "--json"))["disassembly"]
     changed = [line for line in code if line[:1] in "+-" and not line.startswith(("+++", "---"))]
     assert changed

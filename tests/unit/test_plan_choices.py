@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +14,10 @@ from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.codegen.space import Config
-from tilewright.tuner.campaign.loop import Candidate, ProblemResult
 from tilewright.tuner.campaign.variants import BuildResult, PlanConstraint, Variant, VariantBuilder
-from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation
+from tilewright.tuner.evaluation.outcome import Evaluation
 from tilewright.tuner.evaluation.statistics import Ratio
-from tilewright.tuner.plan.constraint import Finalist, Raced, choose_constraints, noise_near, settle
+from tilewright.tuner.plan.constraint import Finalist, Raced, noise_near, settle
 from tilewright.tuner.plan.distil import Crossing, assign, distil
 from tilewright.tuning_db.records import Outcome, Timing
 
@@ -140,20 +138,6 @@ def test_a_layout_replaces_the_default_s_if_it_is_faster_beyond_the_noise(
     for seed in range(20):
         assert settle(raced(variant, equal, seed)).constraints == layouts[DEFAULT]
         assert settle(raced(variant, faster, seed)).constraints == layouts[narrow[0]]
-
-
-def test_a_search_goes_on_in_another_layout_if_that_is_faster_by_more_than_races_resolve(
-    variant: Variants, wide: list[Config], narrow: list[Config]
-) -> None:
-    def result(narrow_us: float) -> ProblemResult:
-        made = ProblemResult(OP.problem(SIGNATURE, 16, RoutingSpec.parse("balanced")), DEFAULT)
-        for config, time_us in ((DEFAULT, 100.0), (wide[0], 80.0), (narrow[0], narrow_us)):
-            kernel = BuiltKernel(variant(config).key, Path("never-loaded"), variant(config).recipe)
-            made.candidates[config] = Candidate(config, kernel, time_us, variant(config).constraint)
-        return made
-
-    assert choose_constraints([result(79.0)]) == (PlanConstraint(variant(DEFAULT).layout_key),)
-    assert choose_constraints([result(78.0)]) == (PlanConstraint(variant(narrow[0]).layout_key),)
 
 
 @pytest.mark.parametrize(("saved", "worth_it"), [(0.015, False), (0.03, True)])

@@ -24,6 +24,7 @@ from tilewright.codegen.space import Config, Space
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.loop import Budget, Origin, ProblemResult, ProblemTuner
 from tilewright.tuner.campaign.precision import FrontPoint, admit, constraint_by_precision, front, left_out, storable
+from tilewright.tuner.campaign.priors import PRIOR_CONFIGS, stored_priors
 from tilewright.tuner.campaign.progress import Progress
 from tilewright.tuner.campaign.standings import resumable
 from tilewright.tuner.campaign.variants import PlanConstraint, VariantBuilder
@@ -36,13 +37,11 @@ from tilewright.tuner.plan.prove import Default, Proof
 from tilewright.tuner.report.text import format_shape
 from tilewright.tuner.search import Prior
 from tilewright.tuner.targets.base import Target
-from tilewright.tuning_db.records import PlanRecord, TrialRecord
+from tilewright.tuning_db.records import TIMINGS, PlanRecord, TrialRecord
 from tilewright.tuning_db.store import Store
 
 KEPT_PER_PROBLEM = 6
 """Kernels of a problem that the database keeps, source and bytes, beside every trial's config."""
-_PRIOR_CONFIGS = 12
-"""Fastest configs of a neighbouring problem that a search is told of."""
 _EXPLORE_SHARE = 0.6
 """Of a problem's trials, before all sizes of a signature agree on a weight layout; the others stay within it."""
 _REFINE_SHARE = 0.25
@@ -387,31 +386,28 @@ class Campaign:
             self._store.add_kernel(record, artifacts)
 
     def _earlier(self, problem: Problem, space: Space, variant_builder: VariantBuilder) -> list[TrialRecord]:
-        """Trials of earlier runs on this problem, oldest first: of kernels that would be built from the same code."""
+        """Trials of earlier runs on this problem, oldest first: of kernels that would be built from the same code.
+
+        Measured times and predicted ones do not compare. A failure, which has none, is one to both.
+        """
         place = self._target.location
-        known = self._store.trials(problem_key=problem.key, device_key=place.device_key, threads=place.threads)
+        found = self._store.trials(problem_key=problem.key, device_key=place.device_key, threads=place.threads)
+        known = [trial for trial in found if trial.timing in ("none", self._target.timing)]
         return resumable(known, space, variant_builder)
 
-    def _priors(self, problem: Problem, space: Space, siblings: Sequence[ProblemResult]) -> Iterator[Prior]:
-        """What is known beforehand: by a model, of this run's other sizes, nearest first, then of the database's."""
-        yield from self._target.priors(self._request.op, problem, space)
-        size = problem.size
+    def _priors(self, problem: Problem, space: Space, siblings: Sequence[ProblemResult]) -> list[Prior]:
+        """What is known beforehand: measured results, then predicted ones.
+
+        Of equal evidence first what a model says, then this run's other sizes, nearest first, then the database's.
+        """
+        size, timing = problem.size, self._target.timing
+        priors = list(self._target.priors(self._request.op, problem, space))
         for result in sorted(siblings, key=lambda r: abs(log(r.problem.size / size))):
-            best = result.ranked()[:_PRIOR_CONFIGS]
-            yield Prior(result.problem.title, tuple((c.config, c.time_us) for c in best))
+            best = result.ranked()[:PRIOR_CONFIGS]
+            priors.append(Prior(result.problem.title, tuple((c.config, c.time_us) for c in best), timing))
         seen = {result.problem.key for result in siblings}
-        neighbours: dict[str, list[TrialRecord]] = {}
-        known = self._store.neighbours(
-            other_than=problem.key,
-            per_problem=_PRIOR_CONFIGS,
-            op=self._request.op.name,
-            device_key=self._target.device.key,
-        )
-        for trial in known:
-            if trial.problem_key not in seen and trial.median_us:
-                neighbours.setdefault(trial.problem_key, []).append(trial)
-        for key, trials in neighbours.items():
-            yield Prior(key, tuple((space.read(t.config), t.median_us or 0.0) for t in trials))
+        priors += stored_priors(self._store, problem, space, timing, device_key=self._target.device.key, seen=seen)
+        return sorted(priors, key=lambda prior: -TIMINGS.index(prior.timing))
 
 
 def _share(until: float, share: float) -> float:

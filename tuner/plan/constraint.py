@@ -161,8 +161,7 @@ def choose_constraints(
     """What to search on in, of one precision if named; empty where no problem has a candidate.
 
     Those come first with which every problem has a candidate, then those with which none is slower than the default,
-    then those with which the sizes together lose least; the default's, where that makes less than 2 %. ``copies``
-    layouts at the most, each of which must be worth it.
+    then those with which the sizes together lose least. ``copies`` layouts at the most, each of which must be worth it.
     """
     solved = [result for result in results if result.candidates]
     sizes = []
@@ -180,9 +179,9 @@ def choose_constraints(
         sizes.append(standings)
 
     def faster(candidate: Sequence[_Standing], incumbent: Sequence[_Standing]) -> bool:
-        """Times of a search are of different moments, so that there is no interval: a margin alone decides."""
+        """Where to search is no matter of proof: the times are of different moments, and the last races settle it."""
         ratios = [mine.time_us / other.time_us for mine, other in zip(candidate, incumbent, strict=True)]
-        return geometric_mean(ratios) < 1 - TOLERATED
+        return geometric_mean(ratios) < 1
 
     return _pick(sizes, [result.ranked()[0].time_us for result in solved], copies, faster)
 

@@ -25,6 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tilewright.codegen.space import Config, Space
 from tilewright.tuner.search.encoding import row_index
+from tilewright.tuning_db.records import TIMINGS, Timing
 
 FIRST_FROM_PRIORS = 4
 """Configs of neighbouring problems that are tried before anything else (fewer when the budget is small)."""
@@ -44,11 +45,13 @@ class Prior:
     """Results of a neighbouring problem (another size, another device): its best configs are tried first.
 
     `results` holds (config, time in us), successes only; configs outside of the searched space have no influence.
-    Priors are given nearest neighbour first.
+    Priors are given nearest neighbour first, and those that were measured before those that were predicted.
     """
 
     source: str
     results: tuple[tuple[Config, float], ...]
+    timing: Timing = "measured"
+    """How the times are known. Predicted ones are weaker: they are tried when no measured ones are left."""
 
 
 @dataclass(frozen=True)
@@ -196,12 +199,16 @@ class EnumeratedSampler(BaseSampler):
 
 
 def _best_of_each(space: Space, priors: Sequence[Prior], count: int) -> list[int]:
-    """Rows of the priors' best configs, the best of every source before the second best of any; at most `count`."""
-    ranked = [sorted(prior.results, key=lambda result: result[1]) for prior in priors]
+    """Rows of the priors' best configs, at most `count`; those that were measured first.
+
+    Among priors of equal evidence comes the best of every source before the second best of any.
+    """
     rows: list[int] = []
-    for place in range(max(map(len, ranked), default=0)):
-        for results in ranked:
-            row = space.find(results[place][0]) if place < len(results) else None
-            if len(rows) < count and row is not None and row not in rows:
-                rows.append(row)
+    for timing in reversed(TIMINGS):
+        ranked = [sorted(prior.results, key=lambda result: result[1]) for prior in priors if prior.timing == timing]
+        for place in range(max(map(len, ranked), default=0)):
+            for results in ranked:
+                row = space.find(results[place][0]) if place < len(results) else None
+                if len(rows) < count and row is not None and row not in rows:
+                    rows.append(row)
     return rows

@@ -20,7 +20,7 @@ from tilewright.codegen.space import Space
 from tilewright.tuner.evaluation.interface import Evaluator
 from tilewright.tuner.search import Prior
 from tilewright.tuner.targets.location import Location
-from tilewright.tuning_db.records import DeviceRecord
+from tilewright.tuning_db.records import DeviceRecord, Timing
 from tilewright.tuning_db.store import Store
 
 if TYPE_CHECKING:  # a campaign is run for a target
@@ -75,6 +75,8 @@ class Target(ABC):
     budget: ClassVar[DefaultBudget]
     finals: ClassVar[str]
     """What the last step does, in words."""
+    timing: ClassVar[Timing]
+    """How its evaluator knows times."""
 
     def __init__(self, arch: Arch, device: DeviceRecord, threads: int) -> None:
         self.arch = arch

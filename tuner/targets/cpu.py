@@ -25,7 +25,7 @@ from tilewright.tuner.plan.finals import Probed
 from tilewright.tuner.plan.prove import Proof, Prover
 from tilewright.tuner.report.roofline import ceilings
 from tilewright.tuner.targets.base import MEASURING, DefaultBudget, Shown, Target, Wishes
-from tilewright.tuning_db.records import DeviceRecord, PlanRecord
+from tilewright.tuning_db.records import DeviceRecord, PlanRecord, Timing
 from tilewright.tuning_db.store import Store
 
 _MOST_PROVING_S = 12.0
@@ -38,6 +38,7 @@ class CpuTarget(Target):
 
     budget: ClassVar[DefaultBudget] = MEASURING
     finals: ClassVar[str] = "finalists race again"
+    timing: ClassVar[Timing] = "measured"
 
     def __init__(self, arch: Arch, threads: int) -> None:
         cpu = read_cpu_info()

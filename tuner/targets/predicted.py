@@ -20,7 +20,7 @@ from tilewright.tuner.evaluation.predicted.evaluator import PredictingEvaluator
 from tilewright.tuner.prediction.space import predict_configs
 from tilewright.tuner.search import Prior
 from tilewright.tuner.targets.base import COMPILING, DefaultBudget, Shown, Target, Wishes
-from tilewright.tuning_db.records import DeviceRecord
+from tilewright.tuning_db.records import DeviceRecord, Timing
 
 
 class PredictedTarget(Target):
@@ -28,6 +28,7 @@ class PredictedTarget(Target):
 
     budget: ClassVar[DefaultBudget] = COMPILING
     finals: ClassVar[str] = "finalists run in the interpreter, and are compared at all sizes"
+    timing: ClassVar[Timing] = "predicted"
 
     def __init__(self, device: Device) -> None:
         facts = {
@@ -63,7 +64,7 @@ class PredictedTarget(Target):
         known = self._predicted.setdefault(problem.key, {})
         new = [config for config in space if config not in known]
         known.update(zip(new, predict_configs(op, problem, new, self._gpu).tolist(), strict=True))
-        yield Prior(f"model of {self._gpu.name}", tuple((config, known[config]) for config in space))
+        yield Prior(f"model of {self._gpu.name}", tuple((config, known[config]) for config in space), "predicted")
 
     def lack(self, template: Template[Any]) -> str | None:
         """What predictions are made from."""
