@@ -257,6 +257,15 @@ class SearchContract:
         assert asked[0] == best_of_each[0]
         assert stranger not in asked
 
+    def test_predicted_priors_are_suggested_after_measured_ones(self):
+        priors = [
+            Prior("model", ((SPACE[1], 1.0), (SPACE[2], 2.0)), timing="predicted"),
+            Prior("other size", ((SPACE[3], 9.0), (SPACE[4], 8.0), (SPACE[5], 7.0))),
+        ]
+        asked = run(new_study(self.make(SPACE, seed=10, budget=25, priors=priors)), 4)
+        assert asked[:3] == [SPACE[5], SPACE[4], SPACE[3]]
+        assert asked[3] == SPACE[1]
+
     def test_a_prior_of_one_result_or_of_none_is_welcome(self):
         priors = [Prior("nothing", ()), Prior("one", ((SPACE[4], 3.0),))]
         asked = run(new_study(self.make(SPACE, seed=11, budget=20, priors=priors)), 20)
