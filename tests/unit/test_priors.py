@@ -9,7 +9,7 @@ from tuning_db_samples import DEVICE, trial
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.routing.spec import RoutingSpec
-from tilewright.codegen.space import Config
+from tilewright.codegen.space import Config, Parameter, Space
 from tilewright.tuner.campaign.priors import PRIOR_CONFIGS, stored_priors
 from tilewright.tuner.search import Prior
 from tilewright.tuning_db.records import Timing
@@ -17,6 +17,7 @@ from tilewright.tuning_db.store import Store
 
 OP = find_op("moe_gemm")
 PROBLEM = OP.problem(MoeGemmSignature(stage="plain", experts=4, n=64, k=64), 16, RoutingSpec.parse("balanced"))
+SPACE = Space.enumerate([Parameter("knob", tuple(range(20)), "")])
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def told(store: Store, timing: Timing, seen: set[str] = set()) -> list[Prior]:  # noqa: B006  (never changed)
-    return list(stored_priors(store, PROBLEM, timing, op="moe_gemm", device_key=DEVICE.key, seen=seen))
+    return list(stored_priors(store, PROBLEM, SPACE, timing, device_key=DEVICE.key, seen=seen))
 
 
 def test_a_search_that_measures_is_told_of_predictions_last_and_as_such(store: Store) -> None:

@@ -94,7 +94,6 @@ def _variants(store: Store, summary: ProblemSummary, top: int) -> dict[str, Any]
     default_config = op.default_for(problem, arch)
     right = right_trials(store, summary)
     ranked = standings([replace(t, config=dict(op.read_config(t.config, problem.signature, arch))) for t in right])
-    bound_us, roofline = _bound(op, problem, summary, ranked)
     default = next((trial for trial in ranked if trial.config == default_config), None)
     chosen = ranked[:top]
     if default is not None and default not in chosen:
