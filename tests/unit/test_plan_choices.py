@@ -33,7 +33,7 @@ Times = Mapping[Config, Sequence[float]]
 
 @pytest.fixture(scope="module")
 def variant(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Config], Variant]:
-    builder = CppBuilder(ARCH, Compiler("no-compiler", "none"), tmp_path_factory.mktemp("builds"))
+    builder = {"cpp": CppBuilder(ARCH, Compiler("no-compiler", "none"), tmp_path_factory.mktemp("builds"))}
     return cache(VariantBuilder(OP, SIGNATURE, ARCH, builder).variant)
 
 
