@@ -51,8 +51,8 @@ class Place:
     @property
     def names(self) -> dict[str, int]:
         """What is known, under the names that expressions use."""
-        known = {THREADS: self.threads, SM_COUNT: self.sm_count}
-        return {name: value for name, value in known.items() if value is not None}
+        known = {} if self.threads is None else {THREADS: self.threads}
+        return known if self.sm_count is None else {**known, SM_COUNT: self.sm_count}
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,10 @@ def resolve(recipe: Recipe, sizes: Mapping[str, int], addresses: Mapping[str, in
             tensor map's shape: 31) do not hold.
 
     """
-    refusals = refused_guards(recipe, sizes, {WORKSPACE: 0, **addresses}, place)
-    if refusals:
-        return ResolvedCall(0, (), refusals)
     names = _values(sizes, place)
-    nbytes = workspace_bytes(recipe, sizes, place)
+    if refusals := _refusals(recipe, names, {WORKSPACE: 0, **addresses}):
+        return ResolvedCall(0, (), refusals)
+    nbytes = _count(recipe.workspace_bytes, names, "bytes of workspace")
     memory = _Memory(recipe, addresses, nbytes)
     return ResolvedCall(nbytes, tuple(_launch(launch, memory, names) for launch in recipe.launches))
 
@@ -158,10 +157,14 @@ def refused_guards(
         TilewrightError: as :func:`resolve` does, for what guards read.
 
     """
+    return _refusals(recipe, _values(sizes, place), addresses)
+
+
+def _refusals(recipe: Recipe, values: Mapping[str, int], addresses: Mapping[str, int]) -> tuple[Refusal, ...]:
     if not recipe.guards:
         return ()
     tensors = {tensor.name: tensor for tensor in recipe.tensors}
-    names = _values(sizes, place)
+    names = dict(values)
     refusals = []
     for guard in recipe.guards:
         reads = parsed(guard.expression).symbols

@@ -125,6 +125,34 @@ class CallTests(CallContract):
         torch.testing.assert_close(out, expected(inputs.x, SCALE, *inputs.arguments()[1:5]))
 
     @pytest.mark.parametrize(
+        ("guards", "serves"),
+        [
+            ((Guard("x", 4), Guard("scale", 4), Guard("workspace", 64), Guard("x * 0 + workspace", 64)), "kernel"),
+            ((Guard("slot", 1 << 62),), "kernel"),  # an absent tensor has the address 0
+            ((Guard("x * 2 + 1", 2),), "torch"),
+            ((Guard("scale * 2 + 1", 2),), "torch"),
+            ((Guard("out - out + x - x + 1", 2),), "torch"),
+            ((Guard("workspace + 4", 8),), "torch"),
+            ((Guard("x", 4), Guard("workspace * 0 + rows", 2)), "torch"),
+        ],
+    )
+    def test_guards_may_read_addresses(self, guards, serves):
+        fallback, inputs = Fallback(SCALE), make_inputs(rows=9, slot=False)
+        call = bind(variant("report", guards=guards, workspace_bytes="rows * 4"), fallback=fallback)
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            out = call(*inputs.arguments())
+        assert ("torch" if fallback.calls else "kernel") == serves
+        assert (out[0].tolist() == [ABI_VERSION, 2, 1, 36]) == (serves == "kernel")
+
+    def test_guards_are_judged_before_a_workspace_is_asked_for(self):
+        fallback = Fallback(SCALE)
+        call = bind(variant(guards=(Guard("rows", 8),), workspace_bytes="1 // (rows - 9)"), fallback=fallback)
+        with pytest.warns(TilewrightWarning, match="the kernel needs rows to be a multiple of 8"):
+            call(*make_inputs(rows=9).arguments())
+        assert fallback.calls == 1
+
+    @pytest.mark.parametrize(
         ("name", "change", "said"),
         [
             ("x", lambda t: t.double(), "x has dtype torch.float64; expected torch.float32 [tokens, 4]"),

@@ -55,7 +55,8 @@ values = st.recursive(
     ),
     max_leaves=4,
 )
-offsets = st.sampled_from(["", "0", "rows * 4", "tokens * 16", "64", "rows * 64 + threads"]) | values
+ordinary_offsets = st.sampled_from(["", "0", "rows * 4", "tokens * 16", "64", "rows * 64 + threads"])
+offsets = ordinary_offsets | ordinary_offsets | ordinary_offsets | values
 arguments = st.one_of(
     st.builds(Argument, st.just("tensor"), st.sampled_from(NAMES)),
     st.builds(Argument, st.just("size"), values),
@@ -129,7 +130,7 @@ def check_sentence(error: TilewrightError, begins: str = "") -> None:
 
 
 own_settings = settings(
-    max_examples=60,
+    max_examples=100,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
