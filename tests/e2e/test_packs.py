@@ -35,7 +35,7 @@ def refuse(event, arguments):
         raise SystemExit(f"{arguments[0]} was opened to be written")
 
 import torch
-from tilewright.runtime import prepare
+from tilewright.runtime import ServeOptions, prepare
 FOLDER = os.path.dirname(sys.argv[1])
 sys.addaudithook(refuse)
 call = prepare(torch.ones(2, 4, 6), stage="plain", options=ServeOptions(threads=1))
