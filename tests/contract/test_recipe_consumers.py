@@ -28,7 +28,7 @@ from tilewright.runtime.calls import bind as calls
 from tilewright.runtime.calls.bind import CallVariant, bind_call
 from tilewright.runtime.calls.extension import native_for_torch
 from tilewright.runtime.calls.pure import PureCall
-from tilewright.tuner.evaluation.cpu.binding import bind
+from tilewright.tuner.evaluation.cpu.binding import bind, refusal
 from tilewright.tuner.evaluation.cpu.session import Session
 from tilewright.tuner.evaluation.cpu.shared_memory import Block, SharedRegion, share
 from tilewright.tuner.evaluation.emulated.launches import EmulatedBuffer, describe_launches, emulated_workspace_bytes
@@ -387,3 +387,28 @@ def test_what_only_gpus_can_do_is_refused_when_it_is_bound(part, layer, tmp_path
 
     with pytest.raises(TilewrightError, match="is for GPUs; tune for this CPU"):
         bind_somewhere()
+
+
+@pytest.mark.parametrize(
+    ("guard", "known"),
+    [
+        (Guard("x", 64), True),
+        (Guard("workspace", 16), True),
+        (Guard("x", 128), False),
+        (Guard("x", 3), False),
+        (Guard("x + rows", 1), False),
+    ],
+)
+def test_the_tuner_judges_a_guard_on_an_address_only_where_it_holds_for_all(guard, known):
+    recipe = Recipe(TENSORS, (), "rows", guards=(guard,))
+    refused = refusal(recipe, {"rows": 4, "tokens": 4}, threads=1)
+    assert (refused is None) == known
+    assert known or "is not known to be a multiple of" in refused
+
+
+def test_the_interpreter_is_not_asked_for_what_a_guard_refuses():
+    recipe = Recipe(TENSORS, (launch([]),), "rows", guards=(Guard("rows", 8),))
+    entries, buffers = [EntrySpec("take_0", ())], {"workspace": EmulatedBuffer(0, True)}
+    with pytest.raises(TilewrightError, match="a guard refuses the problem: rows = 4 is no multiple of 8"):
+        describe_launches(recipe, entries, {"rows": 4, "tokens": 4}, buffers)
+    assert len(describe_launches(recipe, entries, {"rows": 8, "tokens": 4}, buffers)) == 1
