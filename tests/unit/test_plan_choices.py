@@ -181,6 +181,15 @@ def test_a_kernel_does_not_hand_over_and_back_for_a_size_at_which_the_default_is
         assert plan(raced(variant, at_the_end, seed)) == (*(one,) * 4, DEFAULT)
 
 
+def test_a_kernel_that_is_only_as_fast_as_the_default_does_not_keep_away_one_that_replaces_it(
+    variant: Variants, wide: list[Config]
+) -> None:
+    """At the last two sizes the one is told apart from neither, and the other replaces the default."""
+    one, other = wide[:2]
+    times = {DEFAULT: always(100.0), one: [50.0, 50.0, 50.0, 98.5, 98.5], other: [60.0, 60.0, 60.0, 97.0, 97.0]}
+    assert plan(raced(variant, times, seed=0, noise=0.0005)) == (one, one, one, other, other)
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_the_default_serves_where_it_replaces_all_that_were_kept(
     variant: Variants, wide: list[Config], named: bool
@@ -199,7 +208,9 @@ def test_what_the_default_replaces_does_not_serve_though_the_default_may_not_eit
     """In another layout than the default's: a further switch is worth that."""
     one, two = narrow[:2]
     times = {DEFAULT: always(100.0), one: [50.0, 50.0, 104.0, 50.0, 50.0], two: [99.0, 99.0, 103.9, 99.0, 99.0]}
-    slower = raced(variant, times | {two: [99.0, 99.0, 100.0, 99.0, 99.0]}, seed=0, noise=0.0005)
+    # By so little that two switches would cost more than they save.
+    slightly = {one: [50.0, 50.0, 102.5, 50.0, 50.0], two: [99.0, 99.0, 101.5, 99.0, 99.0]}
+    slower = raced(variant, times | slightly, seed=0, noise=0.0005)
     constraints = [PlanConstraint(variant(one).layout_key)]
     keys = [variant(config).key for config in (one, two)]
     assert [each.built.variant.config for each in assign(slower, keys, constraints)] == [one, one, two, one, one]
