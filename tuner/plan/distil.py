@@ -72,7 +72,7 @@ def assign(grid: Sequence[Raced], keys: Collection[str], constraints: Collection
         if each.default in fitting and each.default not in mine and not any(_proven(each, f, asked) for f in mine):
             mine = [*mine, each.default]
         options = [f for f in mine if not each.slower_than_default(f)] or mine[:1]
-        proven = [f for f in options if each.default not in options or _proven(each, f, asked)]
+        proven = [f for f in options if each.default not in fitting or _proven(each, f, asked)]
         best = (proven or options)[0]
         # In canonical order, so that of ways that cost the same the first one is taken.
         choices.append(sorted(options, key=lambda finalist: finalist.place))
