@@ -78,6 +78,16 @@ class Reader:
             )
             return decode_kernel(parse_sqlite(KernelRecord, row), [row["checksum"] for row in artifacts])
 
+    def artifact_kinds(self, kernel_key: str) -> tuple[str, ...]:
+        """Return the kinds of a kernel's artifacts, each once, in alphabetical order."""
+        with self._connected() as connection, decoding("a kernel"):
+            rows = connection.execute(
+                "SELECT DISTINCT artifacts.kind AS kind FROM kernel_artifacts "
+                "JOIN artifacts USING (checksum) WHERE kernel_key = ? ORDER BY kind",
+                (kernel_key,),
+            )
+            return tuple(str(row["kind"]) for row in rows)
+
     def artifact(self, checksum: str) -> bytes:
         """Return the bytes with this sha256. Raises DamagedArtifact where the stored bytes have another."""
         with self._connected() as connection, decoding("an artifact"):

@@ -14,22 +14,19 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from tilewright.codegen.numbers.layouts import RowLayout, WeightLayout
 from tilewright.codegen.recipe.expressions import parsed
 from tilewright.codegen.recipe.model import ABI_VERSION, SM_COUNT, Recipe
 from tilewright.directories import CACHE_VARIABLE, user_cache_directory
-from tilewright.errors import TilewrightError
+from tilewright.runtime.launchers.base import KernelRefused, Launcher
 from tilewright.runtime.locks import fork_safe_lock
 from tilewright.tuning_db.integrity import DamagedArtifact, check_private
 
 
-class KernelRefused(TilewrightError):  # noqa: N818 - named for what the user reads
-    """A stored kernel cannot be served by this process; plain torch serves in its place."""
-
-
 @dataclass(frozen=True, eq=False)
-class LoadedArtifact:
+class LoadedSharedObject:
     """A shared object in this process."""
 
     checksum: str
@@ -80,8 +77,26 @@ def host_layout(recipe: Recipe) -> WeightLayout | None:
     return recipe.weight_layout
 
 
+class HostLauncher(Launcher):
+    """Shared objects with entries of the C ABI, called on the CPU."""
+
+    kind: ClassVar[str] = "host_so"
+
+    def require(self, recipe: Recipe) -> None:
+        """See :func:`require_host`."""
+        require_host(recipe)
+
+    def weight_layout(self, recipe: Recipe) -> WeightLayout | None:
+        """See :func:`host_layout`."""
+        return host_layout(recipe)
+
+    def load(self, checksum: str, read_bytes: Callable[[], bytes]) -> LoadedSharedObject:
+        """See :func:`load_artifact`."""
+        return load_artifact(checksum, read_bytes)
+
+
 _FOR_GPUS = "it is for GPUs; tune for this CPU"
-_loaded: dict[str, LoadedArtifact] = {}
+_loaded: dict[str, LoadedSharedObject] = {}
 _loading = fork_safe_lock()
 
 
@@ -90,7 +105,7 @@ def artifact_directory() -> Path:
     return user_cache_directory() / "artifacts"
 
 
-def load_artifact(checksum: str, read_bytes: Callable[[], bytes]) -> LoadedArtifact:
+def load_artifact(checksum: str, read_bytes: Callable[[], bytes]) -> LoadedSharedObject:
     """The shared object whose sha256 is ``checksum``, loaded into this process.
 
     ``read_bytes`` gives its bytes; it is not called when they are in the cache already. Thread-safe.
@@ -112,7 +127,7 @@ def load_artifact(checksum: str, read_bytes: Callable[[], bytes]) -> LoadedArtif
             if checksum not in _loaded:
                 library = _load_checked(path, checksum)
                 _require_abi(library, checksum)
-                _loaded[checksum] = LoadedArtifact(checksum, library)
+                _loaded[checksum] = LoadedSharedObject(checksum, library)
             return _loaded[checksum]
     except OSError as error:
         raise KernelRefused(

@@ -18,7 +18,8 @@ from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.recipe.model import ABI_VERSION, FORMAT_VERSION, Recipe
 from tilewright.errors import TilewrightError
-from tilewright.runtime.launchers.host_so import KernelRefused, LoadedArtifact, host_layout, load_artifact, require_host
+from tilewright.runtime.launchers.base import KernelRefused, Launcher, LoadedArtifact
+from tilewright.runtime.launchers.registry import find_launcher
 from tilewright.runtime.notices import warn_once
 from tilewright.runtime.serve.options import ServeOptions
 from tilewright.tuning_db.locations import default_url
@@ -221,13 +222,25 @@ def _load_kernel(reader: Reader, key: str, signature: Signature) -> LoadedKernel
     recipe = _read_recipe(record)
     if recipe.tensors != signature.tensors() or recipe.size_name != signature.size_name:
         raise KernelRefused(f"kernel {key[:16]} takes other tensors than this tilewright's {signature.op}; tune again")
-    require_host(recipe)
+    launcher = _launcher(reader, record)
+    launcher.require(recipe)
     artifacts = {
-        checksum: load_artifact(checksum, partial(reader.artifact, checksum))
+        checksum: launcher.load(checksum, partial(reader.artifact, checksum))
         for checksum in dict.fromkeys(launch.artifact for launch in recipe.launches)
     }
     entries = tuple(artifacts[launch.artifact].entry_address(launch.entry) for launch in recipe.launches)
-    return LoadedKernel(record, recipe, host_layout(recipe), entries, tuple(artifacts.values()))
+    return LoadedKernel(record, recipe, launcher.weight_layout(recipe), entries, tuple(artifacts.values()))
+
+
+def _launcher(reader: Reader, record: KernelRecord) -> Launcher:
+    """The launcher of the one kind that a kernel's artifacts are of."""
+    kinds = reader.artifact_kinds(record.key)
+    if len(kinds) != 1:
+        raise KernelRefused(
+            f"kernel {record.key[:16]} has artifacts of {len(kinds)} kinds ({', '.join(kinds) or 'none'}), and is "
+            "launched by one launcher; tune again"
+        )
+    return find_launcher(kinds[0])
 
 
 def _read_recipe(record: KernelRecord) -> Recipe:
@@ -240,4 +253,4 @@ def _read_recipe(record: KernelRecord) -> Recipe:
     try:
         return Recipe.from_dict(record.recipe)
     except TilewrightError as error:
-        raise KernelRefused(f"the recipe of kernel {record.key[:16]} cannot be read ({error}); tune again") from error
+        raise KernelRefused(f"kernel {record.key[:16]} cannot be called: {error}") from error

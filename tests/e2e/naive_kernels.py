@@ -122,6 +122,8 @@ class Built:
 
     record: KernelRecord
     artifact: ArtifactRecord
+    layout_key: str = ""
+    """Of its weights, whatever its recipe may say by now."""
 
 
 def build(
@@ -185,7 +187,7 @@ def build(
         artifacts=(artifact.checksum,),
         checked="device",
     )
-    return Built(record, artifact)
+    return Built(record, artifact, layout.key if layout else "")
 
 
 def store_plan(
@@ -207,11 +209,7 @@ def store_plan(
         for _, built in entries:
             if built is not None:
                 store.add_kernel(built.record, [built.artifact])
-        layouts = [
-            layout.key if (layout := Recipe.from_dict(built.record.recipe).weight_layout) else ""
-            for _, built in entries
-            if built is not None
-        ]
+        layouts = [built.layout_key for _, built in entries if built is not None]
         store.put_plan(
             PlanRecord(
                 op=signature.op,
@@ -232,7 +230,7 @@ def store_plan(
 
 def on_other_arch(built: Built, arch: str) -> Built:
     """The same kernel, said to be built for ``arch``."""
-    return Built(replace(built.record, arch=arch, key=f"{arch}{built.record.key}"), built.artifact)
+    return replace(built, record=replace(built.record, arch=arch, key=f"{arch}{built.record.key}"))
 
 
 @functools.cache

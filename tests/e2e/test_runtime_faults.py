@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from naive_kernels import Built, build, needs_compiler, on_other_arch, store_plan
+from naive_kernels import build, needs_compiler, on_other_arch, store_plan
 from patience import PATIENCE_S
 
 from tilewright.codegen.numbers.layouts import WeightLayout
@@ -104,6 +104,11 @@ def with_timing(database, timing):
             connection.execute("DELETE FROM plans")
         assert store.put_plan(replace(plan, timing=timing))
         return plan
+
+
+def test_an_artifact_of_a_kind_that_nothing_launches_is_not_loaded(weight, database):
+    edit(database, "UPDATE artifacts SET kind = 'cubin'")
+    assert_served_by_torch(weight, database, "nothing here launches 'cubin' artifacts, only host_so")
 
 
 def test_a_plan_that_was_only_predicted_for_this_machine_serves_nothing(weight, database):
@@ -201,7 +206,7 @@ MORE_TENSORS = [asdict(each) for each in (*SIGNATURE.tensors(), TensorSpec("more
 def tampered(**changes):
     """A kernel whose recipe says something else than its code."""
     built = fresh_kernel()
-    return Built(replace(built.record, recipe={**built.record.recipe, **changes}), built.artifact)
+    return replace(built, record=replace(built.record, recipe={**built.record.recipe, **changes}))
 
 
 @pytest.mark.parametrize(
@@ -210,9 +215,9 @@ def tampered(**changes):
         ({"abi_version": 9}, "for ABI version 9"),
         ({"format_version": 9}, "has recipe format 9"),
         ({"tensors": MORE_TENSORS}, "takes other tensors"),
-        ({"tensors": []}, "recipe of kernel .* cannot be read .*picks by the size"),
-        ({"size_name": "tokens"}, "recipe of kernel .* cannot be read .*picks by the size"),
-        ({"guards": [{"unknown": 1}]}, r"cannot be read \(the recipe.guards\[0\] has the field 'unknown'"),
+        ({"tensors": []}, "kernel .* cannot be called: .*picks by the size"),
+        ({"size_name": "tokens"}, "kernel .* cannot be called: .*picks by the size"),
+        ({"guards": [{"unknown": 1}]}, r"cannot be called: .*Recipe.guards\[0\]: the field 'expression' is missing"),
         ({"guards": [{"expression": "rows", "multiple": 0}]}, "wants 'rows' to be a multiple of 0"),
         ({"weight_layout": {"form": "rows", "precision": "int8", "nibbles": "none"}}, "is for GPUs; tune for this CPU"),
     ],
@@ -225,7 +230,7 @@ def test_recipe_that_this_release_does_not_know(weight, tmp_path, changes, said)
 def test_entry_that_the_artifact_does_not_export(weight, tmp_path):
     built = fresh_kernel()
     launches = [{**launch, "entry": "gone"} for launch in built.record.recipe["launches"]]
-    built = Built(replace(built.record, recipe={**built.record.recipe, "launches": launches}), built.artifact)
+    built = replace(built, record=replace(built.record, recipe={**built.record.recipe, "launches": launches}))
     database = store_plan(tmp_path / "tuning.db", SIGNATURE, [(None, built)])
     assert_served_by_torch(weight, database, "exports no 'gone'")
 

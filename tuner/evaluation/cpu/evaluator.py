@@ -17,7 +17,8 @@ from tilewright.codegen.numbers.precisions import LOSSLESS, WORD_BITS, find_prec
 from tilewright.codegen.ops.base import Arrays, OpDeclaration, Problem
 from tilewright.codegen.ops.signature import Signature
 from tilewright.errors import TilewrightError
-from tilewright.runtime.launchers.host_so import KernelRefused, host_layout, require_host
+from tilewright.runtime.launchers.base import KernelRefused
+from tilewright.runtime.launchers.host_so import host_layout, require_host
 from tilewright.tuner.evaluation.checking import PrecisionError, compare_precisions
 from tilewright.tuner.evaluation.cpu.binding import refusal
 from tilewright.tuner.evaluation.cpu.kernel_race import KernelRace
