@@ -254,6 +254,7 @@ def test_compare_as_text(run: Run, monkeypatch: pytest.MonkeyPatch, columns: int
     key = next(p["problem_key"] for p in json.loads(run("show", "--json"))["problems"] if p["problem"]["tokens"] == 9)
     monkeypatch.setenv("COLUMNS", str(columns))
     lines = run("compare", key[:8], "--top", "3").splitlines()
+    assert not any("\ufffd" in line for line in lines)  # what stands for a control character
     tables = lines[: next(i for i, line in enumerate(lines) if line.startswith("roofline"))]
     assert all(len(line) <= columns for line in tables)
     assert "tokens=9" in lines[0]

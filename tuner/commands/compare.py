@@ -205,7 +205,7 @@ def _lines(document: dict[str, Any]) -> list[str]:
         *_knob_lines(variants, width),
         "",
         document["roofline"],
-        _NOTE,
+        *_NOTE.splitlines(),
     ]
 
 
