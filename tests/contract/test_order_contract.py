@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from awkward import problems, space_of, templates_of, weights
+from covering import FULL
 from guarded_calls import Call, forking, run_kernel, tensors_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -29,7 +30,7 @@ from tilewright.codegen.space import Config
 
 PER_TEMPLATE = 2
 """Variants of every template and order, drawn at random."""
-PER_SIGNATURE = 2
+PER_SIGNATURE = 8 if FULL else 1
 """Orders of every signature and precision, drawn at random from what may be dozens."""
 CALLS = (Call("one thread", 1), Call("two threads", 2, forking(2)))
 ARCH = native_arch()
