@@ -7,8 +7,8 @@ READY := $(VENV)/ready
 # Named by itself, so that nothing else decides which build of it is taken; without an index of its own it is the CPU's.
 TORCH := torch==2.13.0
 PIP := -m pip --disable-pip-version-check --quiet
-# One process for each core; tests of a group share what is costly to set up, and run in one of them.
-PYTEST = $(BIN)/python -m pytest --numprocesses=auto --dist=loadgroup
+# One process for each core; the tests of a file run in one of them, and share what is costly to set up.
+PYTEST = $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 .PHONY: tune test check lint quick bench lock clean
 

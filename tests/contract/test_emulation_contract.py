@@ -16,8 +16,6 @@ from tilewright.codegen.ops.registry import find_op
 from tilewright.tuner.evaluation.emulated.checking import EmulatedChecker
 from tilewright.tuner.evaluation.emulated.emulator import Emulator
 
-pytestmark = pytest.mark.xdist_group("emulation")
-
 SHARE = 4
 """Cases of a template, where not all are run."""
 LIMIT_S = 250.0

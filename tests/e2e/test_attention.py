@@ -20,7 +20,7 @@ from tilewright.runtime.notices import forget_warnings
 from tilewright.tuner.cli import main
 from tilewright.tuner.evaluation.checking import compare_all
 
-pytestmark = [needs_compiler, pytest.mark.xdist_group("attention")]
+pytestmark = needs_compiler
 
 MODEL = {
     "model_type": "qwen3_moe",

@@ -17,7 +17,7 @@ from tilewright.runtime import ServeOptions, TilewrightWarning, prepare
 from tilewright.runtime.notices import forget_warnings
 from tilewright.tuner.cli import main as tune
 
-pytestmark = [needs_compiler, pytest.mark.xdist_group("batch_invariance")]
+pytestmark = needs_compiler
 
 SIGNATURE = MoeGemmSignature(stage="down", experts=4, n=72, k=96, top_k=2)
 PROBLEM = "stage=down,experts=4,top_k=2,n=72,k=96"

@@ -26,7 +26,7 @@ from tilewright.errors import TilewrightError
 from tilewright.tuner.evaluation.cpu.evaluator import CpuEvaluator
 from tilewright.tuning_db.records import Outcome
 
-pytestmark = [needs_compiler, pytest.mark.xdist_group("candidate_faults")]
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")

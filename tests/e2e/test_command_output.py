@@ -27,7 +27,7 @@ from tilewright.tuner.cli import main
 from tilewright.tuning_db.records import Outcome
 from tilewright.tuning_db.store import Store
 
-pytestmark = [needs_compiler, pytest.mark.xdist_group("command_output")]
+pytestmark = needs_compiler
 
 PROBLEM = "stage=down,experts=4,n=40,k=48,top_k=2"
 TEMPLATE = "cpu_stream"

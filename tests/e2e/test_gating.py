@@ -13,8 +13,6 @@ from tilewright.runtime import Experts, Gate, ServeOptions, TilewrightWarning, s
 from tilewright.runtime.notices import forget_warnings
 from tilewright.tuner.cli import main
 
-pytestmark = pytest.mark.xdist_group("gating")
-
 MODEL = {
     "model_type": "deepseek_v3",
     "hidden_size": 32,

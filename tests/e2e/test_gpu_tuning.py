@@ -12,8 +12,6 @@ from tilewright.codegen.recipe.model import Recipe
 from tilewright.tuner.cli import main
 from tilewright.tuning_db.store import Store
 
-pytestmark = pytest.mark.xdist_group("gpu_tuning")
-
 pytest.importorskip("triton", reason="Triton is not installed")
 
 PROBLEM = "stage=down,experts=4,n=128,k=192,top_k=2"

@@ -27,8 +27,6 @@ from tilewright.tuner.evaluation.cpu.evaluator import CpuEvaluator
 from tilewright.tuning_db.records import DeviceRecord, Outcome, PlanEntry, PlanRecord
 from tilewright.tuning_db.store import Store
 
-pytestmark = pytest.mark.xdist_group("precision")
-
 OP = find_op("moe_gemm")
 SIGNATURE = MoeGemmSignature(stage="up", experts=3, n=24, k=64, top_k=2, activation="swiglu")
 ERRORS = {LOSSLESS: 0.0, "int8": 0.01, "int8_a8": 0.02, "int4g32": 0.1}

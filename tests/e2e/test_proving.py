@@ -16,7 +16,7 @@ from tilewright.tuner.plan.prove import Default, Proof, Prover
 from tilewright.tuning_db.records import PlanRecord
 from tilewright.tuning_db.store import Store
 
-pytestmark = [needs_compiler, pytest.mark.xdist_group("proving")]
+pytestmark = needs_compiler
 
 OP = find_op("moe_gemm")
 SIGNATURE = MoeGemmSignature(stage="plain", experts=2, n=4, k=4)

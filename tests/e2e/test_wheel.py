@@ -14,8 +14,6 @@ import pytest
 
 from tilewright import __version__
 
-pytestmark = pytest.mark.xdist_group("wheel")
-
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SUFFIXES = {".py", ".typed", ".jinja", ".cpp"}
