@@ -92,11 +92,6 @@ class Precision:
         return WORD_BITS // self.bits
 
     @property
-    def lossless_for(self) -> str:
-        """Dtype of weights that are stored without loss: its own name, for elements without scales."""
-        return "" if self.scales else self.name
-
-    @property
     def quantised(self) -> bool:
         """Whether weights are rounded, and lie in words."""
         return self.name != LOSSLESS

@@ -160,19 +160,6 @@ def generate_topk_weights(topk_ids: NDArray[np.int32], seed: int, renormalize: b
     return weights[:, :top_k].astype(np.float32)
 
 
-def ids_on_rank(topk_ids: NDArray[np.int32], experts: int, rank: int) -> NDArray[np.int32]:
-    """Rewrite picks as one rank of expert parallelism sees them: its experts count from 0, all others become -1.
-
-    Args:
-        topk_ids: int32 [tokens, top_k], ids among the experts of all ranks.
-        experts: experts of one rank (``ModelShape.experts``).
-        rank: the rank, which holds the experts from ``rank * experts`` on.
-
-    """
-    local = topk_ids - np.int32(rank * experts)
-    return np.where((local >= 0) & (local < experts), local, np.int32(-1))
-
-
 def sort_tokens(topk_ids: NDArray[np.int32], experts: int) -> TokenOrder:
     """Sort picks by expert, picks of the same expert staying in their order (token by token, slot by slot).
 

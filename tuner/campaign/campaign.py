@@ -145,7 +145,6 @@ class Report:
     build_s: float = 0.0
     check_s: float = 0.0
     measure_s: float = 0.0
-    prepare_s: float = 0.0
 
     @property
     def trials(self) -> int:
@@ -263,7 +262,6 @@ class Campaign:
         report.build_s += sum(tuner.build_s for tuner in tuners)
         report.check_s += spent.checking_s
         report.measure_s += spent.measuring_s
-        report.prepare_s += spent.preparing_s
         return mine
 
     def _admit(self, evaluator: Evaluator, problems: Sequence[Problem], precisions: Sequence[str]) -> list[str]:
