@@ -23,7 +23,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give all processes of this run one cache, so that what one test built is not built again by another."""
+    """Give all processes of this run one cache, so that what one test built is not built again by another.
+
+    And no width: tables that are read by tests are as wide as they want to be, whatever terminal the run began in.
+    """
+    os.environ.pop("COLUMNS", None)
     if "TILEWRIGHT_CACHE" not in os.environ:
         cache = os.environ["TILEWRIGHT_CACHE"] = tempfile.mkdtemp(prefix="tilewright-tests-")
         config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
