@@ -81,6 +81,7 @@ def test_space_of_a_random_signature(op: OpDeclaration, arch: Arch) -> None:
     check()
 
 
+@pytest.mark.slow
 @each_arch
 @each_op
 def test_space_of_every_preset(op: OpDeclaration, arch: Arch) -> None:

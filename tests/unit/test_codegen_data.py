@@ -41,6 +41,7 @@ def test_layout_holds_every_column(n: int, columns: int, gated: bool) -> None:
     assert held - halves * n < halves * columns + halves * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", CPU_ARCHS.values(), ids=lambda arch: arch.name)
 @pytest.mark.parametrize("name", [n for n in PRESETS if "gpt-oss" not in n])
 def test_default_config_is_valid_and_renders(name: str, arch) -> None:

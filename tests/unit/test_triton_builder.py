@@ -112,6 +112,7 @@ def test_equal_sources_are_built_once(builder: TritonBuilder) -> None:
     assert builder.path_for(other) != builder.path_for(PRODUCT)
 
 
+@pytest.mark.slow
 def test_a_bad_source_costs_itself_alone(builder: TritonBuilder) -> None:
     sources = {
         "stopped because it took too long": tiny("import time\ntime.sleep(60)"),
