@@ -1,5 +1,6 @@
-/* A bound call: unwrap, check, choose, launch; the twin of codegen/recipe/resolve.py for host_so entries. Anything out of the ordinary goes to the Python twin (runtime/calls/pure.py),
- * which says what is wrong, calls the fallback, or runs the kernel. */
+/* A bound call: unwrap, check, choose, launch; the twin of codegen/recipe/resolve.py for host_so entries. Anything out of
+ * the ordinary goes to the Python twin (runtime/calls/pure.py), which says what is wrong, calls the fallback, or runs the
+ * kernel. */
 #include "bound_call.h"
 
 #include <stddef.h>
@@ -178,7 +179,7 @@ static bool values_fit(const tw_description *d, const call_frame *frame) {
     return true;
 }
 
-static int64_t address_of(const call_frame *frame, int64_t i) {
+static inline int64_t address_of(const call_frame *frame, int64_t i) {
     return frame->present[i] ? (int64_t)(intptr_t)frame->tensors[i].data : 0;
 }
 
@@ -211,9 +212,12 @@ static bool choose(const tw_description *d, call_frame *frame) {
 }
 
 /* Moves an address by the argument's offset, which is at most `most`. */
-static bool add_offset(const tw_argument *argument, const call_frame *frame, int64_t most, int64_t *address) {
-    int64_t offset = 0;
-    if (argument->program.length > 0 && !tw_evaluate(&argument->program, frame->symbols, &offset)) {
+static inline bool add_offset(const tw_argument *argument, const call_frame *frame, int64_t most, int64_t *address) {
+    int64_t offset;
+    if (argument->program.length == 0) { /* most arguments are addresses as they are */
+        return true;
+    }
+    if (!tw_evaluate(&argument->program, frame->symbols, &offset)) {
         return false;
     }
     return offset >= 0 && offset <= most && !__builtin_add_overflow(*address, offset, address);
