@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -251,3 +252,27 @@ def test_a_size_has_the_noise_of_the_nearest_at_which_it_is_known(variant: Varia
     found = {size: noise_near(grid, size) for size in (1, 7, 9, 1000)}
     assert [noise.high for noise in found.values() if noise] == pytest.approx([1.004, 1.004, 1.016, 1.256])
     assert noise_near([], 4) is None
+
+
+def test_a_kernel_that_dropped_out_of_a_race_early_is_not_as_fast_as_its_winner(
+    variant: Variants, wide: list[Config]
+) -> None:
+    """Two samples prove nothing of a kernel, least of all that the winner would not take its place."""
+    few, many = wide[:2]
+    keys = [variant(few).key, variant(many).key]
+    times = {DEFAULT: (100.0,) * 5, few: (40.0, 40.0, 60.0, 60.0, 60.0), many: (60.0, 60.0, 40.0, 40.0, 40.0)}
+
+    def cut_short(each: Raced, finalist: Finalist) -> Finalist:
+        if finalist.key not in keys or finalist is each.best:
+            return finalist
+        return replace(finalist, evaluation=replace(finalist.evaluation, samples_us=finalist.evaluation.samples_us[:2]))
+
+    for seed in range(20):
+        grid = [
+            replace(each, right=tuple(cut_short(each, finalist) for finalist in each.right))
+            for each in raced(variant, times, seed)
+        ]
+        constraint = variant(few).constraint
+        assert constraint is not None
+        assert sorted(distil(grid, [constraint])) == sorted(keys)
+        assert [each.key for each in assign(grid, keys, [constraint])] == [keys[0]] * 2 + [keys[1]] * 3

@@ -14,11 +14,20 @@ from tilewright.tuner.plan.decide import preferred, replaces_overall
 
 _WORTH_A_SWITCH = 0.01
 """Of the time at one size, that another kernel must save there: fewer switches are fewer places to be wrong at."""
+_MOST_BY_NOISE = 0.08
+"""By which the medians of two equal kernels may differ in one race, on the noisiest machines that were seen."""
 
 
 def as_fast(raced: Raced, finalist: Finalist, best: Finalist, comparisons: int) -> bool:
-    """Whether the fastest of a race, which one of ``comparisons`` is by luck, would not take this one's place."""
-    return finalist is best or not raced.replaces(best, finalist, comparisons=comparisons)
+    """Whether the fastest of a race, which one of ``comparisons`` is by luck, would not take this one's place.
+
+    The less a race knows of a kernel, the less it tells it apart from the best; so what lost more than noise explains,
+    and dropped out of the race for it, is never as fast.
+    """
+    if finalist is best:
+        return True
+    loss = finalist.median_us / best.median_us - 1
+    return loss <= _MOST_BY_NOISE and not raced.replaces(best, finalist, comparisons=comparisons)
 
 
 def distil(grid: Sequence[Raced], constraints: Collection[PlanConstraint]) -> list[str]:
