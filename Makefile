@@ -23,7 +23,7 @@ check: $(READY)
 	$(MAKE) --jobs=2 --output-sync=target lint quick
 
 quick: $(READY)
-	$(PYTEST) --quick tests/unit tests/golden tests/contract
+	$(PYTEST) --quick tests/unit tests/golden tests/contract tests/e2e/test_docs.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

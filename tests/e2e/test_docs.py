@@ -52,6 +52,7 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_adding_a_template(tree: Path) -> None:
     page = (ROOT / "docs" / "add-a-template.md").read_text()
     (template,) = re.findall(r"```jinja\n(.*?)```", page, re.DOTALL)
@@ -70,6 +71,7 @@ def test_adding_a_template(tree: Path) -> None:
     assert sum("cpu_chains" in line for line in raced) == 12
 
 
+@pytest.mark.slow
 def test_adding_an_op(tree: Path) -> None:
     page = (ROOT / "docs" / "add-an-op.md").read_text()
     saved = re.findall(r"Save\s+this\s+as\s+`([^`]+)`:\n\n```\w+\n(.*?)```", page, re.DOTALL)
