@@ -1,8 +1,11 @@
 """A frozen plan put to the test: a kernel that is slow between the tuned sizes is caught there, and replaced."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from naive_kernels import Built, build, needs_compiler, store_plan
@@ -11,9 +14,13 @@ from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.routing.spec import RoutingSpec
+from tilewright.tuner.campaign.campaign import Alternative, SignatureReport
+from tilewright.tuner.campaign.proving import prove_plans
+from tilewright.tuner.campaign.variants import PlanConstraint
 from tilewright.tuner.plan.deployed import DeployedRaces, RaceLost
+from tilewright.tuner.plan.finals import Verdict
 from tilewright.tuner.plan.prove import Default, Proof, Prover
-from tilewright.tuning_db.records import PlanRecord
+from tilewright.tuning_db.records import PlanEntry, PlanRecord
 from tilewright.tuning_db.store import Store
 
 pytestmark = needs_compiler
@@ -98,6 +105,56 @@ def test_torch_serves_where_the_default_may_not(prove: Prove) -> None:
     entry = next(entry for entry in proof.plan.entries if entry.kernel_key is None)
     assert entry.median_us is not None
     assert entry.default_us is not None
+
+
+def reported(plan: PlanRecord, default: Built, layout: WeightLayout) -> SignatureReport:
+    """What a campaign that chose ``plan`` leaves behind, as far as the test of its plans asks for it."""
+    constraint = PlanConstraint(default.layout_key)
+    variant = SimpleNamespace(key=default.record.key, layout_key=default.layout_key, constraint=constraint)
+    default_finalist = SimpleNamespace(built=SimpleNamespace(variant=variant))
+    problems = [OP.problem(SIGNATURE, size, RoutingSpec.parse("balanced")) for size in TUNED]
+    grid = [SimpleNamespace(size=p.size, problem=p, noise=None, default=default_finalist) for p in problems]
+    verdict = SimpleNamespace(grid=grid, finals=(), settled=SimpleNamespace(constraints=(PlanConstraint(layout.key),)))
+    return SignatureReport(SIGNATURE, verdict=cast("Verdict", verdict), plan=plan)
+
+
+OTHER_LAYOUT = WeightLayout(2)
+
+
+@pytest.mark.parametrize(
+    ("slow_sizes", "by_default", "gives_way"),
+    [(SLOW, (1, 0), True), ((1, 0), (1, 1 << 40), False), (SLOW, SLOW, False)],
+    ids=["where the default is faster", "where it is not", "where the default is slow there, too"],
+)
+def test_a_plan_that_the_default_cannot_join_gives_way_to_one_that_it_can(
+    folder: Path,
+    races: DeployedRaces,
+    slow_sizes: tuple[int, int],
+    by_default: tuple[int, int],
+    gives_way: bool,
+) -> None:
+    """Torch has no part in it: it may not serve in a batch-invariant plan."""
+    kernel = build(SIGNATURE, layout=OTHER_LAYOUT, slow_sizes=slow_sizes)
+    default = build(SIGNATURE, layout=LAYOUT, salt=1, slow_sizes=by_default)
+    path = store_plan(folder / "tuning.db", SIGNATURE, [(None, kernel)])
+    with Store.open(path) as store:
+        store.add_kernel(default.record, [default.artifact])
+        plan = replace(store.plans()[0], batch_invariant=True)
+        within = replace(plan, layout=LAYOUT.key, entries=(PlanEntry(None, default.record.key),))
+        mine = reported(plan, default, OTHER_LAYOUT)
+        other = reported(within, default, LAYOUT).verdict
+        assert other is not None
+        mine.alternative = Alternative(other, within)
+        prover = Prover(OP, store, races, threads=1, seed=0, budget_s=0.5, say=lambda _: None)
+        prove_plans(mine, prover, store, 6, lambda _: None)
+        assert mine.plan is not None
+        assert mine.proof is not None
+        assert mine.proof.plan == mine.plan
+        assert mine.plan in store.plans()
+        assert mine.plan.layout == (LAYOUT if gives_way else OTHER_LAYOUT).key
+        assert (mine.verdict is other) is gives_way
+        assert "default" not in {each["than"] for each in mine.plan.facts["probed"]["slower"]}
+        assert served(mine.plan, 100) == (default if gives_way else kernel).record.key
 
 
 def test_nothing_is_drawn_unless_it_is_asked_for(prove: Prove) -> None:

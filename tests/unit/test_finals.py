@@ -140,7 +140,7 @@ def test_a_constraint_that_few_sizes_searched_has_a_kernel_for_all(variant_build
     verdict = finals.run(tuners, [PlanConstraint(LAYOUT), other])
     assert verdict is not None
     assert verdict.settled.layout == LAYOUT
-    within = finals.within(other)
+    within = finals.within([other])
     assert within is not None
     assert [final.problem.size for final in within.finals] == list(TUNED)
     assert {entry.kernel_key for entry in within.entries} == {variant_builder.variant(OTHER_LAYOUT).key}
@@ -158,3 +158,33 @@ def test_a_layout_in_which_nothing_is_as_fast_as_the_default_gives_way_to_the_de
         slow = [probe for probe in probed.last if probe.slower]
         assert not slow or len(probed.rounds) == 3
     assert any(found)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_beside_a_plan_of_another_layout_stands_one_that_the_default_can_join(
+    variant_builder: VariantBuilder, copies: int
+) -> None:
+    def time_us(config: Config, _size: int) -> float:
+        return {DEFAULT: 100.0, SAME_LAYOUT: 90.0, OTHER_LAYOUT: 50.0}[config]
+
+    def make_tuner(problem: Problem) -> ProblemTuner:
+        return cast(
+            "ProblemTuner", MadeUpTimes(problem, variant_builder, time_us, [DEFAULT, SAME_LAYOUT, OTHER_LAYOUT])
+        )
+
+    tuners = [make_tuner(OP.problem(SIGNATURE, size, RoutingSpec.parse("balanced"))) for size in TUNED]
+    finals = Finals(make_tuner, cast("CpuEvaluator", Quiet()), Progress(None), copies=copies, until=math.inf)
+    other, default = (variant_builder.variant(config).constraint for config in (OTHER_LAYOUT, DEFAULT))
+    assert other
+    assert default
+    verdict = finals.run(tuners, [other, default])
+    assert verdict is not None
+    assert verdict.settled.constraints == (other,)
+    assert finals.alternative(verdict, other) is None
+    assert finals.alternative(verdict, None) is None
+    beside = finals.alternative(verdict, default)
+    assert beside is not None
+    assert beside.settled.constraints == (default, other)[:copies]
+    assert beside.candidates == 1
+    serves = variant_builder.variant((SAME_LAYOUT, OTHER_LAYOUT)[copies - 1]).key
+    assert {entry.kernel_key for entry in beside.entries} == {serves}

@@ -100,6 +100,14 @@ class Request:
         return "; ".join(self.target.builders[language].toolchain for language in languages)
 
 
+@dataclass(frozen=True)
+class Alternative:
+    """A plan that may serve in place of the one that the last races led to."""
+
+    verdict: Verdict
+    plan: PlanRecord
+
+
 @dataclass
 class SignatureReport:
     """What a run found for one signature."""
@@ -108,6 +116,8 @@ class SignatureReport:
     results: list[ProblemResult] = field(default_factory=list)
     verdict: Verdict | None = None
     plan: PlanRecord | None = None
+    alternative: Alternative | None = None
+    """Within the default's weight layout, which the default itself can join; None where the plan is such a one."""
     probed: Probed = field(default_factory=Probed)
     """While it was made, against the default alone."""
     proof: Proof | None = None
@@ -130,8 +140,10 @@ class SignatureReport:
         assert self.verdict is not None
         variant = self.verdict.grid[0].default.built.variant
         joins = variant.layout_key in plan.layout.split("+")
-        if plan.batch_invariant:  # the verdict knows the order of sums of the plan that it led to, and of no other
-            joins = plan is self.plan and variant.constraint in self.verdict.settled.constraints
+        if plan.batch_invariant:  # a verdict knows the order of sums of the plan that it led to, and of no other
+            made = [(self.plan, self.verdict)]
+            made += [(self.alternative.plan, self.alternative.verdict)] if self.alternative else []
+            joins = any(mine is plan and variant.constraint in verdict.settled.constraints for mine, verdict in made)
         return Default(variant.key, variant.layout_key, joins)
 
 
@@ -324,8 +336,13 @@ class Campaign:
         keep([*served, *defaults])
         mine.plan = self._plan(mine.verdict)
         self._put_plan(mine.plan)
+        if (other := finals.alternative(mine.verdict, default)) and other.finals:
+            plan = self._plan(other)
+            if plan.precision == mine.plan.precision:
+                mine.alternative = Alternative(other, plan)
+                keep([finalist.built.variant.config for finalist in other.chosen])
         others = [constraint for name, constraint in of_precisions.items() if name != mine.plan.precision]
-        verdicts = [verdict for constraint in others if (verdict := finals.within(constraint)) and verdict.finals]
+        verdicts = [verdict for constraint in others if (verdict := finals.within([constraint])) and verdict.finals]
         points = [self._point(mine.verdict, mine.plan), *(self._point(v, self._plan(v)) for v in verdicts)]
         title = f"precision against error of {format_shape(signature.to_dict())} {run_id[:8]}"
         mine.front = front(points, title, self._request.study if len(points) > 1 else "")

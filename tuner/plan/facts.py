@@ -54,7 +54,7 @@ def probed_document(rehearsed: Probed, proof: Proof) -> Document:
         ],
         "slower": [
             {"size": row.size, "than": than, "ratio": ratio.median}
-            for row in proof.rows
+            for row in proof.still_served
             for than, ratio, slower in (
                 ("default", row.over_default, row.slower_than_default),
                 ("torch", row.over_torch, row.slower_than_torch),

@@ -160,15 +160,26 @@ class Finals:
         winners = _winners(tuned, settled.constraints)
         grid = sorted([*tuned, *self._raced_between(tuned, winners)], key=lambda each: each.size)
         grid = [each for each in grid if each.with_constraints(settled.constraints)]
-        candidates = len({each.with_constraints(settled.constraints)[0].key for each in tuned})
+        candidates = _fastest_kernels(tuned, settled.constraints)
         return self._decided(grid, tuned, settled, distil(grid, settled.constraints), candidates)
 
-    def within(self, constraint: PlanConstraint) -> Verdict | None:
-        """What the races of :meth:`run` say of another constraint; None where it has no right kernel for some size."""
-        if not all(each.with_constraints([constraint]) for each in self._tuned):
+    def alternative(self, verdict: Verdict, default: PlanConstraint | None) -> Verdict | None:
+        """With the constraint of the ``default``, which may serve then, too; None where it may anyhow, or has none."""
+        others = verdict.settled.constraints
+        if default is None or default in others:
             return None
-        settled = priced([constraint], self._tuned)
-        return self._decided(self._tuned, self._tuned, settled, distil(self._tuned, [constraint]), 0, steps=0)
+        alike = [constraint for constraint in others if constraint.order == default.order]
+        return self.within([default, *alike][: self._copies])
+
+    def within(self, constraints: Sequence[PlanConstraint]) -> Verdict | None:
+        """What the races of :meth:`run` say of other constraints; None where they leave a size without a kernel."""
+        if not all(each.with_constraints(constraints) for each in self._tuned):
+            return None
+        settled = priced(constraints, self._tuned)
+        keys = distil(self._tuned, constraints)
+        return self._decided(
+            self._tuned, self._tuned, settled, keys, _fastest_kernels(self._tuned, constraints), steps=0
+        )
 
     def probe(self, verdict: Verdict, count: int, seed: int) -> tuple[Verdict, Probed]:
         """Race what the plan serves at ``count`` sizes drawn at random against the default; mend it where it is slower.
@@ -305,6 +316,11 @@ def _contenders(
     shared = [constraint for constraint in constraints if constraint in likely or not tuner.result.ranked(constraint)]
     others = [c.config for constraint in shared for other in solved for c in other.result.finalists(1, constraint)]
     return list(dict.fromkeys([*own, *of_all, *others]))
+
+
+def _fastest_kernels(tuned: Sequence[Raced], constraints: Sequence[PlanConstraint]) -> int:
+    """How many kernels are the fastest at some size."""
+    return len({each.with_constraints(constraints)[0].key for each in tuned})
 
 
 def _winners(tuned: Sequence[Raced], constraints: Sequence[PlanConstraint]) -> list[Config]:

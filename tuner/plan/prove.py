@@ -68,6 +68,16 @@ class Proof:
         return tuple(row for row in self.rows if row.size in drawn)
 
     @property
+    def slower_than_default(self) -> tuple[Deployed, ...]:
+        """Races in which the default was faster, beyond the noise, than what serves there now."""
+        return tuple(row for row in self.still_served if row.slower_than_default)
+
+    @property
+    def still_served(self) -> tuple[Deployed, ...]:
+        """Races of what serves there now."""
+        return tuple(row for row in self.rows if row.kernel_key == _serving(self.plan.entries, row.size))
+
+    @property
     def drawn(self) -> int:
         """Sizes drawn in all rounds."""
         return sum(map(len, self.rounds))

@@ -12,20 +12,18 @@ from tilewright.codegen.models.shapes import ModelShape
 from tilewright.codegen.ops.base import OpDeclaration
 from tilewright.codegen.ops.signature import Signature
 from tilewright.errors import TilewrightError
-from tilewright.tuner.campaign.campaign import Report, Request, SignatureReport
+from tilewright.tuner.campaign.campaign import Report, Request
 from tilewright.tuner.campaign.progress import Progress
+from tilewright.tuner.campaign.proving import prove_plans
 from tilewright.tuner.commands.findings import Findings
 from tilewright.tuner.commands.model_findings import ModelFindings
 from tilewright.tuner.evaluation.cpu.evaluator import CpuEvaluator
 from tilewright.tuner.evaluation.interface import Evaluator
-from tilewright.tuner.plan.constraint import noise_near
 from tilewright.tuner.plan.deployed import DeployedRaces
-from tilewright.tuner.plan.facts import probed_document
-from tilewright.tuner.plan.finals import Probed
-from tilewright.tuner.plan.prove import Proof, Prover
+from tilewright.tuner.plan.prove import Prover
 from tilewright.tuner.report.roofline import ceilings
 from tilewright.tuner.targets.base import MEASURING, DefaultBudget, Shown, Target, Wishes
-from tilewright.tuning_db.records import DeviceRecord, PlanRecord, Timing
+from tilewright.tuning_db.records import DeviceRecord, Timing
 from tilewright.tuning_db.store import Store
 
 _MOST_PROVING_S = 12.0
@@ -82,8 +80,21 @@ class CpuTarget(Target):
     def prove(self, request: Request, report: Report, store: Store, progress: Progress) -> None:
         """Race every plan as the runtime serves it."""
         with DeployedRaces() as races:
+            prover = Prover(
+                request.op,
+                store,
+                races,
+                threads=self.location.threads,
+                seed=request.seed,
+                budget_s=min(_MOST_PROVING_S, _PROVING_SHARE * request.time_s),
+                say=progress.say,
+            )
             for mine in report.signatures:
-                _prove(mine, store, races, request, progress)
+                if mine.plan is not None:
+                    progress.say(
+                        "racing the frozen plans, as the runtime serves them, against the default and plain torch"
+                    )
+                    prove_plans(mine, prover, store, request.probes, progress.say)
 
     def findings(
         self, runs: Sequence[tuple[Request, Report]], model: ModelShape | None, database: str
@@ -98,39 +109,3 @@ class CpuTarget(Target):
         roofline = known.explaining([achieved for findings in found for achieved in findings.achieved()])
         found = tuple(replace(findings, roofline=roofline) for findings in found)
         return found if len(found) == 1 or model is None else (ModelFindings(found, model),)
-
-
-def _prove(mine: SignatureReport, store: Store, races: DeployedRaces, request: Request, progress: Progress) -> None:
-    """Race each plan as the runtime serves it against the default and plain torch, and store what it becomes."""
-    if mine.plan is None or mine.verdict is None:
-        return
-    progress.say("racing the frozen plans, as the runtime serves them, against the default and plain torch")
-    raced = mine.verdict.grid
-    grid = {each.size: each.problem for each in raced}
-
-    def noise_at(size: int) -> float:
-        near = noise_near(raced, size)
-        return (near.noise if near else None) or 0.0
-
-    prover = Prover(
-        request.op,
-        store,
-        races,
-        threads=request.target.location.threads,
-        seed=request.seed,
-        budget_s=min(_MOST_PROVING_S, _PROVING_SHARE * request.time_s),
-        say=progress.say,
-    )
-
-    def proven(plan: PlanRecord, rehearsed: Probed) -> Proof:
-        proof = prover.prove(plan, list(grid.values()), mine.default_for(plan), request.probes, noise_at)
-        facts = plan.facts | {"probed": probed_document(rehearsed, proof)}
-        store.put_plan(replace(proof.plan, facts=facts))
-        return replace(proof, plan=replace(proof.plan, facts=facts))
-
-    mine.proof = proven(mine.plan, mine.probed)
-    mine.plan = mine.proof.plan
-    mine.front = [
-        replace(point, plan=mine.plan if point.precision == mine.plan.precision else proven(point.plan, Probed()).plan)
-        for point in mine.front
-    ]
