@@ -7,6 +7,7 @@ inside a value.
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,12 @@ from typing import Any, TypeVar, get_origin
 from tilewright.structuring import fields_of, structure, unstructure
 from tilewright.tuning_db.integrity import seal
 from tilewright.tuning_db.records import KernelRecord, PlanEntry, PlanRecord, TrialRecord
+
+_LONGEST_DOCUMENT = 4 << 20
+"""Characters of a document; a value takes up to twenty times as much memory as its text."""
+_MOST_DIGITS = 20
+_SUSPICIOUS = re.compile(r"[0-9]{19}|[eE]\+?[0-9]{3}")
+"""In texts with numbers of more than 64 bits, and in some others."""
 
 Columns = dict[str, Any]
 Row = Mapping[str, Any]
@@ -44,9 +51,26 @@ def dumps(document: Any) -> str:
 
 
 def loads(text: str) -> Any:
-    """Parse a JSON text."""
+    """Parse a JSON text as :func:`dumps` writes it. Raises UndecodableError for any other."""
     with decoding("a document"):
-        return json.loads(text)
+        if len(text) > _LONGEST_DOCUMENT:
+            raise ValueError(f"it has {len(text)} characters")
+        # Numbers that are too large are looked for at once, for reading each of them by hand takes ten times as long.
+        if _SUSPICIOUS.search(text):
+            return json.loads(text, parse_int=_integer, parse_float=_number, parse_constant=_number)
+        return json.loads(text, parse_constant=_number)
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MOST_DIGITS or not -(1 << 63) <= int(text) < 1 << 64:
+        raise ValueError(f"the number {text:.20}... has more than 64 bits")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"the number {text:.20} is not finite")
+    return value
 
 
 def parse_sqlite(record_type: type, row: Row) -> Columns:

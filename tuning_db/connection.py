@@ -12,8 +12,10 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
 from sqlalchemy.orm import Session
 
+from tilewright import disks
 from tilewright.errors import TilewrightError
 from tilewright.tuning_db import codec, faults
+from tilewright.tuning_db.confined import ConfinedConnection
 from tilewright.tuning_db.locations import require_file
 from tilewright.tuning_db.schema import read_only_uri, read_write_uri, require_current, schema_version
 
@@ -72,7 +74,7 @@ class Database:
     def _explain(self, error: DBAPIError) -> TilewrightError:
         if self.path is not None and isinstance(error.orig, sqlite3.Error):
             return faults.explain(error.orig, self.path)
-        reason = str(error.orig).strip().splitlines()[0]
+        reason = str(error.orig).strip().partition("\n")[0]
         return TilewrightError(f"the database {self.name} refused: {reason}; check the server and the URL")
 
 
@@ -89,9 +91,8 @@ def open_sqlite(path: Path, *, create: bool) -> Database:
             connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA cell_size_check = ON")
 
-    engine = _sqlite_engine(path, lambda: _connect(read_write_uri(path)), connected)
+    engine = _sqlite_engine(path, lambda: _connect(path, read_write_uri(path), writes=True), connected)
     return Database(engine, str(path), path)
 
 
@@ -101,9 +102,8 @@ def open_sqlite_read_only(path: Path) -> Database:
 
     def connected(connection: sqlite3.Connection, _record: object) -> None:
         require_current(schema_version(connection, path), path)
-        connection.execute("PRAGMA cell_size_check = ON")
 
-    engine = _sqlite_engine(path, lambda: _connect(read_only_uri(path)), connected)
+    engine = _sqlite_engine(path, lambda: _connect(path, read_only_uri(path), writes=False), connected)
     return Database(engine, str(path), path)
 
 
@@ -143,13 +143,22 @@ def _create_file(path: Path) -> None:
         return
     except OSError as error:
         raise TilewrightError(
-            f"the database {path} cannot be made: {error.strerror}; name another file with --db"
+            f"the database {path} cannot be made: {disks.reason(error)}; name another file with --db"
         ) from error
 
 
-def _connect(uri: str) -> sqlite3.Connection:
+def _connect(path: Path, uri: str, *, writes: bool) -> ConfinedConnection:
     # Transactions are begun by us alone (isolation_level None). The pool hands a connection to one thread at a time.
-    return sqlite3.connect(uri, uri=True, timeout=_SQLITE_WAIT_SECONDS, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(
+        uri,
+        uri=True,
+        timeout=_SQLITE_WAIT_SECONDS,
+        isolation_level=None,
+        check_same_thread=False,
+        factory=ConfinedConnection,
+    )
+    connection.confine(path, writes=writes)
+    return connection
 
 
 def _sqlite_engine(
@@ -161,6 +170,9 @@ def _sqlite_engine(
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         writes = connection.get_execution_options().get("tilewright_writes", False)
+        confined = connection.connection.driver_connection
+        assert isinstance(confined, ConfinedConnection)
+        confined.allow(writes=writes)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine

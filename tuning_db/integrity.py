@@ -9,7 +9,8 @@ from typing import Any
 
 from tilewright.errors import TilewrightError
 
-_SIDECARS = ("-wal", "-shm", "-journal")
+SIDECARS = ("-wal", "-shm", "-journal")
+"""Ends of the names of the files that SQLite keeps beside a database."""
 
 
 class DamagedDatabase(TilewrightError):  # noqa: N818  (named for what the user reads)
@@ -58,7 +59,7 @@ def check_private(path: Path) -> None:
     real = path.resolve()
     for part in (real, real.parent):
         _check_owner_and_mode(part, part.stat())
-    for suffix in _SIDECARS:
+    for suffix in SIDECARS:
         beside = real.with_name(real.name + suffix)
         try:
             status = beside.stat()

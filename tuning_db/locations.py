@@ -8,6 +8,7 @@ from urllib.parse import unquote
 
 from tilewright.directories import DATABASE_VARIABLE, user_data_directory
 from tilewright.errors import TilewrightError
+from tilewright.tuning_db.integrity import SIDECARS
 
 _SQLITE_URL = re.compile(r"sqlite(?:\+pysqlite)?://(?P<rest>.*)", re.DOTALL)
 
@@ -46,7 +47,10 @@ def sqlite_path(url_or_path: str | os.PathLike[str]) -> Path | None:
 
 
 def require_file(path: Path) -> None:
-    """Refuse a path where there is no file to open. Raises TilewrightError."""
+    """Refuse a path where there is no file to open, or where SQLite would wait for ever beside it.
+
+    Raises TilewrightError.
+    """
     try:
         is_file = stat.S_ISREG(path.stat().st_mode)
     except FileNotFoundError as error:
@@ -59,3 +63,7 @@ def require_file(path: Path) -> None:
         ) from error
     if not is_file:
         raise TilewrightError(f"the database {path} is not a file; name a file")
+    real = path.resolve()
+    for beside in (real.with_name(real.name + suffix) for suffix in SIDECARS):
+        if beside.exists() and not beside.is_file():
+            raise TilewrightError(f"{beside}, beside the database, is not a file; remove it")

@@ -1,12 +1,14 @@
 """What is asked of the database. Each function works in the caller's session and returns records."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypedDict
 
-from sqlalchemy import Select, case, func, select
+from sqlalchemy import Row, Select, case, func, select
 from sqlalchemy.orm import DeclarativeBase, Session
 
 from tilewright.tuning_db import codec
+from tilewright.tuning_db.confined import limited
 from tilewright.tuning_db.integrity import verified
 from tilewright.tuning_db.models import Artifact, Device, Kernel, KernelArtifact, Plan, PlanEntry, Run, Trial
 from tilewright.tuning_db.records import (
@@ -22,6 +24,9 @@ from tilewright.tuning_db.records import (
     Timing,
     TrialRecord,
 )
+
+
+_ROWS_AT_ONCE = 500
 
 
 class TrialFilter(TypedDict, total=False):
@@ -218,4 +223,9 @@ def _filtered(statement: Select[Any], model: type[DeclarativeBase], where: Any) 
 
 def _rows(session: Session, statement: Select[Any]) -> list[codec.Columns]:
     with codec.decoding("a row"):
-        return [{str(name): value for name, value in row.items()} for row in session.execute(statement).mappings()]
+        # Fetched in parts, so that rows without end are noticed before they fill the memory.
+        rows: Iterable[Row[Any]] = session.execute(statement, execution_options={"yield_per": _ROWS_AT_ONCE})
+        bind = session.get_bind()
+        if bind.dialect.name == "sqlite":
+            rows = limited(rows, Path(bind.engine.url.database or ""))
+        return [{str(name): value for name, value in row._mapping.items()} for row in rows]  # noqa: SLF001 - its name

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tilewright.errors import TilewrightError
 from tilewright.tuning_db.codec import UndecodableError, decode_kernel, decode_plan, decoding, parse_sqlite
+from tilewright.tuning_db.confined import ConfinedConnection, limited
 from tilewright.tuning_db.faults import damaged, explain
 from tilewright.tuning_db.integrity import DamagedArtifact, DamagedDatabase, UntrustedFile, check_private, verified
 from tilewright.tuning_db.locations import default_url, require_file, sqlite_path
@@ -59,11 +60,13 @@ class Reader:
                 "SELECT * FROM plans WHERE op = ? AND signature_key = ? "
                 "ORDER BY device_key, threads, error, precision, batch_invariant",
                 (op, signature_key),
-            ).fetchall()
+            )
             entries = "SELECT * FROM plan_entries WHERE plan_id = ? ORDER BY position"
             plans = [
-                decode_plan(parse_sqlite(PlanRecord, row), connection.execute(entries, (row["id"],)).fetchall())
-                for row in rows
+                decode_plan(
+                    parse_sqlite(PlanRecord, row), limited(connection.execute(entries, (row["id"],)), self.path)
+                )
+                for row in list(limited(rows, self.path))
             ]
         return tuple(sorted(plans, key=lambda plan: -TIMINGS.index(plan.timing)))
 
@@ -76,7 +79,9 @@ class Reader:
             artifacts = connection.execute(
                 "SELECT checksum FROM kernel_artifacts WHERE kernel_key = ? ORDER BY position", (key,)
             )
-            return decode_kernel(parse_sqlite(KernelRecord, row), [row["checksum"] for row in artifacts])
+            return decode_kernel(
+                parse_sqlite(KernelRecord, row), [row["checksum"] for row in limited(artifacts, self.path)]
+            )
 
     def artifact_kinds(self, kernel_key: str) -> tuple[str, ...]:
         """Return the kinds of a kernel's artifacts, each once, in alphabetical order."""
@@ -86,7 +91,7 @@ class Reader:
                 "JOIN artifacts USING (checksum) WHERE kernel_key = ? ORDER BY kind",
                 (kernel_key,),
             )
-            return tuple(str(row["kind"]) for row in rows)
+            return tuple(str(row["kind"]) for row in limited(rows, self.path))
 
     def artifact(self, checksum: str) -> bytes:
         """Return the bytes with this sha256. Raises DamagedArtifact where the stored bytes have another."""
@@ -106,11 +111,16 @@ class Reader:
                 require_file(self.path)
                 check_private(self.path)
                 with closing(
-                    sqlite3.connect(read_only_uri(self.path), uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
+                    sqlite3.connect(
+                        read_only_uri(self.path),
+                        uri=True,
+                        timeout=_BUSY_SECONDS,
+                        isolation_level=None,
+                        factory=ConfinedConnection,
+                    )
                 ) as connection:
+                    connection.confine(self.path, writes=False)
                     connection.row_factory = sqlite3.Row
-                    connection.execute("PRAGMA trusted_schema = OFF")
-                    connection.execute("PRAGMA cell_size_check = ON")
                     require_current(schema_version(connection, self.path), self.path)
                     connection.execute("BEGIN")
                     yield connection

@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from tilewright.errors import TilewrightError
+from tilewright.tuning_db.confined import require_plain_schema
 from tilewright.tuning_db.faults import damaged
 
 SCHEMA_VERSION = 5
@@ -13,6 +14,33 @@ SCHEMA_VERSION = 5
 
 APPLICATION_ID = int.from_bytes(b"TWdb")
 """``PRAGMA application_id`` of a SQLite file."""
+
+VERSION_TABLE = "tilewright_alembic_version"
+"""In which Alembic keeps which migrations were made."""
+
+TABLES: dict[str, frozenset[str]] = {
+    name: frozenset(columns.split())
+    for name, columns in {
+        VERSION_TABLE: "version_num",
+        "runs": "id command versions host started_at finished_at",
+        "devices": "key name arch facts",
+        "artifacts": "checksum kind abi_version data",
+        "kernels": (
+            "key op signature_key signature template config arch source recipe toolchain facts checked created_at seal"
+        ),
+        "kernel_artifacts": "kernel_key position checksum",
+        "trials": (
+            "id run_id op signature_key problem_key problem device_key threads template config kernel_key outcome "
+            "timing median_us low_us high_us samples_us error message seed search build_s created_at"
+        ),
+        "plans": (
+            "id op signature_key signature device_key threads precision error batch_invariant model layout timing "
+            "checked facts created_at seal"
+        ),
+        "plan_entries": "plan_id position max_size kernel_key median_us default_us tuned_size",
+    }.items()
+}
+"""Columns of each table of this version: those of ``models``, which readers do not import."""
 
 
 def schema_version(connection: sqlite3.Connection, path: Path) -> int:
@@ -26,8 +54,12 @@ def schema_version(connection: sqlite3.Connection, path: Path) -> int:
         (application_id,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         empty = connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone() is None
+        ours = application_id == APPLICATION_ID and version <= SCHEMA_VERSION
+        if ours:
+            require_plain_schema(connection, path, TABLES, current=version == SCHEMA_VERSION)
     finally:
-        connection.execute("ROLLBACK")
+        # Not by a statement: after an error of the disk no transaction is left, and a failing ROLLBACK would hide it.
+        connection.rollback()
     if application_id != APPLICATION_ID:
         if not empty:
             raise TilewrightError(f"{path} is a database of another program; name another file with --db")

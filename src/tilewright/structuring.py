@@ -178,7 +178,10 @@ def _number(value: Any) -> float:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or value != value:
         _refuse(value, "a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        _refuse(value, "a number of 64 bits")
 
 
 def _exactly(cls: type, words: str, value: Any) -> Any:

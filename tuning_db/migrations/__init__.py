@@ -9,9 +9,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
 from tilewright.errors import TilewrightError
-from tilewright.tuning_db.schema import newer_schema
-
-VERSION_TABLE = "tilewright_alembic_version"
+from tilewright.tuning_db.schema import VERSION_TABLE, newer_schema
 
 _POSTGRESQL_LOCK = 0x54576462  # any number that only we use
 
@@ -47,7 +45,7 @@ def _is_current(connection: Connection, scripts: ScriptDirectory) -> bool:
     revision = context.get_current_revision()
     known = {script.revision for script in scripts.walk_revisions()}
     if revision is not None and revision not in known:
-        raise newer_schema(_name(connection), f"revision {revision}")
+        raise newer_schema(_name(connection), f"revision {revision!r:.40}")
     return revision == scripts.get_current_head()
 
 
