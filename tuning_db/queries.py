@@ -25,7 +25,6 @@ from tilewright.tuning_db.records import (
     TrialRecord,
 )
 
-
 _ROWS_AT_ONCE = 500
 
 

@@ -113,7 +113,7 @@ def root_of(path: Path, table: str) -> tuple[int, int]:
 
 
 def lead_in_circles(path: Path, table: str, levels: int = 5) -> None:
-    """The root of a table becomes an inner page whose some 500 children are all one page, and so on, down to its rows."""
+    """The root of a table becomes an inner page with 500 times one child, that likewise, and so on down to its rows."""
     root, page_bytes = root_of(path, table)
     content = bytearray(path.read_bytes())
     leaf = bytes(content[(root - 1) * page_bytes : root * page_bytes])
