@@ -5,17 +5,24 @@ pytest benchmarks/bench_overhead.py --benchmark-json out.json
 The extension and its Python twin are measured, and a Python function of no work for what the loop itself takes. The
 extension also times its stages one by one (``extra_info`` in the JSON, and a line on the terminal with ``-s``).
 ``bench_operator``: what a graph of ``torch.compile`` or ``torch.export`` pays beside that, an operator's dispatch.
+``bench_first_calls``: the first ten one-token calls of real experts in fresh processes, and what later ones take.
 """
 
 import ctypes
+import json
 import os
 import shutil
+import statistics
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from summary import TABLES
+from tuned import ensure_tuned
 
+from tilewright.codegen.hardware.cpu_info import usable_cores
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.recipe.model import Argument, Launch, Recipe
 from tilewright.codegen.routing.spec import RoutingSpec, generate_topk_ids
@@ -26,6 +33,24 @@ from tilewright.runtime.serve.handles import hold
 EXPERTS, HIDDEN, INTER, TOP_K = 8, 1024, 2048, 2
 TOKENS = (1, 16, 256)
 STAGE_REPEATS = 100_000
+FIRST_EXPERTS, FIRST_HIDDEN, FIRST_INTER, FIRST_TOP_K = 64, 1024, 512, 4
+PROCESSES = 7
+FIRST_CALLS = """
+import json, sys, time, torch
+from tilewright.runtime import Experts, ServeOptions
+experts, hidden, inter, top_k, threads = map(int, sys.argv[1:6])
+torch.set_num_threads(threads)
+up, down = torch.randn(experts, 2 * inter, hidden), torch.randn(experts, hidden, inter)
+calls = [(torch.randn(1, hidden), torch.randn(1, experts)) for _ in range(40)]
+layer = Experts(up, down, top_k=top_k, options=ServeOptions(max_error=0.01, database=sys.argv[6]))
+assert layer.is_tuned
+times_ms = []
+for call in calls:
+    begin = time.perf_counter_ns()
+    layer(*call)
+    times_ms.append((time.perf_counter_ns() - begin) / 1e6)
+print(json.dumps(times_ms))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +153,23 @@ def bench_operator(benchmark, grad_mode: str, way: str) -> None:
             benchmark(experts.run, x, ids, weights)
         else:
             benchmark(operator, x, ids, weights, experts.handle)
+
+
+@pytest.mark.parametrize("threads", dict.fromkeys((1, min(2, usable_cores()))))
+def bench_first_calls(threads: int) -> None:
+    """Medians over fresh processes; the weights are bf16, and every call reads other experts."""
+    sizes = f"experts={FIRST_EXPERTS},top_k={FIRST_TOP_K}"
+    for stage in (
+        f"stage=up,{sizes},n={FIRST_INTER},k={FIRST_HIDDEN},activation=swiglu",
+        f"stage=down,{sizes},n={FIRST_HIDDEN},k={FIRST_INTER}",
+    ):
+        path = ensure_tuned(stage, (1,), threads, options=("--precision", "bf16"))
+    arguments = [FIRST_EXPERTS, FIRST_HIDDEN, FIRST_INTER, FIRST_TOP_K, threads, path]
+    command = [sys.executable, "-c", FIRST_CALLS, *map(str, arguments)]
+    runs = [json.loads(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(PROCESSES)]
+    first = " ".join(f"{statistics.median(run[call] for run in runs):.2f}" for call in range(10))
+    slowest = max(max(run[:10]) for run in runs)
+    later = statistics.median(time_ms for run in runs for time_ms in run[10:])
+    TABLES.append(
+        [f"first ten calls of one token, {threads} threads: {first} ms; slowest {slowest:.2f}; later ones {later:.2f}"]
+    )

@@ -12,12 +12,12 @@
 #include "native/routing.h"
 #include "native/tensors.h"
 
-static PyObject *set_fork(PyObject *Py_UNUSED(module), PyObject *address) {
-    unsigned long long value = PyLong_AsUnsignedLongLong(address);
-    if (PyErr_Occurred()) {
+static PyObject *set_pool(PyObject *Py_UNUSED(module), PyObject *args) {
+    unsigned long long parallel, team_size;
+    if (!PyArg_ParseTuple(args, "KK", &parallel, &team_size)) {
         return NULL;
     }
-    int error = tw_set_fork((tw_fork_fn)(uintptr_t)value);
+    int error = tw_set_pool((tw_fork_fn)(uintptr_t)parallel, (int (*)(void))(uintptr_t)team_size);
     if (error != 0) {
         errno = error;
         return PyErr_SetFromErrno(PyExc_OSError);
@@ -146,7 +146,8 @@ static PyObject *rms_norm(PyObject *Py_UNUSED(module), PyObject *const *args, Py
 }
 
 static PyMethodDef functions[] = {
-    {"set_fork", set_fork, METH_O, "set_fork(address): install GOMP_parallel as the thread pool of this process."},
+    {"set_pool", set_pool, METH_VARARGS,
+     "set_pool(GOMP_parallel, omp_get_num_threads), by addresses: install the thread pool of this process."},
     {"setup_torch", setup_torch, METH_VARARGS,
      "setup_torch(Tensor, Parameter, Tensor.__dlpack_c_exchange_api__, is_grad_enabled): before any call with tensors."},
     {"pack", pack, METH_VARARGS,

@@ -7,7 +7,7 @@ import os
 from functools import cache
 from types import ModuleType
 
-from tilewright.runtime.launchers.openmp import fork_address
+from tilewright.runtime.launchers.openmp import pool
 
 
 @cache
@@ -19,7 +19,7 @@ def native_module() -> ModuleType | None:
         module = importlib.import_module("tilewright.runtime._native")
     except ImportError:
         return None
-    module.set_fork(fork_address())
+    module.set_pool(*pool())
     return module
 
 

@@ -10,21 +10,33 @@ import ctypes
 import importlib.util
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
-_SYMBOL = "GOMP_parallel"
 _forked = False
-_address: int | None = None
+
+
+class Pool(NamedTuple):
+    """Addresses of one OpenMP library's functions; 0 for what is not there."""
+
+    parallel: int
+    """``GOMP_parallel``."""
+    team_size: int
+    """``omp_get_num_threads``."""
+
+
+_NONE = Pool(0, 0)
+
+
+def pool() -> Pool:
+    """The thread pool of this process; none (run on the calling thread) in a forked child, or without OpenMP."""
+    return _NONE if _forked else _find()
 
 
 def fork_address() -> int:
     """Address of ``GOMP_parallel``; 0 (run on the calling thread) in a forked child, or where there is no OpenMP."""
-    global _address  # noqa: PLW0603 - found once per process
-    if _forked:
-        return 0
-    if _address is None:
-        _address = _find()
-    return _address
+    return pool().parallel
 
 
 def forked() -> bool:
@@ -32,12 +44,17 @@ def forked() -> bool:
     return _forked
 
 
-def _find() -> int:
+@cache
+def _find() -> Pool:
     for library in _libraries():
-        function = getattr(library, _SYMBOL, None)
-        if function is not None:
-            return ctypes.cast(function, ctypes.c_void_p).value or 0
-    return 0
+        if parallel := _address(library, "GOMP_parallel"):
+            return Pool(parallel, _address(library, "omp_get_num_threads"))
+    return _NONE
+
+
+def _address(library: ctypes.CDLL, name: str) -> int:
+    function = getattr(library, name, None)
+    return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def _libraries() -> Iterator[ctypes.CDLL]:

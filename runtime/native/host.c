@@ -3,18 +3,24 @@
 #include <pthread.h>
 #include <stddef.h>
 
-static tw_fork_fn installed_fork;
+#include "team.h"
 
-static void forget_fork(void) { installed_fork = NULL; }
+static tw_pool pool;
 
-int tw_set_fork(tw_fork_fn fork) {
+static void forget_pool(void) { pool = (tw_pool){NULL, NULL}; }
+
+int tw_set_pool(tw_fork_fn parallel, int (*team_size)(void)) {
     static int registered;
-    installed_fork = fork;
+    pool = (tw_pool){parallel, team_size};
     if (registered) {
         return 0;
     }
     registered = 1;
-    return pthread_atfork(NULL, NULL, forget_fork);
+    return pthread_atfork(NULL, NULL, forget_pool);
 }
 
-tw_fork_fn tw_fork(void) { return installed_fork; }
+static void parallel(void (*body)(void *), void *data, unsigned threads, unsigned flags) {
+    tw_parallel(&pool, body, data, threads, flags);
+}
+
+tw_fork_fn tw_fork(void) { return pool.parallel == NULL ? NULL : parallel; }

@@ -16,8 +16,9 @@ typedef struct {
 
 typedef int32_t (*tw_entry)(const tw_host *host, const int64_t *args);
 
-/* Install GOMP_parallel (or NULL). Returns 0, or an errno value. */
-int tw_set_fork(tw_fork_fn fork);
+/* Install the thread pool: GOMP_parallel (NULL: none) and omp_get_num_threads of the same library (NULL: unknown).
+ * Returns 0, or an errno value. */
+int tw_set_pool(tw_fork_fn parallel, int (*team_size)(void));
 
 /* What kernels get as `fork`: NULL in a forked child, where the pool's threads no longer exist. */
 tw_fork_fn tw_fork(void);

@@ -85,6 +85,7 @@ class Experts:
         self.gate = None if options.batch_invariant else self._tuned_gate(options)
         self._local = threading.local()
         self.handle = hold(self)
+        self._warm_up()
 
     def __call__(self, x: Tensor, router_logits: Tensor, out: Tensor | None = None) -> Tensor:
         """Route by ``router_logits`` and compute.
@@ -156,6 +157,17 @@ class Experts:
     def is_tuned(self) -> bool:
         """Whether a tuned kernel serves some size of either stage."""
         return self.up.is_tuned or self.down.is_tuned
+
+    def _warm_up(self) -> None:
+        """Call the kernels once for one token, so that no request pays for pages and threads that are touched first."""
+        if not all(stage.is_always_tuned_for(1) for stage in (self.up, self.down)):
+            return
+        x = torch.zeros((1, self.hidden), dtype=torch.float32, device="cpu")
+        if self.all_experts == self.experts:
+            self(x, torch.zeros((1, self.experts), dtype=torch.float32, device="cpu"))
+        else:
+            topk_ids = torch.zeros((1, self.top_k), dtype=torch.int32, device="cpu")
+            self.run(x, topk_ids, torch.zeros((1, self.top_k), dtype=torch.float32, device="cpu"))
 
     def _tuned_gate(self, options: ServeOptions) -> Gate | None:
         """What routes and sorts at once, where it was tuned for; else the runtime's own softmax and sort do."""

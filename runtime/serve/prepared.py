@@ -123,6 +123,12 @@ class PreparedCall:
         """Whether a tuned kernel serves some size."""
         return bool(self._resolution.kernels)
 
+    def is_always_tuned_for(self, size: int) -> bool:
+        """Whether a tuned kernel serves ``size`` whatever else a call is like."""
+        ranges = self._resolution.ranges
+        part = next((part for part in ranges if part.max_size is None or size <= part.max_size), None)
+        return part is not None and part.kernel is not None and not part.kernel.recipe.guards
+
     @property
     def precision(self) -> str:
         """What the weights are stored in; several are joined by ``+``."""
