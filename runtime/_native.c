@@ -35,6 +35,16 @@ static PyObject *setup_torch(PyObject *Py_UNUSED(module), PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *set_tensor_keys(PyObject *Py_UNUSED(module), PyObject *args) {
+    Py_ssize_t tensor_in_object, keys_in_tensor;
+    unsigned long long keys;
+    if (!PyArg_ParseTuple(args, "nnK", &tensor_in_object, &keys_in_tensor, &keys)) {
+        return NULL;
+    }
+    tw_tensors_keys(tensor_in_object, keys_in_tensor, keys);
+    Py_RETURN_NONE;
+}
+
 static PyObject *pack(PyObject *Py_UNUSED(module), PyObject *args) {
     tw_packing p;
     unsigned long long weight, packed;
@@ -150,6 +160,9 @@ static PyMethodDef functions[] = {
      "set_pool(GOMP_parallel, omp_get_num_threads), by addresses: install the thread pool of this process."},
     {"setup_torch", setup_torch, METH_VARARGS,
      "setup_torch(Tensor, Parameter, Tensor.__dlpack_c_exchange_api__, is_grad_enabled): before any call with tensors."},
+    {"set_tensor_keys", set_tensor_keys, METH_VARARGS,
+     "set_tensor_keys(tensor_in_object, keys_in_tensor, keys): where the dispatch keys of tensors lie, and those of plain "
+     "ones; else each tensor is asked whether it is plain."},
     {"pack", pack, METH_VARARGS,
      "pack(weight, expert_stride, row_stride, experts, n, k, columns, halves, run, element, group, scales_per_row, packed, "
      "threads), by addresses -> False for weights that cannot be quantised."},

@@ -60,12 +60,14 @@ class IntExpr:
             )
         try:
             tree = ast.parse(self.text, mode="eval")
-        except SyntaxError as error:
+            steps: list[tuple[Op, int | str]] = []
+            self._emit(tree.body, steps)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            # Nested too deeply it is one of the last two; texts with half characters or zeros are a ValueError.
+            reason = error.msg if isinstance(error, SyntaxError) else "it is too deep, or no text"
             raise TilewrightError(
-                f"recipe expression {self.text!r} is not an integer expression: {error.msg}"
+                f"recipe expression {self.text!r:.200} is not an integer expression: {reason}"
             ) from error
-        steps: list[tuple[Op, int | str]] = []
-        self._emit(tree.body, steps)
         return tuple(steps)
 
     def _emit(self, node: ast.expr, steps: list[tuple[Op, int | str]]) -> None:
@@ -84,7 +86,7 @@ class IntExpr:
                 steps.append((_FUNCTIONS[name], 0))
             case _:
                 raise TilewrightError(
-                    f"recipe expression {self.text!r} uses {ast.unparse(node)!r}; "
+                    f"recipe expression {self.text!r:.200} uses {ast.unparse(node)!r:.100}; "
                     "only + - * //, min, max, ceildiv, 64-bit integers and size names are allowed"
                 )
 

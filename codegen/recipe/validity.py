@@ -79,6 +79,12 @@ def validate(recipe: Recipe) -> None:
         _validate_launch(launch, recipe, values)
 
 
+def unused_tensors(recipe: Recipe) -> tuple[str, ...]:
+    """Tensors that are passed to no launch. A kernel of ours takes all that its op has."""
+    used = {argument.source for launch in recipe.launches for argument in launch.arguments if argument.kind == "tensor"}
+    return tuple(tensor.name for tensor in recipe.tensors if tensor.name not in used)
+
+
 def _validate_tensor(tensor: TensorSpec, recipe: Recipe) -> None:
     for dim in tensor.dims:
         if isinstance(dim, int) and not 0 <= dim <= _LARGEST:

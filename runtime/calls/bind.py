@@ -20,6 +20,7 @@ from tilewright.runtime.calls.extension import native_for_torch
 from tilewright.runtime.calls.native import native_call
 from tilewright.runtime.calls.pure import PureCall
 from tilewright.runtime.serve.routing import softmax_topk, softmax_topk_into, sort_tokens, sort_tokens_into
+from tilewright.runtime.torch.readable import require_plain, resolved
 from tilewright.runtime.weights.packing import pack_array, packed_dtype, packed_shape
 
 __all__ = [
@@ -107,6 +108,7 @@ def pack_weight(
             and holds NaN or infinity.
 
     """
+    require_plain(weight, "the weight to pack")
     if weight.device.type != "cpu" or weight.dtype is not torch.float32 or weight.dim() != 3:
         raise TilewrightError(
             f"cannot pack a weight of {weight.dtype} {list(weight.shape)} on {weight.device}; "
@@ -117,5 +119,5 @@ def pack_weight(
         dtype = torch.from_numpy(np.empty(0, packed_dtype(layout))).dtype
         out = torch.empty(packed_shape(layout, (experts, n, k)), dtype=dtype)
     threads = torch.get_num_threads() if threads is None else threads
-    pack_array(weight.detach().numpy(), layout, out.detach().numpy(), threads)
+    pack_array(resolved(weight.detach()).numpy(), layout, out.detach().numpy(), threads)
     return out

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilewright.codegen.hardware.cpu_info import read_cpu_info
 from tilewright.codegen.recipe.expressions import parsed
 from tilewright.codegen.recipe.model import THREADS, Recipe, TensorSpec
 from tilewright.codegen.recipe.validity import validate
 from tilewright.errors import TilewrightError
 from tilewright.runtime.launchers.host_so import require_host
+from tilewright.runtime.torch.readable import oddity
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "fp64": torch.float64,
@@ -34,7 +36,10 @@ _CHECKED_DTYPE = {
 """The dtype that each check of values reads."""
 
 
-@dataclass(frozen=True)
+_WORKSPACE_SHARE = 4
+
+
+@dataclass(frozen=True, eq=False)
 class CallVariant:
     """What serves dynamic sizes up to ``max_size`` (None: all larger ones): a kernel, or without a recipe the fallback.
 
@@ -125,6 +130,11 @@ class Binding:
         """The first variant that serves ``size``; None when there is none."""
         return next((v for v in self.variants if v.max_size is None or size <= v.max_size), None)
 
+    @cached_property
+    def most_workspace_bytes(self) -> int:
+        """What a call may ask for: a part of the machine's memory, since the system promises more than there is."""
+        return read_cpu_info().memory_bytes // _WORKSPACE_SHARE
+
     def program(self, text: str) -> tuple[int, ...]:
         """Reverse Polish code of an expression over :attr:`symbols`."""
         return parsed(text).program(self.symbols)
@@ -138,6 +148,10 @@ class Binding:
         if isinstance(tensor, int):
             return tensor
         expected = TORCH_DTYPES.get(spec.dtype)
+        if (odd := oddity(tensor)) or tensor.is_neg():
+            raise TilewrightError(
+                f"{self.name}: {spec.name} {odd or 'has the negative bit set'}; expected a plain tensor"
+            )
         if tensor.device.type != "cpu" or tensor.dtype != expected or not tensor.is_contiguous():
             raise TilewrightError(
                 f"{self.name}: {spec.name} is {tensor.dtype} on {tensor.device} with strides {list(tensor.stride())}; "

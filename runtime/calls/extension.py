@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
+from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 from tilewright.runtime.launchers.openmp import pool
+
+_TENSOR_BYTES = 192
+"""What torch's own tensor takes at the least, since 1.13; its keys are in it."""
 
 
 @cache
@@ -33,4 +39,46 @@ def native_for_torch() -> ModuleType | None:
     if native is None or exchange is None:
         return None
     native.setup_torch(torch.Tensor, torch.nn.Parameter, exchange, torch.is_grad_enabled)
+    if (found := find_keys()) is not None:
+        native.set_tensor_keys(*found)
     return native
+
+
+def find_keys() -> tuple[int, int, int] | None:
+    """Where torch keeps the dispatch keys of a tensor, and those that a plain one of the CPU may have.
+
+    That is no part of torch's interface, so it is looked for among tensors whose keys torch tells, and None where they
+    are not found at one place in all of them. Nothing beyond the objects themselves is read.
+
+    Returns:
+        Offset in the object of the address of what it holds, offset of the keys there, the keys as bits.
+
+    """
+    import torch
+
+    plain = torch.zeros(2, dtype=torch.float32)
+    integers = torch.zeros((2, 3), dtype=torch.int32)
+    with torch.inference_mode():
+        inference = torch.zeros(1)
+    negative = torch._neg_view(plain)  # noqa: SLF001 - torch makes them elsewhere, too
+    others = (negative, plain.to(torch.complex64).conj(), plain.to("meta"))
+    try:
+        keys_of: Any = torch._C._dispatch_keys  # noqa: SLF001 - guarded: where it is gone, tensors are asked
+        keys = {each: int(keys_of(each).raw_repr()) for each in (plain, integers, inference, *others)}
+        held = {each: int(each._cdata) for each in keys}  # noqa: SLF001 - likewise
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+
+    def places(begin: Mapping[Any, int], values: Mapping[Any, int], end: int) -> list[int]:
+        return [
+            offset
+            for offset in range(0, end, 8)
+            if all(ctypes.c_uint64.from_address(begin[each] + offset).value == values[each] for each in values)
+        ]
+
+    in_object = places({each: id(each) for each in keys}, held, torch.Tensor.__basicsize__)
+    in_tensor = places(held, keys, _TENSOR_BYTES)
+    allowed = keys[plain] | keys[integers] | keys[inference]
+    if len(in_object) != 1 or len(in_tensor) != 1 or any(keys[each] & ~allowed == 0 for each in others):
+        return None
+    return in_object[0], in_tensor[0], allowed

@@ -66,6 +66,7 @@ def describe(binding: Binding) -> tuple[Any, ...]:
         binding.symbols.index(THREADS),
         binding.outputs,
         binding.threads,
+        binding.most_workspace_bytes,
         tuple(_tensor(binding, spec) for spec in binding.positional),
         tuple((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in bound_tensors),
         tuple(_variant(binding, variant) for variant in binding.variants),

@@ -15,11 +15,12 @@ from torch import Tensor
 from tilewright.codegen.recipe.expressions import parsed
 from tilewright.codegen.recipe.host import Host
 from tilewright.codegen.recipe.model import ABI_VERSION, THREADS, WORKSPACE, Recipe, TensorSpec
-from tilewright.codegen.recipe.resolve import Place, Refusal, refused_guards, resolve, workspace_bytes
+from tilewright.codegen.recipe.resolve import Place, Refusal, ResolvedCall, refused_guards, resolve, workspace_bytes
 from tilewright.errors import TilewrightError
 from tilewright.runtime.calls.binding import TORCH_DTYPES, Binding, CallVariant
 from tilewright.runtime.launchers.openmp import fork_address
 from tilewright.runtime.notices import warn_once
+from tilewright.runtime.torch.readable import oddity, overlaps_itself, resolved
 
 _ALIGNMENT = 64
 _OVERLAP_EFFORT = 10_000
@@ -36,12 +37,16 @@ class PureCall:
     def __init__(self, binding: Binding) -> None:
         self.binding = binding
         self._place = Place(threads=binding.threads)
+        self._told_of: set[CallVariant] = set()
+        """Variants whose recipe did not suit a call, which was told."""
 
     def __call__(self, *tensors: Any) -> Any:
         """Compute into the tensors of role ``output`` and return them: one by itself, several as a tuple.
 
         Args:
             tensors: those that were not bound, in order: torch CPU tensors, or what ``torch.from_dlpack`` takes.
+
+        A kernel whose recipe does not suit the call leaves it to the fallback, with one warning.
 
         Raises:
             TilewrightError: for tensors that do not fit, values that would lead a kernel astray, and a kernel that
@@ -58,13 +63,10 @@ class PureCall:
         sizes = self._checked_sizes(unwrapped)
         self._check_values(unwrapped, sizes)
         self._check_overlap(unwrapped)
-        if any(output is not None and output.numel() > 0 for output in map(unwrapped.__getitem__, binding.outputs)):
-            try:
-                served = self._run_kernel(unwrapped, sizes)
-            except TilewrightError as error:
-                raise TilewrightError(f"{binding.name}: {error}") from error
-            if not served:
-                binding.fallback(*unwrapped)
+        outputs = [unwrapped[index] for index in binding.outputs]
+        is_empty = not any(output is not None and output.numel() > 0 for output in outputs)
+        if not is_empty and not self._run_kernel(unwrapped, sizes):
+            binding.fallback(*unwrapped)
         written = tuple(tensors[index] for index in binding.outputs)
         return written if len(written) > 1 else written[0]
 
@@ -75,7 +77,7 @@ class PureCall:
             TilewrightError: always.
 
         """
-        raise TilewrightError(f"{self.binding.name}: {_failure(code)}")
+        raise TilewrightError(f"{self.binding.name}: the kernel reported error {code}, and its output is not valid")
 
     def _as_tensor(self, spec: TensorSpec, value: Any) -> Tensor | None:
         """``value`` as a strided CPU tensor of the right dtype and rank; None stands for an absent optional one."""
@@ -90,10 +92,8 @@ class PureCall:
                 raise TilewrightError(f"{subject} is a {type(value).__name__}; {expected}") from error
         if value.device.type != "cpu":
             raise TilewrightError(f"{subject} is on device {value.device}; {expected} on the CPU")
-        if value.layout is not torch.strided or value.is_quantized or _is_fake(value):
-            raise TilewrightError(
-                f"{subject} is a {type(value).__name__} of layout {value.layout}; {expected}, strided"
-            )
+        if odd := oddity(value):
+            raise TilewrightError(f"{subject} {odd}; {expected}, plain and strided")
         if value.dtype is not TORCH_DTYPES[spec.dtype]:
             raise TilewrightError(f"{subject} has dtype {value.dtype}; {expected}")
         if value.requires_grad and torch.is_grad_enabled():
@@ -102,6 +102,15 @@ class PureCall:
                 f"use torch.no_grad(), or pass {spec.name}.detach()"
             )
         tensor: Tensor = value
+        if spec.role != "output":
+            return resolved(tensor)
+        if tensor.is_neg():
+            raise TilewrightError(f"{subject} has the negative bit set, and is to be written; pass a plain tensor")
+        if overlaps_itself(tensor):
+            raise TilewrightError(
+                f"{subject} has strides {list(tensor.stride())}, so that elements share memory; "
+                "give each of them its own"
+            )
         return tensor
 
     def _checked_sizes(self, tensors: Sequence[Tensor | None]) -> dict[str, int]:
@@ -159,7 +168,7 @@ class PureCall:
         """Whether a kernel computed the outputs; where none may run, a warning says why, unless the plan says torch.
 
         Raises:
-            TilewrightError: when the kernel cannot be called, or reports an error.
+            TilewrightError: when the kernel reports an error.
 
         """
         variant = self.binding.variant_for(sizes[self.binding.size_name])
@@ -174,23 +183,40 @@ class PureCall:
                 return self._decline(f"{spec.name} is not contiguous")
             if tensor is not None and tensor.data_ptr() % tensor.element_size():
                 return self._decline(f"{spec.name} is not aligned to its elements")
-        addresses = self._addresses(recipe, variant, tensors)
-        if refusals := refused_guards(recipe, sizes, addresses, self._place):
-            return self._decline(_needs(refusals[0]))
-        nbytes = workspace_bytes(recipe, sizes, self._place)
-        workspace = _workspace(nbytes)
-        call = resolve(recipe, sizes, {**addresses, WORKSPACE: workspace}, self._place)
+        try:
+            call, workspace = self._resolve(recipe, sizes, self._addresses(recipe, variant, tensors))
+        except TilewrightError as error:
+            # One warning for all sizes, which come to other numbers in it.
+            if variant not in self._told_of:
+                self._told_of.add(variant)
+                self._decline(f"a kernel cannot be called as its recipe says ({error})")
+            return False
         if call.refusals:
             return self._decline(_needs(call.refusals[0]))
-        if recipe.workspace_zeroed and nbytes > 0:
-            ctypes.memset(workspace, 0, nbytes)
+        if recipe.workspace_zeroed and call.workspace_bytes > 0:
+            ctypes.memset(workspace, 0, call.workspace_bytes)
         host = Host(ABI_VERSION, self.binding.threads, fork_address() or None)
         for entry, launch in zip(variant.entries, call.launches, strict=True):
             values = [argument.value for argument in launch.arguments]
             code = _ENTRY(entry)(ctypes.byref(host), (ctypes.c_int64 * max(1, len(values)))(*values))
             if code != 0:
-                raise TilewrightError(_failure(code))
+                self.kernel_failed(code)
         return True
+
+    def _resolve(self, recipe: Recipe, sizes: dict[str, int], addresses: dict[str, int]) -> tuple[ResolvedCall, int]:
+        """What the kernel is called with, and the address of its workspace.
+
+        Raises:
+            TilewrightError: when the recipe comes to nothing that a kernel could be called with.
+
+        """
+        if refusals := refused_guards(recipe, sizes, addresses, self._place):
+            return ResolvedCall(0, (), refusals), 0
+        nbytes = workspace_bytes(recipe, sizes, self._place)
+        if nbytes > self.binding.most_workspace_bytes:
+            raise TilewrightError(f"it needs {nbytes} bytes of workspace, which is too much for this machine")
+        workspace = _workspace(nbytes)
+        return resolve(recipe, sizes, {**addresses, WORKSPACE: workspace}, self._place), workspace
 
     def _decline(self, reason: str) -> bool:
         warn_once(f"{self.binding.name}: {reason}; plain torch serves such calls")
@@ -202,10 +228,6 @@ class PureCall:
         for spec, tensor in zip(self.binding.positional, tensors, strict=True):
             addresses[spec.name] = 0 if tensor is None else tensor.data_ptr()
         return {each.name: addresses[variant.aliases.get(each.name, each.name)] for each in recipe.tensors}
-
-
-def _failure(code: int) -> str:
-    return f"the kernel reported error {code}, and its output is not valid"
 
 
 def _needs(refusal: Refusal) -> str:
@@ -222,27 +244,13 @@ def _workspace(nbytes: int) -> int:
         try:
             held = _scratch.memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
         except (MemoryError, OverflowError, ValueError) as error:
-            raise TilewrightError(
-                f"the kernel needs {nbytes} bytes of workspace, which this machine cannot give"
-            ) from error
+            raise TilewrightError(f"it needs {nbytes} bytes of workspace, which this machine cannot give") from error
     address: int = held.ctypes.data
     return -(-address // _ALIGNMENT) * _ALIGNMENT
 
 
 def _dims(spec: TensorSpec) -> str:
     return "[" + ", ".join(map(str, spec.dims)) + "]"
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor (of a subclass, as torch.compile traces with) has no memory behind it."""
-    return type(tensor) not in (Tensor, torch.nn.Parameter) and tensor.numel() > 0 and _address(tensor) == 0
-
-
-def _address(tensor: Tensor) -> int:
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:
-        return 0
 
 
 def _wrong_values(

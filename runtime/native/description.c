@@ -206,9 +206,9 @@ static int parse_outputs(tw_description *description, PyObject *tuple) {
 
 int tw_description_parse(tw_description *description, PyObject *tuple) {
     PyObject *outputs, *tensors, *ranges, *variants;
-    if (!PyArg_ParseTuple(tuple, "iiiOiOOO", &description->symbol_count, &description->dynamic_symbol,
-                          &description->threads_symbol, &outputs, &description->threads, &tensors, &ranges,
-                          &variants)) {
+    if (!PyArg_ParseTuple(tuple, "iiiOiLOOO", &description->symbol_count, &description->dynamic_symbol,
+                          &description->threads_symbol, &outputs, &description->threads,
+                          &description->most_workspace_bytes, &tensors, &ranges, &variants)) {
         return -1;
     }
     if (description->symbol_count > TW_MAX_SYMBOLS) {

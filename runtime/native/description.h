@@ -69,6 +69,7 @@ typedef struct {
     int dynamic_symbol, threads_symbol;
     int output_count, outputs[TW_MAX_TENSORS]; /* positions */
     int32_t threads;
+    long long most_workspace_bytes;
     tw_tensor_rule tensors[TW_MAX_TENSORS];
     tw_range ranges[TW_MAX_TENSORS];
     tw_variant *variants;

@@ -11,7 +11,11 @@
 /* Remember torch's types, exchange table and `is_grad_enabled`. 0, or -1 with an exception. */
 int tw_tensors_setup(PyObject *tensor_type, PyObject *parameter_type, PyObject *capsule, PyObject *is_grad_enabled);
 
-/* Read a plain torch tensor (no subclass). False, with no exception set, for everything else. */
+/* Remember that a tensor's object holds an address at one offset, and that there at another lie its dispatch keys, of
+ * which a plain tensor has no others than `keys`. */
+void tw_tensors_keys(Py_ssize_t tensor_in_object, Py_ssize_t keys_in_tensor, uint64_t keys);
+
+/* Read a plain torch tensor (no subclass, no negative bit). False, with no exception set, for everything else. */
 bool tw_read_tensor(PyObject *object, DLTensor *tensor);
 
 /* Whether torch would record a graph for one of these plain tensors; also true when asking fails. */

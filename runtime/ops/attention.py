@@ -15,6 +15,7 @@ from tilewright.errors import TilewrightError
 from tilewright.runtime.ops.base import BoundWeights, ServedOp
 from tilewright.runtime.serve.plans import Resolution
 from tilewright.runtime.torch.plain import plain_torch
+from tilewright.runtime.torch.readable import require_plain, resolved
 
 
 class ServedAttention(ServedOp[AttentionSignature]):
@@ -117,8 +118,9 @@ def checked_sinks(sinks: Tensor, heads: int) -> Tensor:
     """
     if not isinstance(sinks, Tensor) or sinks.device.type != "cpu" or sinks.dtype is not torch.float32:
         raise TilewrightError(f"attention: sinks must be a torch.float32 CPU tensor [{heads}]")
+    require_plain(sinks, "attention: sinks")
     if tuple(sinks.shape) != (heads,):
         raise TilewrightError(f"attention: sinks has shape {list(sinks.shape)}; expected [{heads}]")
     if not bool(torch.isfinite(sinks).all()):
         raise TilewrightError("attention: sinks holds NaN or an infinity; every head needs a finite sink")
-    return sinks.detach().contiguous()
+    return resolved(sinks.detach()).contiguous()

@@ -15,6 +15,7 @@ from tilewright.runtime.ops.base import BoundWeights, ServedOp
 from tilewright.runtime.serve.plans import Resolution
 from tilewright.runtime.serve.routing import sort_tokens_into
 from tilewright.runtime.torch.plain import plain_torch
+from tilewright.runtime.torch.readable import require_plain, resolved
 
 
 class ServedGating(ServedOp[GatingSignature]):
@@ -121,8 +122,9 @@ def checked_bias(bias: Tensor, experts: int) -> Tensor:
     """
     if not isinstance(bias, Tensor) or bias.device.type != "cpu" or bias.dtype is not torch.float32:
         raise TilewrightError(f"gating: bias must be a torch.float32 CPU tensor [{experts}]")
+    require_plain(bias, "gating: bias")
     if tuple(bias.shape) != (experts,):
         raise TilewrightError(f"gating: bias has shape {list(bias.shape)}; expected [{experts}]")
     if not bool(torch.isfinite(bias).all()):
         raise TilewrightError("gating: bias holds NaN or an infinity; every expert needs a finite bias")
-    return bias.detach().contiguous()
+    return resolved(bias.detach()).contiguous()

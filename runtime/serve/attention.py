@@ -10,6 +10,7 @@ from tilewright.errors import TilewrightError
 from tilewright.runtime.ops.attention import checked_sinks
 from tilewright.runtime.serve.options import ServeOptions
 from tilewright.runtime.serve.prepared import PreparedCall
+from tilewright.runtime.torch.readable import require_plain
 
 
 class PagedDecode(PreparedCall):
@@ -173,4 +174,5 @@ def _output(signature: AttentionSignature, q: Tensor, out: Tensor | None) -> Ten
             f"{signature.title}: q must be a torch tensor [tokens, {signature.heads}, {signature.head_dim}]; "
             f"it has {found}"
         )
+    require_plain(q, f"{signature.title}: q")
     return torch.empty((q.shape[0], signature.heads, signature.value_dim))

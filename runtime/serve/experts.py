@@ -21,6 +21,7 @@ from tilewright.runtime.serve.options import ServeOptions
 from tilewright.runtime.serve.plans import is_planned
 from tilewright.runtime.torch.operators import define_operator
 from tilewright.runtime.torch.plain import spare_torch_threads
+from tilewright.runtime.torch.readable import require_plain
 from tilewright.runtime.weights.experts import checked_weight
 
 _REMEMBERED_SIZES = 64
@@ -207,6 +208,7 @@ class Experts:
 
     def _flat_output(self, out: Tensor, x: Tensor) -> Tensor:
         """``out`` as a matrix that shares its memory."""
+        require_plain(out, "Experts: out")
         if out.shape != x.shape or not out.is_contiguous():
             raise TilewrightError(
                 f"Experts: out has shape {list(out.shape)} and strides {list(out.stride())}; "
@@ -289,6 +291,7 @@ def _rows(tensor: Tensor, columns: int, name: str, last: str) -> Tensor:
     """
     if not isinstance(tensor, Tensor):
         raise TilewrightError(f"Experts: {name} is a {type(tensor).__name__}; expected a torch tensor [..., {columns}]")
+    require_plain(tensor, f"Experts: {name}")
     shape = tensor.shape
     if len(shape) == 0 or shape[-1] != columns:
         raise TilewrightError(f"Experts: {name} has shape {list(shape)}; expected [..., {last}={columns}]")

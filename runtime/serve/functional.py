@@ -17,6 +17,7 @@ from tilewright.errors import TilewrightError
 from tilewright.runtime.locks import fork_safe_lock
 from tilewright.runtime.serve.gemm import PreparedGemm, prepare
 from tilewright.runtime.serve.options import ServeOptions
+from tilewright.runtime.torch.readable import require_plain
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,9 @@ def _prepared(
             f"moe_gemm {stage}: weight and bias must be torch tensors, for their packed copy lives as long as they do; "
             f"got a {kind}. Use prepare() for other arrays"
         )
+    require_plain(weight, f"moe_gemm {stage}: weight")
+    if bias is not None:
+        require_plain(bias, f"moe_gemm {stage}: bias")
     key = (stage, top_k, activation, bias is not None, options, options.thread_count)
     stamp = (_stamp(weight), None if bias is None else _stamp(bias))
     known: dict[Hashable, _Packed] | None = _packed_of.get(weight)  # type: ignore[no-untyped-call]
@@ -171,4 +175,5 @@ def _length(tensor: Tensor, name: str) -> int:
     if not isinstance(tensor, Tensor) or tensor.dim() == 0:
         found = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else f"type {type(tensor).__name__}"
         raise TilewrightError(f"moe_gemm: {name} must be a torch tensor of at least one dimension; it has {found}")
+    require_plain(tensor, f"moe_gemm: {name}")
     return tensor.shape[0]

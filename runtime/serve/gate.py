@@ -14,6 +14,7 @@ from tilewright.runtime.serve.handles import held
 from tilewright.runtime.serve.options import ServeOptions
 from tilewright.runtime.serve.prepared import PreparedCall
 from tilewright.runtime.torch.operators import define_operator
+from tilewright.runtime.torch.readable import require_plain
 
 
 class Gated(NamedTuple):
@@ -107,6 +108,7 @@ class Gate(PreparedCall):
             raise TilewrightError(
                 f"gating: logits must be a torch tensor [tokens, {signature.experts}]; it has {found}"
             )
+        require_plain(logits, "gating: logits")
         tokens = logits.shape[0]
         choices = (tokens, signature.top_k)
         ids, weights = torch.empty(choices, dtype=torch.int32), torch.empty(choices, dtype=torch.float32)

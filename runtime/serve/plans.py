@@ -16,15 +16,21 @@ from tilewright.codegen.hardware.cpu_info import read_cpu_info
 from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.signature import Signature
-from tilewright.codegen.recipe.model import ABI_VERSION, FORMAT_VERSION, Recipe
+from tilewright.codegen.recipe.model import ABI_VERSION, FORMAT_VERSION, Recipe, packable
+from tilewright.codegen.recipe.validity import unused_tensors
 from tilewright.errors import TilewrightError
 from tilewright.runtime.launchers.base import KernelRefused, Launcher, LoadedArtifact
 from tilewright.runtime.launchers.registry import find_launcher
 from tilewright.runtime.notices import warn_once
 from tilewright.runtime.serve.options import ServeOptions
+from tilewright.runtime.weights.packing import packed_shape
 from tilewright.tuning_db.locations import default_url
 from tilewright.tuning_db.reader import Reader
 from tilewright.tuning_db.records import KernelRecord, PlanEntry, PlanRecord
+
+_MOST_TIMES_LARGER = 4
+_ALWAYS_ALLOWED = 1 << 20
+"""Elements of a packed weight: those of a small one may be padded to many times as many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,12 +230,35 @@ def _load_kernel(reader: Reader, key: str, signature: Signature) -> LoadedKernel
         raise KernelRefused(f"kernel {key[:16]} takes other tensors than this tilewright's {signature.op}; tune again")
     launcher = _launcher(reader, record)
     launcher.require(recipe)
+    if unused := unused_tensors(recipe):
+        raise KernelRefused(f"kernel {key[:16]} launches nothing that takes {unused[0]}; tune again")
+    if strange := [each.artifact for each in recipe.launches if each.artifact not in record.artifacts]:
+        raise KernelRefused(
+            f"kernel {key[:16]} launches {strange[0]!r:.20}, which is none of its artifacts; tune again"
+        )
+    _require_packable(recipe, launcher.weight_layout(recipe))
     artifacts = {
         checksum: launcher.load(checksum, partial(reader.artifact, checksum))
         for checksum in dict.fromkeys(launch.artifact for launch in recipe.launches)
     }
     entries = tuple(artifacts[launch.artifact].entry_address(launch.entry) for launch in recipe.launches)
     return LoadedKernel(record, recipe, launcher.weight_layout(recipe), entries, tuple(artifacts.values()))
+
+
+def _require_packable(recipe: Recipe, layout: WeightLayout | None) -> None:
+    """Refuse a layout in which the weight cannot be laid out, or takes far more memory than by itself.
+
+    Raises:
+        TilewrightError: says why.
+
+    """
+    weight = packable(recipe.tensors)
+    if layout is None or weight is None:
+        return
+    experts, n, k = (dim for dim in weight.dims if isinstance(dim, int))
+    packed = math.prod(packed_shape(layout, (experts, n, k)))
+    if packed > _MOST_TIMES_LARGER * experts * n * k + _ALWAYS_ALLOWED:
+        raise KernelRefused(f"the weight layout {layout.key} takes {packed} elements for a weight of {experts * n * k}")
 
 
 def _launcher(reader: Reader, record: KernelRecord) -> Launcher:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from tilewright.codegen.ops.signature import Signature
 from tilewright.errors import TilewrightError
 from tilewright.runtime.calls.bind import BoundCall, CallVariant, bind_call
 from tilewright.runtime.locks import fork_safe_lock
+from tilewright.runtime.notices import warn_once
 from tilewright.runtime.ops.base import BoundWeights
 from tilewright.runtime.ops.registry import served_op
 from tilewright.runtime.process_memory import Memory
@@ -81,19 +83,13 @@ class PreparedCall:
         resolution = resolve(signature, options)
         before = Memory.now()
         bound = op.bind(signature, weights, resolution, keep_weights=options.keep_weights is not False)
-        declared = {spec.name: spec for spec in signature.tensors()}
-        call = bind_call(
-            (*declared.values(), *(replace(declared[copy.name], name=copy.alias) for copy in bound.copies)),
-            {**bound.tensors, **{copy.alias: copy.tensor for copy in bound.copies}},
-            # Sizes beyond the end of a plan have no variant, so that meeting one is warned of.
-            tuple(
-                _variant(part, bound) for part in resolution.ranges if part.entry is not None or resolution.plan is None
-            ),
-            size_name=signature.size_name,
-            threads=threads,
-            fallback=_refusing(signature) if options.batch_invariant else bound.fallback,
-            name=signature.title,
-        )
+        bind = partial(_bind, signature, bound=bound, options=options)
+        try:
+            call = bind(resolution)
+        except TilewrightError:
+            # Something in one of the kernels' recipes, or that this fits no weights at all, which is raised again.
+            resolution = _callable_part(resolution, bind)
+            call = bind(resolution)
         memory = MemoryUse(signature.describe(), bound.copied_bytes, bound.weight_bytes, before, Memory.now())
         return cls(signature, threads, call, resolution, memory, bound.declared)
 
@@ -149,6 +145,41 @@ def live_prepared() -> list[PreparedCall]:
         return list(_live)
 
 
+def _bind(signature: Signature, resolution: Resolution, *, bound: BoundWeights, options: ServeOptions) -> BoundCall:
+    declared = {spec.name: spec for spec in signature.tensors()}
+    return bind_call(
+        (*declared.values(), *(replace(declared[copy.name], name=copy.alias) for copy in bound.copies)),
+        {**bound.tensors, **{copy.alias: copy.tensor for copy in bound.copies}},
+        # Sizes beyond the end of a plan have no variant, so that meeting one is warned of.
+        tuple(_variant(part, bound) for part in resolution.ranges if part.entry is not None or resolution.plan is None),
+        size_name=signature.size_name,
+        threads=options.thread_count,
+        fallback=_refusing(signature) if options.batch_invariant else bound.fallback,
+        name=signature.title,
+    )
+
+
+def _callable_part(resolution: Resolution, bind: Callable[[Resolution], BoundCall]) -> Resolution:
+    """``resolution`` with torch in place of the kernels that nothing can be bound to, each told of in a warning.
+
+    Raises:
+        TilewrightError: for such a kernel where every size was promised one.
+
+    """
+    parts: list[SizeRange] = []
+    for part in resolution.ranges:
+        kept = part
+        try:
+            bind(replace(resolution, ranges=(part,)))
+        except TilewrightError as error:
+            if part.kernel is None or resolution.batch_invariant:
+                raise
+            kept = replace(part, kernel=None, why_torch=str(error))
+            warn_once(f"{resolution.signature.describe()} is served by plain torch for some sizes: {error}")
+        parts.append(kept)
+    return replace(resolution, ranges=tuple(parts))
+
+
 def _variant(part: SizeRange, bound: BoundWeights) -> CallVariant:
     """One range of the plan as the call layer takes it; without launches, torch serves it."""
     if part.kernel is None:
@@ -163,8 +194,8 @@ def _refusing(signature: Signature) -> Callable[..., None]:
 
     def refuse(*_tensors: Tensor) -> None:
         raise TilewrightError(
-            f"{signature.title}: these tensors are strided or not aligned to their elements, so that no "
-            "batch-invariant kernel can take them; pass contiguous ones"
+            f"{signature.title}: these tensors are strided, not aligned to their elements, or not what the kernel's "
+            "recipe asks for, so that no batch-invariant kernel can take them; pass contiguous ones, or tune again"
         )
 
     return refuse

@@ -9,6 +9,7 @@ from torch import Tensor
 from tilewright.codegen.routing import spec as numpy_routing
 from tilewright.errors import TilewrightError
 from tilewright.runtime.calls.extension import native_for_torch
+from tilewright.runtime.torch.readable import require_plain, resolved
 
 _NATIVE = native_for_torch()
 
@@ -55,7 +56,7 @@ def sort_tokens_into(
         if rows >= 0:
             return rows
     tokens, top_k = _ids_shape(topk_ids)
-    order = numpy_routing.sort_tokens(topk_ids.numpy(), experts)
+    order = numpy_routing.sort_tokens(resolved(topk_ids).numpy(), experts)
     _require("row_token", row_token, torch.int32, (max(tokens * top_k, row_token.numel()),))
     _require("expert_offsets", expert_offsets, torch.int32, (experts + 1,))
     _require("slot_row", slot_row, torch.int32, (tokens, top_k))
@@ -107,7 +108,7 @@ def softmax_topk_into(logits: Tensor, renormalize: bool, topk_ids: Tensor, topk_
     _require("topk_weights", topk_weights, torch.float32, (tokens, top_k))
     if not 1 <= top_k <= experts:
         raise TilewrightError(f"cannot choose {top_k} of {experts} experts; top_k must be from 1 to {experts}")
-    values = logits.detach().numpy()
+    values = resolved(logits.detach()).numpy()
     largest = values.max(axis=1, keepdims=True)
     if not np.isfinite(largest).all():
         token = int(np.argmin(np.isfinite(largest[:, 0])))
@@ -125,6 +126,7 @@ def softmax_topk_into(logits: Tensor, renormalize: bool, topk_ids: Tensor, topk_
 def _ids_shape(topk_ids: Tensor) -> tuple[int, int]:
     if not isinstance(topk_ids, Tensor) or topk_ids.device.type != "cpu" or topk_ids.dim() != 2:
         raise TilewrightError(f"topk_ids is {_describe(topk_ids)}; expected int32 or int64 [tokens, top_k] on the CPU")
+    require_plain(topk_ids, "topk_ids")
     if topk_ids.dtype not in (torch.int32, torch.int64):
         raise TilewrightError(f"topk_ids has dtype {topk_ids.dtype}; expected int32 or int64 [tokens, top_k]")
     return topk_ids.shape[0], topk_ids.shape[1]
@@ -132,6 +134,8 @@ def _ids_shape(topk_ids: Tensor) -> tuple[int, int]:
 
 def _logits_shape(logits: Tensor) -> tuple[int, int]:
     expected = "expected torch.float32 [tokens, experts] on the CPU"
+    if isinstance(logits, Tensor):
+        require_plain(logits, "logits")
     if not isinstance(logits, Tensor) or logits.device.type != "cpu" or logits.dim() != 2 or logits.shape[1] == 0:
         raise TilewrightError(f"logits is {_describe(logits)}; {expected}")
     if logits.dtype is not torch.float32:
@@ -140,6 +144,9 @@ def _logits_shape(logits: Tensor) -> tuple[int, int]:
 
 
 def _require(name: str, buffer: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    require_plain(buffer, name)
+    if buffer.is_neg():
+        raise TilewrightError(f"{name} has the negative bit set, and is to be written; pass a plain tensor")
     if buffer.dtype is not dtype or tuple(buffer.shape) != shape or not buffer.is_contiguous():
         raise TilewrightError(f"{name} is {_describe(buffer)}; expected a contiguous buffer of {dtype} {list(shape)}")
 

@@ -11,6 +11,7 @@ from torch.utils.dlpack import from_dlpack
 
 from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.errors import TilewrightError
+from tilewright.runtime.torch.readable import oddity, resolved
 from tilewright.runtime.weights.dequantising import dequantise
 
 
@@ -67,8 +68,8 @@ def checked_weight(weight: Any, *, what: str, dims: str) -> Tensor:
     expected = f"expected a torch.float32 CPU tensor [{dims}]"
     if tensor.device.type != "cpu":
         raise TilewrightError(f"{what} is on device {tensor.device}; {expected}")
-    if tensor.layout is not torch.strided or tensor.is_quantized:
-        raise TilewrightError(f"{what} has layout {tensor.layout}; {expected}")
+    if odd := oddity(tensor):
+        raise TilewrightError(f"{what} {odd}; {expected}, plain and strided")
     if tensor.dtype is not torch.float32:
         raise TilewrightError(f"{what} has dtype {tensor.dtype}; {expected}")
     if tensor.dim() != dims.count(",") + 1:
@@ -77,7 +78,7 @@ def checked_weight(weight: Any, *, what: str, dims: str) -> Tensor:
         raise TilewrightError(
             f"{what} is empty, its shape being {list(tensor.shape)}; every dimension must be positive"
         )
-    return tensor
+    return resolved(tensor)
 
 
 def checked_bias(bias: Any, *, what: str, experts: int, rows: int) -> Tensor:

@@ -5,6 +5,7 @@ import os
 import threading
 import warnings
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +22,7 @@ from tilewright.codegen.recipe.model import ABI_VERSION, Guard
 from tilewright.errors import TilewrightError
 from tilewright.runtime.calls.bind import CallVariant, bind_call, pack_weight
 from tilewright.runtime.calls.pure import PureCall
-from tilewright.runtime.notices import TilewrightWarning
+from tilewright.runtime.notices import TilewrightWarning, forget_warnings
 
 SCALE = torch.tensor([2.0, -1.0, 0.5])
 
@@ -54,6 +55,14 @@ def refused(call, *arguments) -> str:
 def call_twice(call, *arguments):
     call(*arguments)
     return call(*arguments)
+
+
+class ComputesByItself(torch.Tensor):
+    """As quantised weights and distributed tensors are: what operators do, it says by itself."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise AssertionError("no operator may be called with it")
 
 
 @needs_compiler
@@ -152,6 +161,7 @@ class CallTests(CallContract):
             call(*make_inputs(rows=9).arguments())
         assert fallback.calls == 1
 
+    @pytest.mark.filterwarnings("ignore:.*(prototype|deprecated):UserWarning", "ignore::DeprecationWarning")
     @pytest.mark.parametrize(
         ("name", "change", "said"),
         [
@@ -162,7 +172,17 @@ class CallTests(CallContract):
             ("gain", lambda t: t[:-1], "gain has shape [8]; expected [rows] with rows = 9"),
             ("out", lambda t: t[:-1], "out has shape [8, 4]; expected [rows, 4] with rows = 9"),
             ("x", lambda t: t.to("meta"), "x is on device meta; expected torch.float32 [tokens, 4] on the CPU"),
-            ("x", lambda t: t.to_sparse(), "x is a Tensor of layout torch.sparse_coo"),
+            ("x", lambda t: t.to_sparse(), "x has layout torch.sparse_coo; expected torch.float32 [tokens, 4]"),
+            ("x", lambda t: t.to_mkldnn(), "x has layout torch._mkldnn"),
+            ("x", lambda t: torch.nested.as_nested_tensor(list(t)), "x is nested"),
+            ("x", lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.quint8), "x is quantised"),
+            ("x", lambda t: t.as_subclass(ComputesByItself), "x is a ComputesByItself, whose values are not what"),
+            ("x", lambda t: torch._efficientzerotensor(t.shape), "x has no memory"),
+            ("x", lambda t: t.to(torch.complex64).conj(), "x has dtype torch.complex64"),
+            ("x", lambda t: t.half(), "x has dtype torch.float16"),
+            ("out", torch._neg_view, "out has the negative bit set"),
+            ("out", lambda t: t[:1].expand(9, 4), "out has strides [0, 1], so that elements share memory"),
+            ("out", lambda t: t.view(-1).as_strided((9, 4), (3, 1)), "out has strides [3, 1], so that elements share"),
             ("x", lambda t: t.tolist(), "x is a list; expected torch.float32 [tokens, 4]"),
             ("x", lambda _: None, "x is a NoneType; expected torch.float32 [tokens, 4]"),
             ("out", lambda _: None, "out is a NoneType; expected torch.float32 [rows, 4]"),
@@ -174,6 +194,46 @@ class CallTests(CallContract):
         message = refused(bind(variant()), *inputs.arguments(**{name: change(getattr(inputs, name))}))
         assert message.startswith(f"demo: {said}")
         assert inputs.out.isnan().all()
+
+    @pytest.mark.parametrize("name", ["x", "index", "offsets", "slot", "gain"])
+    def test_a_tensor_with_the_negative_bit_is_read_as_what_it_says(self, name):
+        inputs = make_inputs()
+        negative = torch._neg_view(-getattr(inputs, name))
+        assert negative.is_neg()
+        assert negative.is_contiguous()
+        out = bind(variant())(*inputs.arguments(**{name: negative}))
+        torch.testing.assert_close(out, expected(inputs.x, SCALE, *inputs.arguments()[1:5]))
+
+    def test_the_imaginary_part_of_a_conjugate_is_read_as_what_it_says(self):
+        inputs = make_inputs()
+        conjugate = torch.complex(torch.zeros(5, COLUMNS), -inputs.x).conj()
+        assert conjugate.imag.is_neg()
+        with pytest.warns(TilewrightWarning) if not conjugate.imag.resolve_neg().is_contiguous() else nullcontext():
+            out = bind(variant())(*inputs.arguments(x=conjugate.imag))
+        torch.testing.assert_close(out, expected(inputs.x, SCALE, *inputs.arguments()[1:5]))
+
+    def test_a_bound_tensor_with_the_negative_bit_is_refused(self):
+        with pytest.raises(TilewrightError, match="scale has the negative bit set; expected a plain tensor"):
+            bind(variant(), scale=torch._neg_view(SCALE))
+
+    def test_an_expanded_input_is_read_as_what_it_says(self):
+        inputs = make_inputs()
+        with pytest.warns(TilewrightWarning, match="x is not contiguous"):
+            out = bind(variant())(*inputs.arguments(x=inputs.x[:1].expand(5, COLUMNS)))
+        same = inputs.x[:1].repeat(5, 1)
+        torch.testing.assert_close(out, expected(same, SCALE, *inputs.arguments()[1:5]))
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_a_tensor_that_torch_func_wraps_is_refused(self):
+        inputs, call = make_inputs(), bind(variant())
+
+        def served(x):
+            message = refused(call, *inputs.arguments(x=x))
+            assert message.startswith("demo: x is seen through torch.func")
+            return x.sum()
+
+        torch.func.vmap(served)(torch.zeros(2, 5, COLUMNS))
+        torch.func.jvp(served, (inputs.x,), (inputs.x,))
 
     def test_gradients_are_no_matter_where_none_are_recorded(self):
         inputs = make_inputs()
@@ -284,14 +344,30 @@ class CallTests(CallContract):
         call(*make_inputs(rows=50).arguments())
         assert call(*make_inputs(rows=40).arguments())[0].tolist() == [0, 160, 0, 0]
 
-    def test_workspace_that_cannot_be_had_is_an_error(self):
-        call = bind(variant(workspace_bytes="rows * 1000000 * 1000000 * 1000"))
-        assert "bytes of workspace, which this machine cannot give" in refused(call, *make_inputs().arguments())
+    @pytest.mark.parametrize(
+        ("workspace_bytes", "said"),
+        [
+            ("rows * 1000000 * 1000000 * 1000", "bytes of workspace, which is too much for this machine"),
+            ("rows * 1000000 * 1000000 * 10000000", "which 64 bits do not hold"),
+            ("rows // (rows - 9)", "divides by zero"),
+            ("rows - 10", "comes to -1 bytes of workspace"),
+        ],
+    )
+    def test_a_recipe_that_comes_to_nothing_goes_to_torch_with_one_warning(self, workspace_bytes, said):
+        inputs, fallback = make_inputs(rows=9), Fallback(SCALE)
+        call = bind(variant("fail", workspace_bytes=workspace_bytes), fallback=fallback)
+        with pytest.warns(TilewrightWarning, match=said) as caught:
+            call_twice(call, *inputs.arguments())
+        assert len(caught) == 1
+        assert fallback.calls == 2
+        torch.testing.assert_close(inputs.out, expected(inputs.x, SCALE, *inputs.arguments()[1:5]))
 
-    def test_an_impossible_expression_is_an_error(self):
+    def test_a_recipe_that_comes_to_nothing_for_one_size_serves_others(self):
         call = bind(variant(workspace_bytes="rows // (rows - 9)"))
-        assert "divides by zero" in refused(call, *make_inputs(rows=9).arguments())
-        call(*make_inputs(rows=10).arguments())
+        with pytest.warns(TilewrightWarning, match="divides by zero"):
+            call(*make_inputs(rows=9).arguments())
+        inputs = make_inputs(rows=10)
+        torch.testing.assert_close(call(*inputs.arguments()), expected(inputs.x, SCALE, *inputs.arguments()[1:5]))
 
     @own_settings
     @given(text=expressions, rows=st.integers(1, 1000), tokens=st.integers(1, 1000))
@@ -301,7 +377,9 @@ class CallTests(CallContract):
         try:
             value = IntExpr(text).evaluate({"rows": rows, "tokens": tokens, "threads": 3})
         except TilewrightError:
-            assert "divides by zero" in refused(call, *inputs.arguments())
+            forget_warnings()
+            with pytest.warns(TilewrightWarning, match="divides by zero"):
+                call(*inputs.arguments())
         else:
             assert call(*inputs.arguments()).view(torch.int64)[0, 0].item() == value
 

@@ -16,6 +16,7 @@ from tilewright.codegen.ops.registry import OPS
 from tilewright.codegen.recipe.expressions import IntExpr
 from tilewright.codegen.recipe.model import ABI_VERSION, Argument, Guard, Launch, Recipe, TensorMap, TensorSpec
 from tilewright.codegen.recipe.resolve import Place, Refusal, ResolvedMap, refused_guards, resolve, workspace_bytes
+from tilewright.codegen.recipe.validity import unused_tensors
 from tilewright.errors import TilewrightError
 from tilewright.runtime.launchers.host_so import require_host
 
@@ -90,6 +91,7 @@ def test_recipes_of_an_op_agree_with_its_signatures(op, arch) -> None:
             assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
             assert recipe.tensors == op.tensors(signature)
             assert recipe.abi_version == ABI_VERSION
+            assert unused_tensors(recipe) == ()
             require_host(recipe)
             small = workspace_bytes(recipe, dict.fromkeys(recipe.sizes, 0), Place(threads=1))
             large = workspace_bytes(recipe, dict.fromkeys(recipe.sizes, 1000), Place(threads=64))
