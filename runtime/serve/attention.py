@@ -168,11 +168,12 @@ def _output(signature: AttentionSignature, q: Tensor, out: Tensor | None) -> Ten
     """``out``, or a new output for ``q``."""
     if out is not None:
         return out
+    if isinstance(q, Tensor):
+        require_plain(q, f"{signature.title}: q")
     if not isinstance(q, Tensor) or q.dim() == 0:
         found = f"shape {list(q.shape)}" if isinstance(q, Tensor) else f"type {type(q).__name__}"
         raise TilewrightError(
             f"{signature.title}: q must be a torch tensor [tokens, {signature.heads}, {signature.head_dim}]; "
             f"it has {found}"
         )
-    require_plain(q, f"{signature.title}: q")
     return torch.empty((q.shape[0], signature.heads, signature.value_dim))

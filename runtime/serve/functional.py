@@ -172,8 +172,9 @@ def _output(prepared: PreparedGemm, out: Tensor | None, like: Tensor, name: str)
 
 
 def _length(tensor: Tensor, name: str) -> int:
+    if isinstance(tensor, Tensor):
+        require_plain(tensor, f"moe_gemm: {name}")
     if not isinstance(tensor, Tensor) or tensor.dim() == 0:
         found = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else f"type {type(tensor).__name__}"
         raise TilewrightError(f"moe_gemm: {name} must be a torch tensor of at least one dimension; it has {found}")
-    require_plain(tensor, f"moe_gemm: {name}")
     return tensor.shape[0]

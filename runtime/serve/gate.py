@@ -96,6 +96,8 @@ class Gate(PreparedCall):
         """
         if torch.compiler.is_compiling() and len(tensors) == 1:
             return Gated(*torch.ops.tilewright.gate(*tensors, self.handle))
+        if tensors and isinstance(tensors[0], Tensor):
+            require_plain(tensors[0], "gating: logits")
         passed = tensors if len(tensors) > 1 else (*tensors, *self.outputs(*tensors))
         gated = Gated(*self.call(*passed))
         return gated if gated.row_token is None else gated._replace(row_token=gated.row_token.view(-1))
@@ -108,7 +110,6 @@ class Gate(PreparedCall):
             raise TilewrightError(
                 f"gating: logits must be a torch tensor [tokens, {signature.experts}]; it has {found}"
             )
-        require_plain(logits, "gating: logits")
         tokens = logits.shape[0]
         choices = (tokens, signature.top_k)
         ids, weights = torch.empty(choices, dtype=torch.int32), torch.empty(choices, dtype=torch.float32)

@@ -124,9 +124,10 @@ def softmax_topk_into(logits: Tensor, renormalize: bool, topk_ids: Tensor, topk_
 
 
 def _ids_shape(topk_ids: Tensor) -> tuple[int, int]:
+    if isinstance(topk_ids, Tensor):
+        require_plain(topk_ids, "topk_ids")
     if not isinstance(topk_ids, Tensor) or topk_ids.device.type != "cpu" or topk_ids.dim() != 2:
         raise TilewrightError(f"topk_ids is {_describe(topk_ids)}; expected int32 or int64 [tokens, top_k] on the CPU")
-    require_plain(topk_ids, "topk_ids")
     if topk_ids.dtype not in (torch.int32, torch.int64):
         raise TilewrightError(f"topk_ids has dtype {topk_ids.dtype}; expected int32 or int64 [tokens, top_k]")
     return topk_ids.shape[0], topk_ids.shape[1]

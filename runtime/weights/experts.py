@@ -11,7 +11,7 @@ from torch.utils.dlpack import from_dlpack
 
 from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.errors import TilewrightError
-from tilewright.runtime.torch.readable import oddity, resolved
+from tilewright.runtime.torch.readable import require_plain, resolved
 from tilewright.runtime.weights.dequantising import dequantise
 
 
@@ -68,8 +68,6 @@ def checked_weight(weight: Any, *, what: str, dims: str) -> Tensor:
     expected = f"expected a torch.float32 CPU tensor [{dims}]"
     if tensor.device.type != "cpu":
         raise TilewrightError(f"{what} is on device {tensor.device}; {expected}")
-    if odd := oddity(tensor):
-        raise TilewrightError(f"{what} {odd}; {expected}, plain and strided")
     if tensor.dtype is not torch.float32:
         raise TilewrightError(f"{what} has dtype {tensor.dtype}; {expected}")
     if tensor.dim() != dims.count(",") + 1:
@@ -99,6 +97,7 @@ def checked_bias(bias: Any, *, what: str, experts: int, rows: int) -> Tensor:
 
 def _as_tensor(value: Any, what: str) -> Tensor:
     if isinstance(value, Tensor):
+        require_plain(value, what)
         # What is served here has no backward pass, and shares the owner's memory.
         return value.detach()
     try:
