@@ -13,7 +13,7 @@ from peers.attention import DECODE_PEERS, PREFILL_PEERS, Case, make_cases
 from summary import POINTS, Point
 from tuned import ensure_tuned
 
-from tilewright.codegen.hardware.cpu_info import usable_cores
+from tilewright.codegen.hardware.cores import usable_cores
 from tilewright.codegen.ops.attention.declaration import AttentionProblem
 from tilewright.codegen.ops.attention.signature import AttentionSignature, Stage
 from tilewright.codegen.ops.registry import find_op

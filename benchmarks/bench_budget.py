@@ -18,7 +18,8 @@ from peers.grouped_gemm import make_cases
 from summary import POINTS, Point
 from tuned import database, ensure_tuned
 
-from tilewright.codegen.hardware.cpu_info import read_cpu_info, usable_cores
+from tilewright.codegen.hardware.cores import usable_cores
+from tilewright.codegen.hardware.cpu_info import read_cpu_info
 
 SHAPE = "E64 k6 512->1024"
 TOKENS = (4, 64, 256)

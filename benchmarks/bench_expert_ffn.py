@@ -13,7 +13,8 @@ from peers.expert_ffn import PEERS, ExpertFfn, make_cases, reference
 from summary import POINTS, Point
 from tuned import ensure_tuned
 
-from tilewright.codegen.hardware.cpu_info import read_cpu_info, usable_cores
+from tilewright.codegen.hardware.cores import usable_cores
+from tilewright.codegen.hardware.cpu_info import read_cpu_info
 from tilewright.runtime import Experts, ServeOptions
 from tilewright.tuner.report.roofline import roofline_share
 

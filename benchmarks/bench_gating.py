@@ -13,7 +13,7 @@ from peers.gating import GROUP_PEERS, SOFTMAX_PEERS, dense, make_cases, referenc
 from summary import POINTS, Point
 from tuned import ensure_tuned
 
-from tilewright.codegen.hardware.cpu_info import usable_cores
+from tilewright.codegen.hardware.cores import usable_cores
 from tilewright.runtime import Gate, ServeOptions
 from tilewright.tuner.report.roofline import roofline_share
 

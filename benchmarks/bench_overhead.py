@@ -22,7 +22,7 @@ import torch
 from summary import TABLES
 from tuned import ensure_tuned
 
-from tilewright.codegen.hardware.cpu_info import usable_cores
+from tilewright.codegen.hardware.cores import usable_cores
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.recipe.model import Argument, Launch, Recipe
 from tilewright.codegen.routing.spec import RoutingSpec, generate_topk_ids

@@ -22,7 +22,7 @@ from tuned import TRIALS
 
 from tilewright.codegen.backends.cpp.builder import CppBuilder
 from tilewright.codegen.hardware.archs import native_arch
-from tilewright.codegen.hardware.cpu_info import usable_cores
+from tilewright.codegen.hardware.cores import usable_cores
 from tilewright.codegen.numbers.precisions import LOSSLESS, find_precision
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.ops.registry import find_op

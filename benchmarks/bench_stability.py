@@ -15,7 +15,7 @@ from planned import race_plans
 from summary import TABLES
 from tuned import database, ensure_tuned
 
-from tilewright.codegen.hardware.cpu_info import usable_cores
+from tilewright.codegen.hardware.cores import usable_cores
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.tuning_db.store import Store
 

@@ -19,7 +19,7 @@ from peers import limited_to
 from summary import POINTS, Point
 from tuned import database, ensure_tuned_model
 
-from tilewright.codegen.hardware.cpu_info import usable_cores
+from tilewright.codegen.hardware.cores import usable_cores
 from tilewright.runtime import ServeOptions
 
 transformers = pytest.importorskip("transformers", reason="Transformers is not installed")

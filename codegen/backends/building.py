@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tilewright.codegen.backends.base import Build, Source
-from tilewright.codegen.hardware.cpu_info import usable_cores
+from tilewright.codegen.hardware.cores import usable_cores
 from tilewright.directories import user_cache_directory
 from tilewright.errors import TilewrightError
 

@@ -48,13 +48,6 @@ class CpuInfo:
         return f"{self.machine}/{self.vendor}-{self.model}/{caches}"
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on (affinity counted)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 @cache
 def read_cpu_info() -> CpuInfo:
     """Facts about this machine's CPU, read once per process."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tilewright.codegen.hardware.cores import cores
 from tilewright.errors import TilewrightError
 
 Database = str | os.PathLike[str]
@@ -28,7 +29,8 @@ class ServeOptions:
     """
 
     threads: int | None = None
-    """Threads of a call; None: ``torch.get_num_threads()`` at the time when weights are prepared."""
+    """Threads of a call; None: ``torch.get_num_threads()`` at the time when weights are prepared, or fewer where a
+    cgroup's quota allows the time of fewer cores."""
     database: Database | None = None
     """Path or SQLite URL of the database with the plans; None: ``$TILEWRIGHT_DB``, else the user's own."""
     max_error: float = 0.0
@@ -60,4 +62,7 @@ class ServeOptions:
     @property
     def thread_count(self) -> int:
         """Threads of a call that is prepared now."""
-        return torch.get_num_threads() if self.threads is None else self.threads
+        if self.threads is not None:
+            return self.threads
+        quota = cores().quota
+        return torch.get_num_threads() if quota is None else min(torch.get_num_threads(), max(1, math.floor(quota)))

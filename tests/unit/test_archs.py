@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from tilewright.codegen.hardware.archs import ARCHS, CPU_ARCHS, GPU_ARCHS, GpuArch, find_arch, native_arch, runs_on
-from tilewright.codegen.hardware.cpu_info import CpuInfo, read_cpu_info, usable_cores
+from tilewright.codegen.hardware.cores import usable_cores
+from tilewright.codegen.hardware.cpu_info import CpuInfo, read_cpu_info
 from tilewright.errors import TilewrightError
 
 AVX2, AVX512, NEON = ARCHS["x86_64_avx2"], ARCHS["x86_64_avx512"], ARCHS["aarch64_neon"]

@@ -14,7 +14,8 @@ import numpy as np
 
 from tilewright.codegen.backends.cpp.builder import CppBuilder, find_compiler
 from tilewright.codegen.hardware.archs import native_arch
-from tilewright.codegen.hardware.cpu_info import read_cpu_info, usable_cores
+from tilewright.codegen.hardware.cores import cores
+from tilewright.codegen.hardware.cpu_info import read_cpu_info
 from tilewright.directories import user_cache_directory
 from tilewright.errors import TilewrightError
 from tilewright.runtime.calls.extension import native_module
@@ -78,7 +79,7 @@ def _cpu() -> Finding:
     cpu, arch = read_cpu_info(), native_arch()
     return Finding(
         "ok",
-        f"{cpu.name}, {usable_cores()} cores, {cpu.memory_bytes / 2**30:.0f} GiB; arch {arch.name} "
+        f"{cpu.name}, {cores()}, {cpu.memory_bytes / 2**30:.0f} GiB; arch {arch.name} "
         f"({', '.join(arch.features)}); device {cpu.key}",
     )
 

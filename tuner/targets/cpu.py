@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 from tilewright.codegen.hardware.archs import Arch, runs_on
-from tilewright.codegen.hardware.cpu_info import read_cpu_info, usable_cores
+from tilewright.codegen.hardware.cores import cores
+from tilewright.codegen.hardware.cpu_info import read_cpu_info
 from tilewright.codegen.models.shapes import ModelShape
 from tilewright.codegen.ops.base import OpDeclaration
 from tilewright.codegen.ops.signature import Signature
@@ -60,10 +61,12 @@ class CpuTarget(Target):
                 f"arch {arch.name} does not run on this machine ({read_cpu_info().name}), so nothing could be timed; "
                 "tune on such a machine, or use --arch native"
             )
-        cores = usable_cores()
-        threads = cores if wishes.threads is None else wishes.threads
-        if not 1 <= threads <= cores:
-            raise TilewrightError(f"--threads {threads} is impossible here; this process may use 1 to {cores} cores")
+        here = cores()
+        threads = here.usable if wishes.threads is None else wishes.threads
+        if not 1 <= threads <= here.usable:
+            raise TilewrightError(
+                f"--threads {threads} is impossible here; this process may use {here}, so give at most {here.usable}"
+            )
         return cls(arch, threads)
 
     def evaluator(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from tilewright.codegen.hardware.cpu_info import usable_cores
+from tilewright.codegen.hardware.cores import usable_cores
 from tilewright.codegen.models.shapes import ModelShape
 from tilewright.codegen.numbers.activation_rounding import round_activations
 from tilewright.codegen.numbers.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
