@@ -271,6 +271,51 @@ def test_a_compiler_that_names_no_version_does_not_run(script: Callable[..., Pat
         find_compiler({"CXX": chosen, "PATH": os.defpath})
 
 
+@pytest.mark.parametrize(
+    ("words", "own_flags"),
+    [
+        ("{runner} {compiler}", ()),
+        ("{compiler} -m64", ("-m64",)),
+        ("  {runner}   {compiler} '--gcc-toolchain=/opt/my gcc' -m64 ", ("--gcc-toolchain=/opt/my gcc", "-m64")),
+        ("CCACHE_DISABLE=1 {compiler} -m64", ("-m64",)),
+        ("'{blank}'", ()),
+        ("{blank}", ()),
+    ],
+)
+def test_a_compiler_is_read_as_make_reads_it(
+    words: str, own_flags: tuple[str, ...], script: Callable[..., Path], tmp_path: Path
+) -> None:
+    compiler = script('case "$*" in *--version) echo scripted 1.0; exit;; esac\nfor a; do echo "$a"; done > "$OBJECT"')
+    blank = script(compiler.read_text(), "my compiler")
+    runner = script('echo run >> "$LOG"; exec "$@"', "runner")
+    found = find_compiler({"CXX": words.format(compiler=compiler, runner=runner, blank=blank), "PATH": os.defpath})
+    assert found.version == "scripted 1.0"
+    build = CppBuilder(AVX2, found, tmp_path / "cache").build("a")
+    assert build.path is not None, build.message
+    assert build.path.read_text().splitlines()[: len(own_flags) + 1] == [*own_flags, "-std=c++17"]
+    assert runs(tmp_path) == (2 if "runner" in words else 0)
+    # Its flags make another kernel; what runs it does not.
+    assert (found.toolchain(AVX2) == Compiler(str(compiler), "scripted 1.0").toolchain(AVX2)) == (not own_flags)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ("ccache-of-nobody g++", "does not run: there is no program ccache-of-nobody; set it to a C"),
+        ("env nobodys-compiler -m64", "does not run; set it to a C"),
+        ("g++ '-m64", "no shell could read .No closing quotation.; set it to a C"),
+    ],
+)
+def test_a_chosen_compiler_that_cannot_be_run_is_one_sentence(chosen: str, said: str) -> None:
+    with pytest.raises(TilewrightError, match=rf"\$CXX is .*{said}"):
+        find_compiler({"CXX": chosen, "PATH": os.defpath})
+
+
+def test_a_chosen_compiler_of_blanks_is_none_chosen(script: Callable[..., Path]) -> None:
+    found = script("echo scripted g++", "g++")
+    assert find_compiler({"CXX": "  ", "PATH": str(found.parent)}).command == str(found)
+
+
 def test_a_version_of_garbage_bytes_is_no_crash(script: Callable[..., Path]) -> None:
     chosen = str(script("printf '\\377\\376 compiler\\n'"))
     assert find_compiler({"CXX": chosen, "PATH": os.defpath}).version.endswith("compiler")

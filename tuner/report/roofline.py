@@ -142,7 +142,7 @@ def _build(folder: Path) -> Path:
     program = folder / "roofline"
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     _run(
-        [find_compiler().command, "-std=c++17", "-O3", native, "-pthread", str(source), "-o", str(program)],
+        [*find_compiler().words, "-std=c++17", "-O3", native, "-pthread", str(source), "-o", str(program)],
         _BUILD_TIMEOUT_S,
     )
     if not program.exists():

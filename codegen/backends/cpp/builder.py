@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -46,40 +48,75 @@ class Compiler:
     """A C++ compiler that was found to run."""
 
     command: str
+    """As a user writes ``$CXX`` for make: a program, or one with what runs it and flags (``ccache g++ -m64``)."""
     version: str
     """First line of ``--version``; part of every kernel's identity."""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """``command`` as a shell splits it; the name of a program may have blanks in it."""
+        return _words(self.command)
+
+    @property
+    def own_flags(self) -> tuple[str, ...]:
+        """What ``command`` asks for beside the program and what runs it."""
+        return tuple(itertools.dropwhile(lambda word: not word.startswith("-"), self.words))
 
     def flags(self, arch: CpuArch) -> tuple[str, ...]:
         """Flags that build a kernel for ``arch``."""
         return (*FLAGS, *arch.compile_flags)
 
     def toolchain(self, arch: CpuArch) -> str:
-        """Compiler and flags in one line."""
-        return f"{self.version} {' '.join(self.flags(arch))}"
+        """Compiler and flags in one line; how the compiler is run (``ccache``) makes no other kernel."""
+        return " ".join((self.version, *self.own_flags, *self.flags(arch)))
 
 
 def find_compiler(environment: dict[str, str] | None = None) -> Compiler:
-    """``$CXX`` if set, else clang++ (also under a version suffix), else g++.
+    """``$CXX`` if set and not empty, read as make reads it; else clang++ (also under a version suffix), else g++.
 
     Raises:
         TilewrightError: when there is none, or ``$CXX`` does not run.
 
     """
     environment = dict(os.environ) if environment is None else environment
-    chosen = environment.get("CXX")
+    chosen = environment.get("CXX", "").strip()
     if chosen:
-        version = _version(chosen)
-        if version is None:
-            raise TilewrightError(f"$CXX is {chosen!r}, which does not run; set it to a C++ compiler or unset it")
-        return Compiler(chosen, version)
+        return _chosen_compiler(chosen)
     for name in ("clang++", *_versioned_clangs(environment.get("PATH", "")), "g++"):
         found = shutil.which(name, path=environment.get("PATH"))
-        version = _version(found) if found else None
+        version = _version((found,)) if found else None
         if found and version:
             return Compiler(found, version)
     raise TilewrightError(
         "no C++ compiler was found; install clang (Debian: apt install clang) or g++ (apt install g++), or set $CXX"
     )
+
+
+def _chosen_compiler(command: str) -> Compiler:
+    advice = "set it to a C++ compiler, with its flags if need be, or unset it"
+    try:
+        words = _words(command)
+    except ValueError as error:
+        raise TilewrightError(f"$CXX is {command!r}, which no shell could read ({error}); {advice}") from error
+    version = _version(words)
+    if version is None:
+        missing = None if shutil.which(words[0]) else f"there is no program {words[0]}"
+        raise TilewrightError(f"$CXX is {command!r}, which does not run{f': {missing}' if missing else ''}; {advice}")
+    return Compiler(command, version)
+
+
+def _words(command: str) -> tuple[str, ...]:
+    """Words of a command.
+
+    Raises:
+        ValueError: when a quotation does not end.
+
+    """
+    if shutil.which(command):
+        return (command,)
+    words = shlex.split(command)
+    # A shell takes these for variables of the program's environment.
+    return ("env", *words) if re.match(r"[A-Za-z_]\w*=", words[0]) else tuple(words)
 
 
 def _versioned_clangs(path: str) -> list[str]:
@@ -88,10 +125,10 @@ def _versioned_clangs(path: str) -> list[str]:
     return sorted(numbered, key=lambda name: -int(name.rpartition("-")[2]))
 
 
-def _version(command: str) -> str | None:
+def _version(command: Sequence[str]) -> str | None:
     try:
         done = subprocess.run(
-            [command, "--version"], capture_output=True, text=True, errors="replace", timeout=20, check=False
+            [*command, "--version"], capture_output=True, text=True, errors="replace", timeout=20, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -167,7 +204,7 @@ class CppBuilder:
     def _compile(self, code: Path, made: Path, stop: threading.Event) -> tuple[str, float]:
         """Message (empty: it worked) and CPU seconds."""
         limits = f'ulimit -t {CPU_LIMIT_S}; ulimit -v {MEMORY_LIMIT_KIB}; exec "$@"'
-        command = [self.compiler.command, *self.compiler.flags(self.arch), str(code), "-o", str(made)]
+        command = [*self.compiler.words, *self.compiler.flags(self.arch), str(code), "-o", str(made)]
         log = code.with_suffix(".log")
         with log.open("wb") as output:
             process = subprocess.Popen(
