@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 
+from tilewright.plain_text import plain, without_passwords
+
 _PACKAGE_ROOT = __name__.partition(".")[0] + "."
 _said: set[str] = set()
 
@@ -18,6 +20,7 @@ def warn_once(message: str) -> None:
 
     The warning points at the first caller outside this package.
     """
+    message = plain(without_passwords(message))
     if message in _said:
         return
     _said.add(message)

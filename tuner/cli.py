@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from tilewright import __version__
 from tilewright.errors import TilewrightError
+from tilewright.plain_text import plain
 
 _COMMANDS = {
     "show": "what is known, for which device, how",
@@ -33,10 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except TilewrightError as error:
-        from tilewright.tuner.report.terminal import plain  # only now: it takes time to load
-
-        said = "\n".join(map(plain, str(error).split("\n")))
-        print(f"tune: {said}", file=sys.stderr)
+        print(f"tune: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         kept = "" if reads else "; finished trials are kept, and --resume goes on from them"
@@ -49,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"tune: {error.filename or 'the output'} cannot be written: {error.strerror}", file=sys.stderr)
+        print(
+            f"tune: {plain(str(error.filename or 'the output'))} cannot be written: {error.strerror}", file=sys.stderr
+        )
         _discard_output()
         return 1
     return code

@@ -14,8 +14,10 @@ from sqlalchemy.orm import Session
 
 from tilewright import disks
 from tilewright.errors import TilewrightError
+from tilewright.plain_text import without_passwords
 from tilewright.tuning_db import codec, faults
 from tilewright.tuning_db.confined import ConfinedConnection
+from tilewright.tuning_db.integrity import check_private, check_private_folder
 from tilewright.tuning_db.locations import require_file
 from tilewright.tuning_db.schema import read_only_uri, read_write_uri, require_current, schema_version
 
@@ -82,7 +84,7 @@ def open_sqlite(path: Path, *, create: bool) -> Database:
     """Open a SQLite file for reading and writing, in WAL mode. ``create``: make it, empty, where there is none."""
     if create:
         _create_file(path)
-    require_file(path)
+    real = _checked(path)
 
     def connected(connection: sqlite3.Connection, _record: object) -> None:
         # The check comes first: a database of another program must not even be switched to WAL.
@@ -92,28 +94,37 @@ def open_sqlite(path: Path, *, create: bool) -> Database:
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA foreign_keys = ON")
 
-    engine = _sqlite_engine(path, lambda: _connect(path, read_write_uri(path), writes=True), connected)
+    engine = _sqlite_engine(path, lambda: _connect(real, read_write_uri(real), writes=True), connected)
     return Database(engine, str(path), path)
 
 
 def open_sqlite_read_only(path: Path) -> Database:
     """Open a SQLite file that may be on read-only media; every write to it fails."""
-    require_file(path)
+    real = _checked(path)
 
     def connected(connection: sqlite3.Connection, _record: object) -> None:
         require_current(schema_version(connection, path), path)
 
-    engine = _sqlite_engine(path, lambda: _connect(path, read_only_uri(path), writes=False), connected)
+    engine = _sqlite_engine(path, lambda: _connect(real, read_only_uri(real), writes=False), connected)
     return Database(engine, str(path), path)
+
+
+def _checked(path: Path) -> Path:
+    """The real path of a database that nobody else can have written. Raises TilewrightError."""
+    require_file(path)
+    try:
+        return check_private(path)
+    except OSError as error:  # it was there a moment ago
+        raise TilewrightError(f"the database {path} cannot be read: {error.strerror}; try again") from error
 
 
 def open_server(text: str, *, read_only: bool = False) -> Database:
     """Open a PostgreSQL database by its URL."""
     try:
         url = make_url(text)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:  # a port that is no number is the latter
         raise TilewrightError(f"{text!r} is neither a path nor a database URL; give one of them to --db") from error
-    name = url.render_as_string(hide_password=True)
+    name = without_passwords(url.render_as_string(hide_password=True))
     if url.get_backend_name() not in ("postgresql", "postgres"):
         raise TilewrightError(f"the database {name} is of an unsupported kind; use a SQLite path or PostgreSQL")
     if url.drivername in ("postgresql", "postgres"):
@@ -137,7 +148,10 @@ def _is_transient(error: DBAPIError) -> bool:
 
 def _create_file(path: Path) -> None:
     """Make an empty file that its group cannot write whatever the umask is, for the runtime refuses such files."""
+    if path.exists():
+        return
     try:
+        check_private_folder(path.parent)
         os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o644))
     except FileExistsError:
         return

@@ -3,11 +3,23 @@
 import hashlib
 import json
 import os
-import stat
 from pathlib import Path
 from typing import Any
 
 from tilewright.errors import TilewrightError
+from tilewright.trust import Stranger, UntrustedFile, find_stranger, stranger_at
+
+__all__ = [
+    "SIDECARS",
+    "DamagedArtifact",
+    "DamagedDatabase",
+    "UntrustedFile",
+    "check_private",
+    "check_private_folder",
+    "seal",
+    "sha256_hex",
+    "verified",
+]
 
 SIDECARS = ("-wal", "-shm", "-journal")
 """Ends of the names of the files that SQLite keeps beside a database."""
@@ -19,10 +31,6 @@ class DamagedDatabase(TilewrightError):  # noqa: N818  (named for what the user 
 
 class DamagedArtifact(DamagedDatabase):
     """A stored object's bytes do not match its checksum."""
-
-
-class UntrustedFile(TilewrightError):  # noqa: N818
-    """Somebody else could have changed this file, so what it holds must not be executed."""
 
 
 def sha256_hex(data: bytes) -> str:
@@ -49,33 +57,46 @@ def verified(checksum: str, data: bytes) -> bytes:
     return data
 
 
-def check_private(path: Path) -> None:
-    """Refuse a file that others could have written: it, its directory, or what SQLite keeps beside it.
+def check_private(path: Path) -> Path:
+    """Refuse a database that others could have written: it, a folder that it lies in, or what SQLite keeps beside it.
 
-    All must belong to this user or root and must not be writable by their group or by others. A sticky directory is
-    no exception: anyone can put a write-ahead log beside a database in it. Symbolic links are followed first.
+    Returns the file's real path, which is what has to be opened: a link could name another one by then.
     Raises UntrustedFile; OSError where ``path`` cannot be examined.
     """
-    real = path.resolve()
-    for part in (real, real.parent):
-        _check_owner_and_mode(part, part.stat())
+    real = Path(os.path.realpath(path))
+    if found := find_stranger(real):
+        raise _untrusted(real, found)
     for suffix in SIDECARS:
         beside = real.with_name(real.name + suffix)
         try:
             status = beside.stat()
         except FileNotFoundError:  # the usual case; they also come and go while a writer works
             continue
-        _check_owner_and_mode(beside, status)
+        if found := stranger_at(beside, status):
+            raise _untrusted(real, found)
+    return real
 
 
-def _check_owner_and_mode(path: Path, status: os.stat_result) -> None:
-    if status.st_uid not in (0, os.geteuid()):
+def check_private_folder(folder: Path) -> None:
+    """Refuse to make a database where others could replace it. Raises UntrustedFile, OSError as above."""
+    real = Path(os.path.realpath(folder))
+    if found := find_stranger(real):
         raise UntrustedFile(
-            f"{path} belongs to another user (uid {status.st_uid}), so kernels in it are not run; "
-            f"copy the database into a directory of your own"
+            f"{found.path} {found.how}, and a database is code: others could put theirs into one that lies there; "
+            "name a file in a directory of your own"
         )
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise UntrustedFile(
-            f"{path} can be written by others (mode {stat.S_IMODE(status.st_mode):04o}), so kernels in it are not run; "
-            f"run `chmod go-w {path}` or move the database into a directory of your own"
+
+
+def _untrusted(path: Path, found: Stranger) -> UntrustedFile:
+    """A copy of an untrusted file is not safer than the file, so that no advice here is to copy it."""
+    where = "" if found.path == path else f" of {path}"
+    begin = f"{found.path} {found.how}, so nothing{where} is read or run: a database is code"
+    if found.owns:
+        return UntrustedFile(
+            f"{begin}, and a copy of it is the same code; if you would run that user's programs, make it yours by "
+            "`chown`, else tune anew or ask for a signed pack"
         )
+    return UntrustedFile(
+        f"{begin}, and others may have put theirs into it; if you know that nobody did, run "
+        f"`chmod go-w {found.path}`, else tune anew"
+    )

@@ -109,10 +109,10 @@ class Reader:
         with _access:
             try:
                 require_file(self.path)
-                check_private(self.path)
+                real = check_private(self.path)
                 with closing(
                     sqlite3.connect(
-                        read_only_uri(self.path),
+                        read_only_uri(real),
                         uri=True,
                         timeout=_BUSY_SECONDS,
                         isolation_level=None,

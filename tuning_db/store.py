@@ -12,6 +12,7 @@ from sqlalchemy import Connection, insert, update
 from sqlalchemy.orm import Session
 
 from tilewright.errors import TilewrightError
+from tilewright.trust import make_private_folder
 from tilewright.tuning_db import codec, queries, writes
 from tilewright.tuning_db.connection import Database, open_server, open_sqlite, open_sqlite_read_only
 from tilewright.tuning_db.examination import examine
@@ -50,6 +51,7 @@ class Store:
     def open(cls, url_or_path: str | os.PathLike[str] | None = None, *, create: bool = True) -> Self:
         """Open for writing and bring the schema up to date; None means the default location.
 
+        Raises UntrustedFile for a file that others could have written, as :meth:`open_read_only` and the runtime do.
         ``create``: make a SQLite file that is missing, and in the default location its directory too.
         """
         url_or_path = default_url() if url_or_path is None else url_or_path
@@ -61,7 +63,10 @@ class Store:
 
     @classmethod
     def open_read_only(cls, url_or_path: str | os.PathLike[str] | None = None) -> Self:
-        """Open for queries alone, as `tune show` does; works on read-only media and packs."""
+        """Open for queries alone, as `tune show` does; works on read-only media and packs.
+
+        Raises UntrustedFile for a file that others could have written.
+        """
         url_or_path = default_url() if url_or_path is None else url_or_path
         path = sqlite_path(url_or_path)
         database = open_server(os.fspath(url_or_path), read_only=True) if path is None else open_sqlite_read_only(path)
@@ -207,7 +212,7 @@ class Store:
 
 def _make_directory(directory: Path) -> None:
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_folder(directory)
     except OSError as error:
         raise TilewrightError(
             f"the directory {directory} for the database cannot be made: {error.strerror}; name a file with --db"

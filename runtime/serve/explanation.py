@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from tilewright.plain_text import plain_lines
 from tilewright.runtime.process_memory import Memory
 from tilewright.runtime.serve.plans import Resolution, SizeRange
 
@@ -80,7 +81,7 @@ class Explanation:
             sizes = f"{size} > {above}" if part.max_size is None else f"{size} <= {part.max_size}"
             lines.append(f"    {sizes:<16} {_describe(part)}")
             above = part.max_size or above
-        return "\n".join(lines)
+        return plain_lines("\n".join(lines))
 
 
 def _on_batches(resolution: Resolution) -> str:

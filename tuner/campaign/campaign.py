@@ -22,6 +22,7 @@ from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.space import Config, Space
 from tilewright.errors import TilewrightError
+from tilewright.plain_text import without_passwords
 from tilewright.tuner.campaign.loop import Budget, Origin, ProblemResult, ProblemTuner
 from tilewright.tuner.campaign.precision import FrontPoint, admit, constraint_by_precision, front, left_out, storable
 from tilewright.tuner.campaign.priors import PRIOR_CONFIGS, stored_priors
@@ -169,6 +170,11 @@ class Report:
         return (self.build_s + self.check_s + self.measure_s) / self.wall_s if self.wall_s else 0.0
 
 
+def recorded_command() -> str:
+    """How this process was called, as a database may keep it: without passwords."""
+    return shlex.join(["tune", *map(without_passwords, sys.argv[1:])])
+
+
 class Campaign:
     """Runs a request against a store."""
 
@@ -209,7 +215,7 @@ class Campaign:
             "optuna": optuna.__version__,
             "toolchain": self._request.toolchains,
         }
-        return self._store.start_run(shlex.join(["tune", *sys.argv[1:]]), versions=versions, host=platform.node())
+        return self._store.start_run(recorded_command(), versions=versions, host=platform.node())
 
     def _tune_signature(
         self, run_id: str, signature: Signature, problems: Sequence[Problem], left: int, deadline: float, report: Report

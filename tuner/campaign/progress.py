@@ -15,7 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tilewright.tuner.report.terminal import plain, terminal_console
+from tilewright.plain_text import plain
+from tilewright.tuner.report.terminal import terminal_console
 from tilewright.tuner.report.text import format_us, wrapped
 from tilewright.tuning_db.records import Outcome
 

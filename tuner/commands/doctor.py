@@ -24,7 +24,6 @@ from tilewright.tuner.commands.common import add_options, print_json
 from tilewright.tuner.evaluation.statistics import paired_ratio
 from tilewright.tuner.report.terminal import print_lines
 from tilewright.tuner.report.text import labelled, terminal_width
-from tilewright.tuning_db.integrity import UntrustedFile, check_private
 from tilewright.tuning_db.locations import default_url, sqlite_path
 from tilewright.tuning_db.store import Store
 
@@ -105,13 +104,8 @@ def _database(url: str | None) -> Finding:
         counts = store.counts()
     if problems:
         return Finding("fail", f"{len(problems)} things are wrong, the first: {problems[0]}")
-    if path is not None:
-        try:
-            check_private(path)
-        except UntrustedFile as error:
-            return Finding("fail", str(error))
-        if not os.access(path, os.W_OK):
-            return Finding("warn", f"{path} cannot be written; kernels can be served from it, but not tuned")
+    if path is not None and not os.access(path, os.W_OK):
+        return Finding("warn", f"{path} cannot be written; kernels can be served from it, but not tuned")
     known = f"{counts.trials} trials, {counts.kernels} kernels, {counts.plans} plans"
     return Finding(
         "ok", f"{path or url}: {known}, {counts.artifact_bytes / 1e6:.1f} MB of kernels, all checksums match"

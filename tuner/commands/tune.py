@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from pathlib import Path
 
 from tilewright.codegen.numbers.precisions import LOSSLESS, PRECISIONS
 from tilewright.codegen.ops.registry import OPS
+from tilewright.plain_text import plain
 from tilewright.tuner.campaign.campaign import Campaign, Report, Request
 from tilewright.tuner.campaign.precision import DEFAULT_MAX_ERROR
 from tilewright.tuner.campaign.progress import Progress
@@ -22,10 +22,9 @@ from tilewright.tuner.commands.requests import (
     parse_model,
     parse_requests,
 )
-from tilewright.tuner.report.terminal import plain, print_lines
+from tilewright.tuner.report.terminal import print_lines
 from tilewright.tuner.search import DEFAULT_SEARCH, OPTUNA, SEARCHES
 from tilewright.tuner.targets.base import COMPILING, MEASURING, Shown
-from tilewright.tuning_db.integrity import UntrustedFile, check_private
 from tilewright.tuning_db.store import Store
 
 
@@ -127,8 +126,6 @@ def run(arguments: argparse.Namespace) -> int:
     shown: list[Shown] = []
     reports: list[Report] = []
     with Store.open(arguments.db) as store, Progress(sys.stderr) as progress:
-        if store.path is not None:
-            _warn_if_not_servable(store.path)
         for target, group in itertools.groupby(requests, key=lambda request: request.target):
             with target:
                 target.begin(progress)
@@ -154,11 +151,3 @@ def _tune(request: Request, store: Store, progress: Progress) -> Report:
 
 def _warn(text: str) -> None:
     print(f"tune: warning: {plain(text)}", file=sys.stderr)
-
-
-def _warn_if_not_servable(path: Path) -> None:
-    """Say at once, not after the work, that the runtime will run nothing from this database."""
-    try:
-        check_private(path)
-    except UntrustedFile as error:
-        _warn(str(error))

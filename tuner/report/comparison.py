@@ -14,8 +14,11 @@ from tilewright.codegen.backends.binaries.facts import EntryFacts
 from tilewright.codegen.backends.registry import find_backend
 from tilewright.codegen.hardware.archs import find_arch
 from tilewright.codegen.hardware.devices import DEVICES
+from tilewright.codegen.numbers.precisions import LOSSLESS
+from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.registry import find_op
-from tilewright.codegen.space import Config
+from tilewright.codegen.rendering import render
+from tilewright.codegen.space import TEMPLATE, Config
 from tilewright.errors import TilewrightError
 from tilewright.tuner.prediction.predict import predict_config
 from tilewright.tuner.report.text import format_us, table
@@ -146,12 +149,12 @@ def _terms(store: Store, a: KernelRecord, b: KernelRecord) -> dict[str, Pairs]:
 
 def _forms(kernel: KernelRecord) -> dict[str, str]:
     """Intermediate forms of all entries, by ``entry form``."""
-    op, config, arch = find_op(kernel.op), _config(kernel), find_arch(kernel.arch)
-    template, signature = op.template(config), op.signature_from_dict(kernel.signature)
+    arch = find_arch(kernel.arch)
+    template = _template(kernel)
     backend = find_backend(template.language)
     if not (names := backend.forms(arch)) or template.entries is None:
         raise TilewrightError(f"kernel {kernel.key[:8]} is in {backend.language}, which has no intermediate forms")
-    source = Source(kernel.source, template.entries(signature, config, arch))
+    source = _rendered_again(kernel, template)
     found = {}
     with closing(backend.builder(arch)) as builder:
         if builder.toolchain != kernel.toolchain:
@@ -167,13 +170,52 @@ def _forms(kernel: KernelRecord) -> dict[str, str]:
     return found
 
 
+def _template(kernel: KernelRecord) -> Template[Any]:
+    """Of ours, the template that a stored kernel names."""
+    op, arch = find_op(kernel.op), find_arch(kernel.arch)
+    name = kernel.config.get(TEMPLATE)
+    for template in op.templates_for(op.signature_from_dict(kernel.signature), arch):
+        if template.name == name:
+            return template
+    raise TilewrightError(f"kernel {kernel.key[:8]} is of a template {name!r}, which is none of ours for {arch.name}")
+
+
+def _rendered_again(kernel: KernelRecord, template: Template[Any]) -> Source:
+    """A kernel's source as our own template makes it, which has to be the stored text.
+
+    The stored text itself is never compiled: a Triton source is Python, which runs while it is compiled, and anybody
+    may have written it.
+    """
+    arch = find_arch(kernel.arch)
+    signature = find_op(kernel.op).signature_from_dict(kernel.signature)
+    # The config as our space holds it: values of a stored one are text in what is rendered, too.
+    precision = kernel.config.get("precision") or LOSSLESS
+    known = precision in (template.precisions or (LOSSLESS,))
+    space = template.own_space(signature, arch, precision) if known else None
+    index = None if space is None else space.find(_config(kernel))
+    if space is not None and index is not None and template.entries is not None:
+        config = space[index]
+        text = render(template, signature, config, arch)
+        if _code(text) == _code(kernel.source):
+            return Source(text, template.entries(signature, config, arch))
+    raise TilewrightError(
+        f"the source of kernel {kernel.key[:8]} is not what this tilewright's template makes of its knobs, so that it "
+        "is not compiled again: another release made it, or somebody changed it; tune the problem again"
+    )
+
+
+def _code(source: str) -> str:
+    """Without the comments at its head, which name a release."""
+    return re.sub(r"\A(#.*\n)+", "", source)
+
+
 def _diff(old: str, new: str, a: KernelRecord, b: KernelRecord) -> list[str]:
     return list(difflib.unified_diff(old.splitlines(), new.splitlines(), a.key[:8], b.key[:8], lineterm=""))
 
 
 def _disassemble(store: Store, kernel: KernelRecord) -> str:
     """Machine code of every launch as text; where nothing takes binaries apart, the last form before them."""
-    backend = find_backend(find_op(kernel.op).template(_config(kernel)).language)
+    backend = find_backend(_template(kernel).language)
     artifacts = [_artifact(store, kernel, checksum) for checksum in kernel.artifacts]
     texts = [backend.disassembly(artifact.kind, artifact.data) for artifact in artifacts]
     if None in texts:

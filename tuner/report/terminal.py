@@ -11,18 +11,13 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from tilewright.plain_text import plain
+
 
 class Heading(str):
     """The head of a table."""
 
     __slots__ = ()
-
-
-def plain(text: str) -> str:
-    """``text`` with every control character replaced: what a database or a kernel says steers no terminal."""
-    if text.isprintable():
-        return text
-    return "".join(each if each.isprintable() or each == "\t" else "\N{REPLACEMENT CHARACTER}" for each in text)
 
 
 def terminal_console(stream: TextIO) -> Console | None:

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tilewright.tuner.report.terminal import Heading, plain
+from tilewright.plain_text import plain
+from tilewright.tuner.report.terminal import Heading
 
 _UNITS = ((1.0, "us"), (1e3, "ms"), (1e6, "s"))
 _GAP = "  "

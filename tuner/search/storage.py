@@ -16,6 +16,8 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import SQLAlchemyError
 
 from tilewright.errors import TilewrightError
+from tilewright.plain_text import without_passwords
+from tilewright.trust import UntrustedFile, stranger_at
 
 JOURNAL: Final = "journal://"
 """Before the path of a journal; a path alone means the same."""
@@ -45,6 +47,9 @@ def open_storage(url: str) -> BaseStorage | None:
     with _refusing(url):
         if url.startswith(JOURNAL) or "://" not in url:
             return _open_journal(Path(url.removeprefix(JOURNAL)))
+        parsed = sqlalchemy.make_url(url)
+        if parsed.get_backend_name() == "sqlite" and parsed.database:
+            _refuse_strangers(Path(parsed.database))
         _refuse_other_tables(url)
         return RDBStorage(url)
 
@@ -79,9 +84,18 @@ def _refusing(url: str) -> Iterator[None]:
 
 
 def _open_journal(path: Path) -> BaseStorage:
+    _refuse_strangers(path)
     if path.is_file() and not _begins_as_a_journal(path):
         raise TilewrightError(f"--study {path} is a file, but no journal of Optuna's; name a new one")
     return JournalStorage(JournalFileBackend(str(path)))
+
+
+def _refuse_strangers(path: Path) -> None:
+    """Samplers of Optuna's keep their state in a study as a pickle, which is code."""
+    if path.exists() and (found := stranger_at(path, path.stat())):
+        raise UntrustedFile(
+            f"--study {path} {found.how}, and studies can hold code, as Python's pickles; name another one"
+        )
 
 
 def _begins_as_a_journal(path: Path) -> bool:
@@ -108,10 +122,7 @@ def _refuse_other_tables(url: str) -> None:
 
 def _shown(url: str) -> str:
     """Without a password."""
-    try:
-        return sqlalchemy.make_url(url).render_as_string(hide_password=True)
-    except (SQLAlchemyError, ValueError):
-        return url
+    return without_passwords(url)
 
 
 def _first_line(error: Exception) -> str:

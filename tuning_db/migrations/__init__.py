@@ -9,6 +9,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
 from tilewright.errors import TilewrightError
+from tilewright.plain_text import without_passwords
 from tilewright.tuning_db.schema import VERSION_TABLE, newer_schema
 
 _POSTGRESQL_LOCK = 0x54576462  # any number that only we use
@@ -57,4 +58,4 @@ def _config() -> Config:
 
 
 def _name(connection: Connection) -> str:
-    return connection.engine.url.render_as_string(hide_password=True)
+    return without_passwords(connection.engine.url.render_as_string(hide_password=True))

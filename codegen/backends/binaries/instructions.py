@@ -18,6 +18,8 @@ from typing import Any
 from tilewright.codegen.backends.triton.toolchain import bundled_tool
 from tilewright.errors import TilewrightError
 
+_LIMIT_S = 60
+"""For a disassembler, which may be given anything."""
 _WIDE_BYTES = 16
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 """Bytes of a thread's load by suffix of the instruction; 4 without one."""
@@ -83,12 +85,13 @@ def disassemble(cubin: bytes, *, lines: bool = False) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        done = subprocess.run(
-            [str(bundled_tool("nvdisasm")), "-c", *(["-g"] if lines else []), str(path)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [str(bundled_tool("nvdisasm")), "-c", *(["-g"] if lines else []), str(path)]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=_LIMIT_S, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise TilewrightError(f"nvdisasm cannot read the cubin: it took more than {error.timeout} s") from error
     if done.returncode != 0 or not done.stdout:
         raise TilewrightError(f"nvdisasm cannot read the cubin: {done.stderr.strip()[:200]}")
     return done.stdout

@@ -17,6 +17,9 @@ from tilewright.codegen.hardware.archs import CpuArch
 from tilewright.codegen.recipe.model import Launch
 from tilewright.errors import TilewrightError
 
+_LIMIT_S = 60
+"""For a disassembler, which may be given anything."""
+
 
 class CppBackend(Backend):
     """C++ with vector intrinsics, for CPUs."""
@@ -46,9 +49,13 @@ class CppBackend(Backend):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "kernel.so"
             path.write_bytes(binary)
-            done = subprocess.run(
-                [tool, "-d", "--no-show-raw-insn", str(path)], capture_output=True, text=True, check=False
-            )
+            command = [tool, "-d", "--no-show-raw-insn", str(path)]
+            try:
+                done = subprocess.run(
+                    command, capture_output=True, text=True, errors="replace", timeout=_LIMIT_S, check=False
+                )
+            except subprocess.TimeoutExpired as error:
+                raise TilewrightError(f"{tool} cannot read the object: it took more than {error.timeout} s") from error
         if done.returncode != 0:
             raise TilewrightError(f"{tool} cannot read the shared object: {done.stderr.strip()}")
         # The first lines name the temporary file.
