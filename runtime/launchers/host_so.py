@@ -1,15 +1,13 @@
-"""From stored bytes to callable code: a private cache of shared objects, checked again right before they are loaded.
+"""From stored bytes to callable code, such that what is loaded is what was checked.
 
 A shared object is loaded once per process and never unloaded: a kernel may be running in any thread.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import os
-import stat
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +19,10 @@ from tilewright.codegen.recipe.expressions import parsed
 from tilewright.codegen.recipe.model import ABI_VERSION, SM_COUNT, Recipe
 from tilewright.directories import CACHE_VARIABLE, user_cache_directory
 from tilewright.runtime.launchers.base import KernelRefused, Launcher
+from tilewright.runtime.launchers.memory_file import load_from_memory
 from tilewright.runtime.locks import fork_safe_lock
-from tilewright.tuning_db.integrity import DamagedArtifact, check_private
+from tilewright.trust import UntrustedFile, find_stranger, make_private_folder
+from tilewright.tuning_db.integrity import DamagedArtifact, verified
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,49 +101,75 @@ _loading = fork_safe_lock()
 
 
 def artifact_directory() -> Path:
-    """Where shared objects are extracted: ``artifacts`` in the user's cache directory."""
+    """Where shared objects lie if they cannot be loaded from memory: ``artifacts`` in the user's cache directory."""
     return user_cache_directory() / "artifacts"
 
 
 def load_artifact(checksum: str, read_bytes: Callable[[], bytes]) -> LoadedSharedObject:
     """The shared object whose sha256 is ``checksum``, loaded into this process.
 
-    ``read_bytes`` gives its bytes; it is not called when they are in the cache already. Thread-safe.
+    ``read_bytes`` gives its bytes; it is not called when it is loaded already. Thread-safe.
 
     Raises:
-        KernelRefused: when the bytes cannot be extracted or loaded, or speak another ABI.
+        KernelRefused: when the bytes cannot be loaded, or speak another ABI.
         DamagedArtifact: when the bytes do not have the checksum.
-        UntrustedFile: when others can write to the cache.
+        UntrustedFile: when it has to be loaded from the cache, and others can write there.
         TilewrightError: whatever ``read_bytes`` raises.
 
     """
     if (known := _loaded.get(checksum)) is not None:
         return known
+    # Not under the lock: reading takes the database's, and a fork takes them in another order.
+    data = verified(checksum, read_bytes())
+    with _loading:
+        if checksum not in _loaded:
+            library = _load(checksum, data)
+            _require_abi(library, checksum)
+            _loaded[checksum] = LoadedSharedObject(checksum, library)
+        return _loaded[checksum]
+
+
+def _load(checksum: str, data: bytes) -> ctypes.CDLL:
+    """From memory; where this system executes nothing from there, from the cache."""
+    try:
+        return load_from_memory(f"tilewright-{checksum[:16]}.so", data)
+    except OSError as error:
+        from_memory = error
     path = artifact_directory() / f"{checksum}.so"
     try:
-        # Not under the lock: reading takes the database's, and a fork takes them in another order.
-        _extract(path, checksum, read_bytes)
-        with _loading:
-            if checksum not in _loaded:
-                library = _load_checked(path, checksum)
-                _require_abi(library, checksum)
-                _loaded[checksum] = LoadedSharedObject(checksum, library)
-            return _loaded[checksum]
+        return _load_from_folder(path, checksum, data)
     except OSError as error:
         raise KernelRefused(
-            f"the artifact {checksum[:16]} cannot be loaded from {path}: {error}; "
+            f"the artifact {checksum[:16]} cannot be loaded from memory ({from_memory}), nor from {path} ({error}); "
             f"set ${CACHE_VARIABLE} to a private directory that can be written and executed from"
         ) from error
 
 
-def _extract(path: Path, checksum: str, read_bytes: Callable[[], bytes]) -> None:
-    """Make ``path`` hold the artifact, unless it does; other processes see all of it or nothing."""
-    path.parent.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        path.parent.mkdir(mode=0o700)
-    if path.exists() and _sha256(path) == checksum:
-        return
-    data = read_bytes()
+def _load_from_folder(path: Path, checksum: str, data: bytes) -> ctypes.CDLL:
+    """From a file that nobody else can change, or put another one in the place of, after it was hashed."""
+    make_private_folder(path.parent)
+    path = Path(os.path.realpath(path.parent)) / path.name
+    _require_own(path.parent)
+    if not path.exists() or _sha256(path) != checksum:
+        _write(path, data)
+    _require_own(path)
+    if _sha256(path) != checksum:
+        raise DamagedArtifact(
+            f"the artifact {checksum[:16]} was damaged while it was extracted to {path}; free the disk, then retry"
+        )
+    return ctypes.CDLL(str(path))
+
+
+def _require_own(path: Path) -> None:
+    if found := find_stranger(path):
+        raise UntrustedFile(
+            f"{found.path} {found.how}, so kernels are not loaded from there; set ${CACHE_VARIABLE} to a directory of "
+            "your own"
+        )
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Make ``path`` hold ``data``; other processes see all of it or nothing."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -157,31 +183,8 @@ def _extract(path: Path, checksum: str, read_bytes: Callable[[], bytes]) -> None
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _load_checked(path: Path, checksum: str) -> ctypes.CDLL:
-    """Load the very file whose bytes were hashed.
-
-    The file is loaded by its name, not as /proc/self/fd/N: the loader remembers names, and would answer with another
-    kernel's library once a descriptor's number is used again.
-    """
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
-        check_private(path)
-        hashed = os.fstat(file.fileno())
-        if hashlib.file_digest(file, "sha256").hexdigest() != checksum:
-            raise DamagedArtifact(
-                f"the artifact {checksum[:16]} was damaged while it was extracted to {path}; free the disk, then retry"
-            )
-        library = ctypes.CDLL(str(path))
-        if _identity(hashed) != _identity(path.stat(follow_symlinks=False)):
-            raise KernelRefused(f"{path} was replaced while it was loaded; keep other programs out of this directory")
-    return library
-
-
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, stat.S_IFMT(status.st_mode))
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _require_abi(library: ctypes.CDLL, checksum: str) -> None:

@@ -1,5 +1,6 @@
 """What the runtime does when something is missing, damaged, untrusted or made elsewhere: right results, one warning."""
 
+import errno
 import itertools
 import os
 import signal
@@ -254,17 +255,56 @@ def test_kernel_of_another_layout_than_its_plan(weight, tmp_path):
         torch.testing.assert_close(out, mark * by_torch(x, weight, offsets))
 
 
+@pytest.fixture
+def no_memory_files(monkeypatch):
+    """As with vm.memfd_noexec=2: kernels are loaded from the cache."""
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+
+
+def test_without_a_cache_kernels_serve_from_memory(weight, database, tmp_path):
+    (tmp_path / "cache").write_text("a file is in the way")
+    assert_served_by_kernel(weight, database)
+
+
+@pytest.mark.usefixtures("no_memory_files")
 def test_cache_that_others_can_write(weight, database, tmp_path):
     (tmp_path / "cache" / "artifacts").mkdir(parents=True)
     (tmp_path / "cache" / "artifacts").chmod(0o777)
     assert_served_by_torch(weight, database, "artifacts can be written by others")
 
 
+@pytest.mark.usefixtures("no_memory_files")
+def test_a_folder_above_the_cache_that_others_can_write(weight, database, tmp_path, monkeypatch):
+    above = tmp_path / "shared"
+    above.mkdir()
+    above.chmod(0o777)
+    monkeypatch.setenv("TILEWRIGHT_CACHE", str(above / "cache"))
+    assert_served_by_torch(weight, database, "shared can be written by others")
+
+
+@pytest.mark.usefixtures("no_memory_files")
+def test_a_cache_made_under_any_umask_is_private(weight, database, tmp_path):
+    before = os.umask(0)
+    try:
+        assert_served_by_kernel(weight, database)
+    finally:
+        os.umask(before)
+    made = [tmp_path / "cache", *(tmp_path / "cache").rglob("*")]
+    assert len(made) == 3
+    assert all(path.stat().st_mode & 0o077 == 0 for path in made)
+
+
+@pytest.mark.usefixtures("no_memory_files")
 def test_cache_that_cannot_be_made(weight, database, tmp_path):
     (tmp_path / "cache").write_text("a file is in the way")
     assert_served_by_torch(weight, database, r"cannot be loaded from .*; set \$TILEWRIGHT_CACHE")
 
 
+@pytest.mark.usefixtures("no_memory_files")
 def test_damaged_cache_is_mended(weight, database, tmp_path):
     with closing(sqlite3.connect(database)) as connection:
         (checksum,) = connection.execute("SELECT checksum FROM artifacts").fetchone()
@@ -275,6 +315,7 @@ def test_damaged_cache_is_mended(weight, database, tmp_path):
     assert [path.name for path in directory.iterdir()] == [f"{checksum}.so"]
 
 
+@pytest.mark.usefixtures("no_memory_files")
 def test_extracted_files_are_private(weight, database, tmp_path):
     assert_served_by_kernel(weight, database)
     directory = tmp_path / "cache" / "artifacts"

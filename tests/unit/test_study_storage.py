@@ -81,3 +81,13 @@ def test_our_own_database_is_not_mixed_with_optunas(tmp_path: Path) -> None:
         open_storage(str(path))
     with sqlite3.connect(path) as database:
         assert database.execute("select name from sqlite_master").fetchall() == tables
+
+
+@pytest.mark.parametrize("form", ["{}/studies.log", "sqlite:///{}/studies.db"])
+def test_studies_that_others_could_have_written_are_not_read(tmp_path: Path, form: str) -> None:
+    optuna.create_study(study_name="run", storage=open_storage(form.format(tmp_path)))
+    open_storage.cache_clear()
+    for path in tmp_path.iterdir():
+        path.chmod(0o666)
+    with pytest.raises(TilewrightError, match=r"can be written by others \(mode 0666\), and studies can hold code"):
+        open_storage(form.format(tmp_path))
