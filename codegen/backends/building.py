@@ -1,4 +1,4 @@
-"""What all builders share: building side by side, and where built files are kept."""
+"""What all builders share: building side by side, and tidying up after builds that were killed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from pathlib import Path
 
 from tilewright.codegen.backends.base import Build, Source
 from tilewright.codegen.hardware.cores import usable_cores
-from tilewright.directories import user_cache_directory
-from tilewright.errors import TilewrightError
 
 DRAFT = "build-"
 """How the names of folders begin in which something is being built."""
@@ -50,21 +48,3 @@ def side_by_side(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [future.result() for future in futures]
-
-
-def builds_directory(directory: Path | None, name: str) -> Path:
-    """Folder ``name`` of the cache (of ``directory``, if given), made if need be.
-
-    Raises:
-        TilewrightError: when it cannot be made.
-
-    """
-    path = (directory or user_cache_directory()) / name
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise TilewrightError(
-            f"cannot keep built kernels in {path} ({error.strerror}); "
-            "set $TILEWRIGHT_CACHE to a directory that can be written"
-        ) from error
-    return path

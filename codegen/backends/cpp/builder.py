@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tilewright.codegen.backends.base import Build, BuiltFile, Source
-from tilewright.codegen.backends.building import DRAFT, builds_directory, remove_abandoned, side_by_side
+from tilewright.codegen.backends.building import DRAFT, remove_abandoned, side_by_side
+from tilewright.codegen.backends.kept import KeptBuilds
 from tilewright.codegen.hardware.archs import CpuArch
 from tilewright.errors import TilewrightError
 
@@ -147,7 +148,8 @@ class CppBuilder:
     def __init__(self, arch: CpuArch, compiler: Compiler | None = None, directory: Path | None = None) -> None:
         self.arch = arch
         self.compiler = compiler or find_compiler()
-        self.directory = builds_directory(directory, "builds")
+        self._kept = KeptBuilds(directory, "builds")
+        self.directory = self._kept.folder
         remove_abandoned(self.directory, 4 * CPU_LIMIT_S)
 
     @property
@@ -188,7 +190,7 @@ class CppBuilder:
 
     def _build(self, source: Source, stop: threading.Event) -> Build:
         path = self.path_for(source.text)
-        if path.exists():
+        if self._kept.holds(path.name):
             return Build(path, "", 0.0, (BuiltFile(path, "host_so"),))
         with tempfile.TemporaryDirectory(dir=self.directory, prefix=DRAFT) as folder:
             code, made = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
@@ -196,9 +198,7 @@ class CppBuilder:
             message, cpu_s = self._compile(code, made, stop)
             if message:
                 return Build(None, message, cpu_s)
-            with made.open("rb") as file:
-                os.fsync(file.fileno())
-            made.replace(path)
+            self._kept.keep(made, path.name)
         return Build(path, "", cpu_s, (BuiltFile(path, "host_so"),))
 
     def _compile(self, code: Path, made: Path, stop: threading.Event) -> tuple[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -15,7 +14,8 @@ from tilewright.codegen.backends.base import Build, BuiltFile, Source
 from tilewright.codegen.backends.binaries.cubin import read_cubin, read_spills
 from tilewright.codegen.backends.binaries.facts import EntryFacts, TensorMapFacts, launch_obstacle
 from tilewright.codegen.backends.binaries.hsaco import read_hsaco
-from tilewright.codegen.backends.building import DRAFT, builds_directory, remove_abandoned, side_by_side
+from tilewright.codegen.backends.building import DRAFT, remove_abandoned, side_by_side
+from tilewright.codegen.backends.kept import KeptBuilds
 from tilewright.codegen.backends.triton.compile import BINARIES, FORMS
 from tilewright.codegen.backends.triton.entry import EntrySpec, triton_entries
 from tilewright.codegen.backends.triton.launch import parameter_mismatch
@@ -46,7 +46,8 @@ class TritonBuilder:
 
     def __init__(self, arch: GpuArch, directory: Path | None = None, limits: Limits | None = None) -> None:
         self.arch = arch
-        self.directory = builds_directory(directory, "builds-triton")
+        self._kept = KeptBuilds(directory, "builds-triton")
+        self.directory = self._kept.folder
         self._toolchain = toolchain(arch)
         remove_abandoned(self.directory, _ABANDONED_S)
         self._pool = CompilePool(limits)
@@ -102,7 +103,7 @@ class TritonBuilder:
 
     def _build(self, source: Source, stop: threading.Event) -> Build:
         path = self.path_for(source)
-        if path.exists():
+        if self._kept.holds(path.name):
             return self._read(path, triton_entries(source.entries), 0.0)
         with tempfile.TemporaryDirectory(dir=self.directory, prefix=DRAFT) as name:
             folder = Path(name)
@@ -114,8 +115,17 @@ class TritonBuilder:
                 return Build(None, f"{self.toolchain}: {error}", 0.0)
             if message := self._failure(finished, folder):
                 return Build(None, message, finished.cpu_s)
-            _settle(folder, path)
+            self._settle(folder, path)
         return self._read(path, triton_entries(source.entries), finished.cpu_s)
+
+    def _settle(self, folder: Path, path: Path) -> None:
+        """Give what is needed later its name, at once and for good."""
+        made = folder / "made"
+        made.mkdir()
+        for file in folder.iterdir():
+            if file.suffix[1:] in _KEPT:
+                file.rename(made / file.name)
+        self._kept.keep(made, path.name)
 
     def _failure(self, finished: Finished, folder: Path) -> str | None:
         """Why there is no binary; None when there is one."""
@@ -180,19 +190,3 @@ def _facts(path: Path, index: int, entry: EntrySpec, binary: bytes, kind: str) -
         parameter_bytes=parameters,
         tensor_maps=tuple(TensorMapFacts(**{**each, "box": tuple(each["box"])}) for each in told["tensor_maps"]),
     )
-
-
-def _settle(folder: Path, path: Path) -> None:
-    """Give what is needed later its name, at once and for good."""
-    made = folder / "made"
-    made.mkdir()
-    for file in folder.iterdir():
-        if file.suffix[1:] in _KEPT:
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-            file.rename(made / file.name)
-    try:
-        made.rename(path)
-    except OSError:
-        if not path.exists():  # else another process was first, with the same content
-            raise
