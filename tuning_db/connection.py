@@ -148,9 +148,9 @@ def _is_transient(error: DBAPIError) -> bool:
 
 def _create_file(path: Path) -> None:
     """Make an empty file that its group cannot write whatever the umask is, for the runtime refuses such files."""
-    if path.exists():
-        return
     try:
+        if path.exists():
+            return
         check_private_folder(path.parent)
         os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o644))
     except FileExistsError:
