@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections.abc import Mapping
@@ -14,7 +15,6 @@ from tilewright.codegen.backends.binaries.facts import EntryFacts
 from tilewright.codegen.backends.registry import find_backend
 from tilewright.codegen.hardware.archs import find_arch
 from tilewright.codegen.hardware.devices import DEVICES
-from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.rendering import render
@@ -188,15 +188,12 @@ def _rendered_again(kernel: KernelRecord, template: Template[Any]) -> Source:
     """
     arch = find_arch(kernel.arch)
     signature = find_op(kernel.op).signature_from_dict(kernel.signature)
-    # The config as our space holds it: values of a stored one are text in what is rendered, too.
-    precision = kernel.config.get("precision") or LOSSLESS
-    known = precision in (template.precisions or (LOSSLESS,))
-    space = template.own_space(signature, arch, precision) if known else None
-    index = None if space is None else space.find(_config(kernel))
-    if space is not None and index is not None and template.entries is not None:
-        config = space[index]
+    knobs = {name: value for name, value in _config(kernel).items() if name != TEMPLATE}
+    with contextlib.suppress(TilewrightError):  # knobs that are none of ours
+        # As our space holds them: values of stored knobs become text of what is rendered, too.
+        config = template.config(signature, arch, knobs)
         text = render(template, signature, config, arch)
-        if _code(text) == _code(kernel.source):
+        if template.entries is not None and _code(text) == _code(kernel.source):
             return Source(text, template.entries(signature, config, arch))
     raise TilewrightError(
         f"the source of kernel {kernel.key[:8]} is not what this tilewright's template makes of its knobs, so that it "
