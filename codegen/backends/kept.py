@@ -21,6 +21,8 @@ from tilewright.directories import user_cache_directory
 from tilewright.errors import TilewrightError
 from tilewright.trust import UntrustedFile, find_stranger, make_private_folder, stranger_at
 
+BUILDS = "builds"
+"""How the names of folders of builds begin."""
 MANIFESTS = "manifests"
 """Folder beside those of builds: a file for each build, with its name and the sha256 of every file of it."""
 _LOCK = "lock"

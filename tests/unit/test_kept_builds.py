@@ -16,6 +16,7 @@ from tilewright.codegen.backends.cpp.builder import Compiler, CppBuilder
 from tilewright.codegen.backends.kept import KeptBuilds
 from tilewright.codegen.hardware.archs import CPU_ARCHS
 from tilewright.errors import TilewrightError
+from tilewright.tuner.commands import doctor
 
 AVX2 = CPU_ARCHS["x86_64_avx2"]
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
@@ -243,3 +244,17 @@ def test_a_damaged_object_is_compiled_again(tmp_path: Path) -> None:
     assert first.path.read_text() == "built\n"
     stored = json.loads(manifest(first.path).read_text())
     assert stored["build"] == first.path.name
+
+
+def test_doctor_counts_builds_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = KeptBuilds(tmp_path / "cache", "builds")
+    path = keep(kept, "a.so")
+    keep(KeptBuilds(tmp_path / "cache", "builds-triton"), "b", folder=True)
+    monkeypatch.setenv("TILEWRIGHT_CACHE", str(tmp_path / "cache"))
+    assert doctor._cache() == ("ok", f"{tmp_path}/cache: 2 builds, each as it was put there", None)
+    path.write_bytes(b"hostile")
+    found = doctor._cache()
+    assert (found.status, "1 of 2 builds are not what was put there" in found.message) == ("warn", True)
+    kept.folder.chmod(0o777)
+    with pytest.raises(TilewrightError, match="builds can be written by others"):
+        doctor._cache()

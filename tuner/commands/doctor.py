@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import stat
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from tilewright.codegen.backends.cpp.builder import CppBuilder, find_compiler
+from tilewright.codegen.backends.kept import BUILDS, KeptBuilds
 from tilewright.codegen.hardware.archs import native_arch
 from tilewright.codegen.hardware.cores import cores
 from tilewright.codegen.hardware.cpu_info import read_cpu_info
@@ -92,7 +91,14 @@ def _compiler() -> Finding:
 
 
 def _cache() -> Finding:
-    return _private(user_cache_directory())
+    path = user_cache_directory()
+    if path.exists() and not os.access(path, os.W_OK):
+        return Finding("warn", f"{path} cannot be written; kernels can be served from it, but not tuned")
+    folders = [KeptBuilds(path, folder.name) for folder in sorted(path.glob(f"{BUILDS}*"))]
+    builds, unfit = sum(map(len, folders)), sum(len(folder.unfit()) for folder in folders)
+    if unfit:
+        return Finding("warn", f"{path}: {unfit} of {builds} builds are not what was put there; they are built again")
+    return Finding("ok", f"{path}: {builds} builds, each as it was put there")
 
 
 def _database(url: str | None) -> Finding:
@@ -110,15 +116,6 @@ def _database(url: str | None) -> Finding:
     return Finding(
         "ok", f"{path or url}: {known}, {counts.artifact_bytes / 1e6:.1f} MB of kernels, all checksums match"
     )
-
-
-def _private(path: Path) -> Finding:
-    mode = path.stat().st_mode if path.exists() else 0
-    if mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return Finding("fail", f"{path} can be written by others, so the runtime refuses it; run: chmod go-w {path}")
-    if path.exists() and not os.access(path, os.W_OK):
-        return Finding("warn", f"{path} cannot be written; kernels can be served from it, but not tuned")
-    return Finding("ok", str(path))
 
 
 def _extension() -> Finding:

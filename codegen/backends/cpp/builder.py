@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tilewright.codegen.backends.base import Build, BuiltFile, Source
 from tilewright.codegen.backends.building import DRAFT, remove_abandoned, side_by_side
-from tilewright.codegen.backends.kept import KeptBuilds
+from tilewright.codegen.backends.kept import BUILDS, KeptBuilds
 from tilewright.codegen.hardware.archs import CpuArch
 from tilewright.errors import TilewrightError
 
@@ -148,7 +148,7 @@ class CppBuilder:
     def __init__(self, arch: CpuArch, compiler: Compiler | None = None, directory: Path | None = None) -> None:
         self.arch = arch
         self.compiler = compiler or find_compiler()
-        self._kept = KeptBuilds(directory, "builds")
+        self._kept = KeptBuilds(directory, BUILDS)
         self.directory = self._kept.folder
         remove_abandoned(self.directory, 4 * CPU_LIMIT_S)
 

@@ -15,7 +15,7 @@ from tilewright.codegen.backends.binaries.cubin import read_cubin, read_spills
 from tilewright.codegen.backends.binaries.facts import EntryFacts, TensorMapFacts, launch_obstacle
 from tilewright.codegen.backends.binaries.hsaco import read_hsaco
 from tilewright.codegen.backends.building import DRAFT, remove_abandoned, side_by_side
-from tilewright.codegen.backends.kept import KeptBuilds
+from tilewright.codegen.backends.kept import BUILDS, KeptBuilds
 from tilewright.codegen.backends.triton.compile import BINARIES, FORMS
 from tilewright.codegen.backends.triton.entry import EntrySpec, triton_entries
 from tilewright.codegen.backends.triton.launch import parameter_mismatch
@@ -46,7 +46,7 @@ class TritonBuilder:
 
     def __init__(self, arch: GpuArch, directory: Path | None = None, limits: Limits | None = None) -> None:
         self.arch = arch
-        self._kept = KeptBuilds(directory, "builds-triton")
+        self._kept = KeptBuilds(directory, f"{BUILDS}-triton")
         self.directory = self._kept.folder
         self._toolchain = toolchain(arch)
         remove_abandoned(self.directory, _ABANDONED_S)
