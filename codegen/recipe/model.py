@@ -18,6 +18,9 @@ FORMAT_VERSION = 2
 THREADS, SM_COUNT, WORKSPACE = "threads", "sm_count", "workspace"
 """Names that expressions may read beside the sizes: of the place where a kernel runs, and an address for guards."""
 
+L2_PROMOTION_128_BYTES = 2
+"""``CU_TENSOR_MAP_L2_PROMOTION_L2_128B`` of the CUDA driver, which Triton's launcher asks for."""
+
 Role = Literal["input", "weight", "output"]
 ValueCheck = Literal["none", "offsets", "index", "slot", "finite", "logits", "rising", "length", "pages"]
 
@@ -65,6 +68,8 @@ class TensorMap:
     """A ``CUtensorMapDataType``."""
     swizzle: int = -1
     """A ``CUtensorMapSwizzle``: how rows are spread over the banks of shared memory."""
+    l2_promotion: int = L2_PROMOTION_128_BYTES
+    """A ``CUtensorMapL2promotion``: how much of memory around a copy is fetched into the L2 cache."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,11 @@ class Launch:
     """Dynamic shared memory of a block."""
     hidden_arguments: int = 0
     """Trailing null pointers that the compiler adds (two for Triton)."""
+    programmatic: bool = False
+    """Whether it may start before the launch before it in the stream has ended; the kernel waits by itself
+    (programmatic dependent launch)."""
+    cooperative: bool = False
+    """Whether all its blocks have to be resident at once, for barriers over the grid."""
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,8 @@ class ResolvedLaunch:
     """Blocks of a cluster; None: no clusters."""
     shared_memory_bytes: int
     hidden_arguments: int
+    programmatic: bool
+    cooperative: bool
 
     @property
     def is_empty(self) -> bool:
@@ -233,6 +235,8 @@ def _launch(launch: Launch, memory: _Memory, names: Mapping[str, int]) -> Resolv
         _grid(launch.cluster, names, f"blocks of a cluster of {where}"),
         _count(launch.shared_memory_bytes, names, f"bytes of shared memory of {where}"),
         launch.hidden_arguments,
+        launch.programmatic,
+        launch.cooperative,
     )
 
 

@@ -110,6 +110,8 @@ def _validate_launch(launch: Launch, recipe: Recipe, values: Collection[str]) ->
         raise TilewrightError(f"the recipe's launch of {launch.entry} needs both a grid and a block of threads")
     if max(map(len, (launch.grid, launch.block, launch.cluster))) > _DIMENSIONS:
         raise TilewrightError(f"the recipe's launch of {launch.entry} has more than {_DIMENSIONS} dimensions")
+    if (launch.programmatic or launch.cooperative) and not launch.grid:
+        raise TilewrightError(f"the recipe's launch of {launch.entry} has no grid to be programmatic or cooperative")
     if launch.hidden_arguments < 0:
         raise TilewrightError(f"the recipe's launch of {launch.entry} has {launch.hidden_arguments} hidden arguments")
     for text in (*launch.grid, *launch.block, *launch.cluster, launch.shared_memory_bytes):

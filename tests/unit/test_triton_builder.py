@@ -17,10 +17,11 @@ from tilewright.codegen.backends.binaries.facts import EntryFacts, launch_obstac
 from tilewright.codegen.backends.binaries.instructions import disassemble, read_amdgcn, read_sass
 from tilewright.codegen.backends.triton.builder import TritonBuilder
 from tilewright.codegen.backends.triton.entry import EntrySpec
-from tilewright.codegen.backends.triton.launch import parameter_mismatch
+from tilewright.codegen.backends.triton.launch import EntryLaunch, EntryParameter, built_launch, parameter_mismatch
 from tilewright.codegen.backends.triton.pool import Limits
 from tilewright.codegen.backends.triton.toolchain import bundled_tool, toolchain
 from tilewright.codegen.hardware.archs import GPU_ARCHS
+from tilewright.codegen.recipe.model import Argument
 from tilewright.errors import TilewrightError
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -193,6 +194,52 @@ def test_limits_of_the_arch(changes: dict[str, int], arch: str, reason: str | No
     facts = dataclasses.replace(FACTS, **changes)
     obstacle = launch_obstacle(facts, GPU_ARCHS[arch])
     assert (obstacle is None) if reason is None else (obstacle is not None and reason in obstacle)
+
+
+SCALARS = ("i1", "u1", "i8", "u8", "i16", "u16", "i32", "u32", "i64", "u64", "fp16", "bf16", "fp32", "fp64")
+
+
+def test_a_launch_asks_for_what_a_binary_was_compiled_for(builder: TritonBuilder) -> None:
+    """Programs of two blocks, more of them than the metadata's warps, started early: all of that is in the recipe."""
+    steps = EntryLaunch(
+        "product",
+        tuple(
+            EntryParameter(name, kind, Argument("size", "steps") if name == "steps" else Argument("tensor", name), at)
+            for (name, kind), at in zip(PRODUCT.entries[0].arguments, (True, True, True, False), strict=True)
+        ),
+        grid=("steps", "3"),
+        options={"num_ctas": 2, "launch_pdl": True},
+    )
+    build = builder.build(Source(PRODUCT.text, (steps.spec(),)))
+    assert build.path is not None, build.message
+    facts = build.files[0].facts
+    assert facts is not None
+    assert facts.cluster == 2
+    cubin = read_cubin(build.files[0].path.read_bytes(), "product")
+    assert (cubin.block, cubin.cluster) == ((128, 1, 1), (2, 1, 1))
+    launch = built_launch(steps.launch(32), facts, "", 32)
+    assert (launch.grid, launch.cluster, launch.block) == (("(steps) * 2", "3"), ("2",), ("128",))
+    assert (launch.programmatic, launch.cooperative) == (True, False)
+
+
+def test_metadata_that_a_binary_contradicts_are_noticed(builder: TritonBuilder) -> None:
+    cubin = read_cubin(builder.build(PRODUCT).files[0].path.read_bytes(), "product")
+    cubin.require_launch("product", threads=128, cluster=1)
+    with pytest.raises(ValueError, match=r"product wants 128 x 1 x 1 threads in a block, .* metadata say 256"):
+        cubin.require_launch("product", threads=256, cluster=1)
+    clustered = dataclasses.replace(cubin, cluster=(2, 1, 1))
+    with pytest.raises(ValueError, match=r"product wants 2 x 1 x 1 blocks in a cluster, .* metadata say 1"):
+        clustered.require_launch("product", threads=128, cluster=1)
+
+
+def test_every_scalar_that_triton_passes_has_its_size(builder: TritonBuilder) -> None:
+    names = [f"x{index}" for index in range(len(SCALARS))]
+    text = f"{HEAD}def scalars(out, {', '.join(names)}):\n    tl.store(out, {names[0]} * 1.0)\n"
+    entry = EntrySpec("scalars", (("out", "*fp32"), *zip(names, SCALARS, strict=True)))
+    build = builder.build(Source(text, (entry,)))
+    assert build.path is not None, build.message
+    with pytest.raises(TilewrightError, match="it cannot take a 'fp8'"):
+        parameter_mismatch(EntrySpec("product", (("x", "fp8"),)), (1, 8, 8))
 
 
 def test_parameters_that_a_launch_would_not_pass_are_noticed() -> None:

@@ -20,6 +20,8 @@ _REGISTER_COUNT = 0x2F
 _FRAME_SIZE = 0x11
 _PARAMETER = 0x17
 _PARAMETER_SIZE_SHIFT = 18
+_REQUIRED_BLOCK = 0x10
+_CLUSTER = 0x3D
 
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
@@ -32,6 +34,23 @@ class CubinFacts:
     static_smem_bytes: int
     stack_bytes: int
     parameter_bytes: tuple[int, ...]
+    block: tuple[int, int, int] | None
+    """Threads along x, y, z that a launch must have; None where any block will do."""
+    cluster: tuple[int, int, int] | None
+    """Blocks of a cluster along x, y, z; None where the launch says."""
+
+    def require_launch(self, entry: str, *, threads: int, cluster: int) -> None:
+        """Refuse a binary that was compiled for another block or cluster, both of them along x.
+
+        Raises:
+            ValueError: names the entry and both.
+
+        """
+        wanted = (("threads in a block", self.block, threads), ("blocks in a cluster", self.cluster, cluster))
+        for what, compiled, told in wanted:
+            if compiled is not None and compiled != (told, 1, 1):
+                counts = " x ".join(map(str, compiled))
+                raise ValueError(f"the binary of {entry} wants {counts} {what}, and the compiler's metadata say {told}")
 
 
 def read_cubin(binary: bytes, entry: str) -> CubinFacts:
@@ -56,15 +75,24 @@ def read_cubin(binary: bytes, entry: str) -> CubinFacts:
                 frame = number
     if registers is None or frame is None:
         raise ValueError(f"the cubin does not tell the registers and the stack of {entry}")
-    parameters = {}
+    parameters, dimensions = {}, {}
     for attribute, value in _attributes(found[f".nv.info.{entry}"].data):
         if attribute == _PARAMETER:
             _, ordinal, _, packed = struct.unpack_from("<IHHI", value)
             parameters[ordinal] = packed >> _PARAMETER_SIZE_SHIFT
+        elif attribute in (_REQUIRED_BLOCK, _CLUSTER):
+            dimensions[attribute] = struct.unpack_from("<III", value)
     smem = found[f".nv.shared.{entry}"].size if f".nv.shared.{entry}" in found else 0
     if ".nv.shared.reserved.0" in found:  # counted in, from 9.0 on
         smem = max(0, smem - _RESERVED_SMEM_BYTES)
-    return CubinFacts(registers, smem, frame, tuple(parameters[index] for index in sorted(parameters)))
+    return CubinFacts(
+        registers,
+        smem,
+        frame,
+        tuple(parameters[index] for index in sorted(parameters)),
+        dimensions.get(_REQUIRED_BLOCK),
+        dimensions.get(_CLUSTER),
+    )
 
 
 def read_spills(log: str) -> tuple[int, int]:

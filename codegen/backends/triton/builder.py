@@ -30,6 +30,8 @@ SOURCE_NAME = "kernel.py"
 """Of the file that is compiled; binaries name its lines."""
 _LONGEST_MESSAGE = 500
 _REGISTER_BYTES = 4
+_WARP_THREADS = 32
+"""Of NVIDIA's GPUs."""
 _ABANDONED_S = 600.0
 _KEPT = ("json", "log", *BINARIES, *FORMS)
 
@@ -171,6 +173,7 @@ def _facts(path: Path, index: int, entry: EntrySpec, binary: bytes, kind: str) -
         stores, loads = read_spills((path / f"{index}.log").read_text())
         registers, static, stack = cubin.registers, cubin.static_smem_bytes, cubin.stack_bytes
         parameters = cubin.parameter_bytes
+        cubin.require_launch(entry.entry, threads=_WARP_THREADS * told["num_warps"], cluster=told["num_ctas"])
     else:
         hsaco = read_hsaco(binary, entry.entry)
         stores = loads = _REGISTER_BYTES * hsaco.spilled_registers

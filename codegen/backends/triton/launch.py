@@ -20,7 +20,13 @@ HIDDEN_ARGUMENTS = 2
 """Null pointers that Triton appends to every entry's parameters: global and profile scratch."""
 
 _POINTER_BYTES = 8
-_SCALAR_BYTES = {"i1": 1, "i8": 1, "u8": 1, "i16": 2, "i32": 4, "u32": 4, "i64": 8, "u64": 8, "fp32": 4, "fp64": 8}
+_SCALAR_BYTES = {
+    **dict.fromkeys(("i1", "u1", "i8", "u8"), 1),
+    **dict.fromkeys(("i16", "u16", "fp16", "bf16"), 2),
+    **dict.fromkeys(("i32", "u32", "fp32", "f32"), 4),
+    **dict.fromkeys(("i64", "u64", "fp64"), 8),
+}
+"""Of all scalar types that Triton's launcher passes, by its names."""
 _DESCRIPTOR_BYTES = 128
 """Of a CUtensorMap; its shape (i32) and strides (i64) follow it as parameters of their own."""
 
@@ -74,6 +80,8 @@ class EntryLaunch:
             grid=self.grid,
             block=(str(self.num_warps * warp_size),),
             hidden_arguments=HIDDEN_ARGUMENTS,
+            programmatic=bool(self.options.get("launch_pdl", False)),
+            cooperative=bool(self.options.get("launch_cooperative_grid", False)),
         )
 
 
@@ -226,4 +234,7 @@ def _parameter_sizes(kind: str) -> list[int]:
         return [_POINTER_BYTES]
     if kind.startswith("tensordesc"):
         return _map_sizes(kind.count(",") + 1)
+    if kind not in _SCALAR_BYTES:
+        known = ", ".join(_SCALAR_BYTES)
+        raise TilewrightError(f"an entry takes pointers, tensor descriptors and {known}; it cannot take a {kind!r}")
     return [_SCALAR_BYTES[kind]]

@@ -185,8 +185,16 @@ def _layout_of_format_2(layout: Row) -> Row:
 
 _RECIPE = {"workspace_bytes": "0", "workspace_zeroed": False, "guards": [], "abi_version": 1}
 _TENSOR = {"role": "input", "optional": False, "values": "none", "bound": "", "lengths": "", "page_size": 0}
-_TENSOR_MAP = {"box": [], "data_type": -1, "swizzle": -1}
-_LAUNCH = {"grid": [], "block": [], "cluster": [], "shared_memory_bytes": "0", "hidden_arguments": 0}
+_TENSOR_MAP = {"box": [], "data_type": -1, "swizzle": -1, "l2_promotion": 2}
+_LAUNCH = {
+    "grid": [],
+    "block": [],
+    "cluster": [],
+    "shared_memory_bytes": "0",
+    "hidden_arguments": 0,
+    "programmatic": False,
+    "cooperative": False,
+}
 
 
 def _filled(defaults: Row, fields: Row) -> Row:
