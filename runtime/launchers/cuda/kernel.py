@@ -1,0 +1,215 @@
+"""A stored entry on one device: loaded, compared with its recipe, and launched on the caller's stream."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_int64, c_size_t, c_void_p
+from dataclasses import dataclass
+from typing import Final
+
+from tilewright.codegen.recipe.resolve import ResolvedArgument, ResolvedLaunch, ResolvedMap
+from tilewright.errors import TilewrightError
+from tilewright.runtime.launchers.base import KernelRefused
+from tilewright.runtime.launchers.cuda.driver import (
+    CLUSTER_DIMENSION,
+    CLUSTER_SCHEDULING,
+    CLUSTER_SPREAD,
+    COOPERATIVE,
+    MAX_DYNAMIC_SMEM,
+    NON_PORTABLE_CLUSTER,
+    PROGRAMMATIC,
+    CudaDevice,
+    Driver,
+    DriverError,
+    LaunchAttribute,
+    LaunchConfig,
+)
+from tilewright.runtime.launchers.cuda.tensor_maps import MAP_BYTES, EncodedMap, encode
+
+_SMEM_WITHOUT_ASKING: Final = 48 << 10
+_PORTABLE_CLUSTER: Final = 8
+_INVALID_VALUE: Final = 1
+_POINTER_BYTES, _LENGTH_BYTES, _STRIDE_BYTES = 8, 4, 8
+
+_MapKey = tuple[ResolvedMap, int]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an entry is loaded for: the most that its launches ask for."""
+
+    shared_memory_bytes: int = 0
+    """Dynamic, of a block."""
+    cluster_blocks: int = 1
+
+
+class CudaKernel:
+    """An entry of a cubin on one device. Launches from several threads may overlap; it is never unloaded.
+
+    Args:
+        driver: that loads it.
+        device: that it is loaded on.
+        image: bytes of the cubin.
+        entry: name of the function.
+        needs: what launches will ask for.
+
+    Raises:
+        KernelRefused: when the driver cannot load it, or a block of the device cannot have what it needs.
+
+    """
+
+    def __init__(self, driver: Driver, device: CudaDevice, image: bytes, entry: str, needs: Needs) -> None:
+        self._driver, self._device, self.entry = driver, device, entry
+        module, function = c_void_p(), c_void_p()
+        with driver.current(device):
+            try:
+                driver.call("cuModuleLoadData", ctypes.byref(module), image)
+                driver.call("cuModuleGetFunction", ctypes.byref(function), module, entry.encode())
+                if needs.shared_memory_bytes > _SMEM_WITHOUT_ASKING:
+                    driver.call("cuFuncSetAttribute", function, MAX_DYNAMIC_SMEM, needs.shared_memory_bytes)
+                if needs.cluster_blocks > _PORTABLE_CLUSTER:
+                    driver.call("cuFuncSetAttribute", function, NON_PORTABLE_CLUSTER, 1)
+            except DriverError as error:
+                raise KernelRefused(
+                    f"{entry} cannot be loaded on {device.name} (compute capability "
+                    f"{device.capability[0]}.{device.capability[1]}) by the CUDA driver {driver.version_text}: {error}"
+                ) from error
+            self._function = function
+            self.parameter_offsets, self.parameter_bytes = self._read_parameters()
+        self._maps: dict[int, tuple[_MapKey, EncodedMap]] = {}
+        """The last map of each parameter: as long as addresses and shapes stay the same, it does."""
+
+    def require(self, launch: ResolvedLaunch) -> None:
+        """Refuse a launch that does not pass what the binary takes.
+
+        Raises:
+            KernelRefused: names the first parameter that differs.
+
+        """
+        passed = [size for argument in launch.arguments for size in _sizes(argument)]
+        passed += [_POINTER_BYTES] * launch.hidden_arguments
+        if len(passed) != len(self.parameter_bytes):
+            raise KernelRefused(
+                f"the binary of {self.entry} takes {len(self.parameter_bytes)} parameters, and its recipe passes "
+                f"{len(passed)}; tune again"
+            )
+        for position, (size, taken) in enumerate(zip(passed, self.parameter_bytes, strict=True)):
+            if size not in (None, taken):
+                raise KernelRefused(
+                    f"parameter {position} of the binary of {self.entry} has {taken} bytes, and its recipe passes "
+                    f"{size}; tune again"
+                )
+
+    def launch(self, launch: ResolvedLaunch, stream: int) -> None:
+        """Launch on ``stream`` (0: the default one) of the device; nothing where the grid is empty.
+
+        Raises:
+            TilewrightError: for a number that the parameter cannot hold, and when the driver refuses the launch.
+
+        """
+        if launch.is_empty:
+            return
+        assert launch.grid is not None
+        assert launch.block is not None
+        with self._driver.current(self._device):
+            kept, addresses = self._parameters(launch)
+            attributes = _attributes(launch)
+            config = LaunchConfig(
+                launch.grid,
+                launch.block,
+                launch.shared_memory_bytes,
+                stream,
+                (LaunchAttribute * max(1, len(attributes)))(*attributes),
+                len(attributes),
+            )
+            try:
+                self._driver.call(
+                    "cuLaunchKernelEx",
+                    ctypes.byref(config),
+                    self._function,
+                    (c_void_p * max(1, len(addresses)))(*addresses),
+                    None,
+                )
+            except DriverError as error:
+                raise TilewrightError(
+                    f"{self.entry} was not launched on {self._device.name} by the CUDA driver "
+                    f"{self._driver.version_text}: {error}"
+                ) from error
+        del kept  # the driver has copied what was passed
+
+    def _read_parameters(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Where the entry's parameters lie and how large they are, in bytes, as the driver sees them."""
+        offsets: list[int] = []
+        sizes: list[int] = []
+        offset, size = c_size_t(), c_size_t()
+        while True:
+            try:
+                self._driver.call(
+                    "cuFuncGetParamInfo", self._function, len(sizes), ctypes.byref(offset), ctypes.byref(size)
+                )
+            except DriverError as error:
+                if error.code != _INVALID_VALUE:
+                    raise
+                return tuple(offsets), tuple(sizes)
+            offsets.append(offset.value)
+            sizes.append(size.value)
+
+    def _parameters(self, launch: ResolvedLaunch) -> tuple[list[object], list[int]]:
+        """Cells that hold what is passed, and the address of each parameter's value.
+
+        A parameter of fewer bytes takes the low ones of its cell: this is a little-endian machine.
+        """
+        kept: list[object] = []
+        addresses: list[int] = []
+
+        def pass_number(value: int) -> None:
+            size = self.parameter_bytes[len(addresses)]
+            if not -(1 << 8 * size - 1) <= value < 1 << 8 * size - 1:
+                raise TilewrightError(
+                    f"{self.entry} was not launched: its parameter {len(addresses)} has {8 * size} bits, "
+                    f"which do not hold {value}"
+                )
+            cell = c_int64(value)
+            kept.append(cell)
+            addresses.append(ctypes.addressof(cell))
+
+        for argument in launch.arguments:
+            if argument.map is None:
+                pass_number(argument.value)
+                continue
+            made = self._map(len(addresses), argument.map, argument.value)
+            kept.append(made)
+            addresses.append(made.address)
+            for number in (*argument.map.shape, *argument.map.strides):
+                pass_number(number)
+        for _ in range(launch.hidden_arguments):
+            pass_number(0)
+        return kept, addresses
+
+    def _map(self, position: int, wanted: ResolvedMap, address: int) -> EncodedMap:
+        key = (wanted, address)
+        known = self._maps.get(position)
+        if known is None or known[0] != key:
+            known = self._maps[position] = (key, encode(self._driver, self._device, wanted, address))
+        return known[1]
+
+
+def _sizes(argument: ResolvedArgument) -> Sequence[int | None]:
+    """Bytes of the parameters that an argument becomes; None where the entry says how many."""
+    if argument.map is not None:
+        rank = len(argument.map.shape)
+        return [MAP_BYTES, *[_LENGTH_BYTES] * rank, *[_STRIDE_BYTES] * rank]
+    return [_POINTER_BYTES if argument.buffer else None]
+
+
+def _attributes(launch: ResolvedLaunch) -> list[LaunchAttribute]:
+    """What a launch asks for beside its grid, as Triton's launcher says it."""
+    asked: list[tuple[int, tuple[int, ...]]] = []
+    if launch.programmatic:
+        asked.append((PROGRAMMATIC, (1,)))
+    if launch.cooperative:
+        asked.append((COOPERATIVE, (1,)))
+    if launch.cluster is not None:
+        asked += [(CLUSTER_DIMENSION, launch.cluster), (CLUSTER_SCHEDULING, (CLUSTER_SPREAD,))]
+    return [LaunchAttribute(id=which, value=values) for which, values in asked]

@@ -1,0 +1,127 @@
+"""What a launch by recipe gives the CUDA driver, against what Triton's own launcher gives it: every byte is the same.
+
+The driver is a stand-in (tests/standin) that keeps to the real one's rules and runs nothing: this shows that the launch
+is the one that the binary was compiled for, and no more. All cases of a covering set with ``TILEWRIGHT_FULL=1``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from awkward import Case
+from covering import FULL
+from cuda_standin import Launched, StandIn, standin
+from gpu_signatures import covering_cases
+from triton_launcher import active, launch_as_triton_does
+
+from tilewright.codegen.backends.triton.builder import TritonBuilder
+from tilewright.codegen.backends.triton.entry import triton_entries
+from tilewright.codegen.hardware.archs import GPU_ARCHS
+from tilewright.codegen.ops.registry import OPS, find_op
+from tilewright.codegen.recipe.model import Recipe
+from tilewright.codegen.recipe.resolve import Place, ResolvedLaunch, resolve
+from tilewright.codegen.rendering import render
+from tilewright.runtime.launchers.cuda.driver import Driver
+from tilewright.runtime.launchers.cuda.kernel import CudaKernel, Needs
+from tilewright.tuner.campaign.variants import VariantBuilder
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
+CAPABILITIES = tuple(int(name.removeprefix("sm_")) for name in ARCHS)
+MAPPED = ("sm_90", "sm_100")
+STREAM = 0x5EED0
+SMALL_MAP_BIT = 1 << 21
+"""Of a tensor map's second word: Triton 3.7 clears it for small tensors on drivers up to 13.1, on all archs; the fault
+that it works around is one of Blackwell's, so that launches by recipe clear it there alone, up to 13.3."""
+
+
+def cases() -> list[Case]:
+    """Of each template on each arch; by default of one arch each, and of tensor maps of two."""
+    found = []
+    templates = [(op.name, t) for op in OPS.values() for t in op.templates if t.language == "triton"]
+    for number, (op_name, template) in enumerate(templates):
+        here = [name for name in ARCHS if GPU_ARCHS[name].among(template.families)]
+        few = MAPPED if template.name.endswith("persistent") else [here[number % len(here)]]
+        for name in here if FULL else few:
+            found += covering_cases(op_name, template, GPU_ARCHS[name], share=1)
+    return found
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the tuner stores of a kernel."""
+
+    recipe: Recipe
+    artifacts: dict[str, bytes]
+    source: str
+
+
+@pytest.fixture(scope="module")
+def cuda(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
+    made = standin()
+    made.begin(CAPABILITIES)
+    with active(made, tmp_path_factory.mktemp("triton")):
+        yield made
+
+
+def stored(case: Case, folder: Path) -> Stored:
+    with TritonBuilder(case.arch, folder) as builder:
+        variants = VariantBuilder(find_op(case.op), case.signature, case.arch, {"triton": builder})
+        (built,) = variants.build([case.config])
+        if built.path is None:
+            pytest.skip(f"a config that the compiler has no binary for: {built.message}")
+        record, artifacts = variants.record(built, "compiled")
+    return Stored(Recipe.from_dict(record.recipe), {each.checksum: each.data for each in artifacts}, record.source)
+
+
+def calls(recipe: Recipe, sm_count: int) -> Iterator[tuple[ResolvedLaunch, ...]]:
+    """A small and a large call, tensors at addresses as the device's allocator gives them."""
+    addresses = {tensor.name: (position + 1) << 32 for position, tensor in enumerate(recipe.tensors)}
+    for scale in (1, 61):
+        sizes = {name: scale * (position + 64) for position, name in enumerate(recipe.sizes)}
+        call = resolve(recipe, sizes, {**addresses, "workspace": 1 << 40}, Place(sm_count=sm_count))
+        assert not call.refusals
+        yield call.launches
+
+
+def compared(mine: Launched, theirs: Launched, maps: list[int]) -> None:
+    for field in ("name", "device", "bank_bytes", "dynamic_smem", "stream", "cooperative", "programmatic", "spread"):
+        assert getattr(mine, field) == getattr(theirs, field), field
+    for field in ("grid", "block", "cluster", "written"):
+        assert list(getattr(mine, field)) == list(getattr(theirs, field)), field
+    banks = [bytearray(each.parameters) for each in (mine, theirs)]
+    for offset in maps:  # the only difference that there may be
+        for bank in banks:
+            bank[offset + 8 + 2] |= SMALL_MAP_BIT >> 16
+    assert banks[0] == banks[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_a_launch_by_recipe_is_the_one_that_triton_makes(case: Case, cuda: StandIn, tmp_path: Path) -> None:
+    cuda.begin(CAPABILITIES)
+    driver = Driver(str(cuda.path))
+    device = driver.device(ARCHS.index(case.arch.name))
+    kernel = stored(case, tmp_path)
+    source = tmp_path / "kernel.py"
+    source.write_text(render(case.template, case.signature, case.config, case.arch))
+    assert case.template.entries is not None
+    specs = triton_entries(case.template.entries(case.signature, case.config, case.arch))
+    for launches in calls(kernel.recipe, device.sm_count):
+        for spec, launch in zip(specs, launches, strict=True):
+            blocks = launch.cluster[0] if launch.cluster else 1
+            needs = Needs(launch.shared_memory_bytes, blocks)
+            loaded = CudaKernel(driver, device, kernel.artifacts[launch.artifact], launch.entry, needs)
+            loaded.require(launch)
+            before = len(cuda.launches)
+            loaded.launch(launch, STREAM)
+            with driver.current(device):
+                launch_as_triton_does(source, spec, case.arch, launch, STREAM)
+            mine, theirs = cuda.launches[before:]
+            positions = [at for at, size in enumerate(loaded.parameter_bytes) if size == 128]
+            compared(mine, theirs, [loaded.parameter_offsets[at] for at in positions])
+            assert sum(mine.written) == sum(loaded.parameter_bytes)
