@@ -7,7 +7,6 @@ the disk fails with ERROR, and prints one JSON object for each.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -187,22 +186,6 @@ class Study(Action):
         self.do()
 
 
-class Extract(Action):
-    """The runtime's cache of shared objects; what cannot be loaded is served by torch, with this sentence."""
-
-    def do(self) -> None:
-        from tilewright.runtime.launchers.host_so import load_artifact
-
-        os.environ["TILEWRIGHT_CACHE"] = str(self.folder / "cache")
-        data = Path(os.environ["FAILING_DISK_KERNEL"]).read_bytes() + os.urandom(8)
-        load_artifact(hashlib.sha256(data).hexdigest(), lambda: data)
-
-    def judge(self) -> None:
-        files = list((self.folder / "cache").rglob("*.*")) if (self.folder / "cache").exists() else []
-        assert len(files) <= 1
-        assert self.done or not files
-
-
 class Build(Action):
     """A kernel: source, compiler, linker and cache. A full disk is no fault of the kernel's."""
 
@@ -264,7 +247,7 @@ class Output(Add):
 
 
 ACTIONS: dict[str, type[Action]] = {
-    each.__name__: each for each in (Make, Add, Upgrade, Read, Pack, Export, Study, Extract, Build, Temporary, Output)
+    each.__name__: each for each in (Make, Add, Upgrade, Read, Pack, Export, Study, Build, Temporary, Output)
 }
 
 

@@ -141,7 +141,8 @@ def _load(checksum: str, data: bytes) -> ctypes.CDLL:
         return _load_from_folder(path, checksum, data)
     except OSError as error:
         raise KernelRefused(
-            f"the artifact {checksum[:16]} cannot be loaded from memory ({from_memory}), nor from {path} ({disks.meaning(error) or error}); "
+            f"the artifact {checksum[:16]} cannot be loaded from memory ({from_memory}), nor from {path} "
+            f"({disks.meaning(error) or error}); "
             f"set ${CACHE_VARIABLE} to a private directory that can be written and executed from"
         ) from error
 

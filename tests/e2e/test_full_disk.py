@@ -21,7 +21,6 @@ POINTS = {
     "Pack": (0, 4, 25, 45, 60),
     "Export": (0, 2, 4),
     "Study": (0, 1, 4),
-    "Extract": (0, 2),
     "Build": (2,),
     "Temporary": (2,),
     "Output": (0,),
