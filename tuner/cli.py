@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
-from tilewright import __version__
+from tilewright import __version__, disks
 from tilewright.errors import TilewrightError
 from tilewright.plain_text import plain
 
@@ -45,12 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _discard_output()
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if (meaning := disks.meaning(error)) is None:
             raise
         print(
-            f"tune: {plain(str(error.filename or 'the output'))} cannot be written: {error.strerror}", file=sys.stderr
+            f"tune: {plain(str(error.filename or 'the output'))} cannot be read or written: {meaning}", file=sys.stderr
         )
         _discard_output()
+        return 1
+    except MemoryError:
+        print("tune: there is not enough memory for that; free some, or give less to do", file=sys.stderr)
         return 1
     return code
 

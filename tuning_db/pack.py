@@ -7,7 +7,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from tilewright import disks
 from tilewright.errors import TilewrightError
+from tilewright.tuning_db.faults import explain
 from tilewright.tuning_db.records import PlanRecord
 from tilewright.tuning_db.store import Store
 
@@ -43,8 +45,13 @@ def write_pack(store: Store, plans: Sequence[PlanRecord], path: Path) -> Pack:
             connection.execute("VACUUM")
         # A link, for it fails where a file has come into being meanwhile.
         os.link(partial, path)
+    except TilewrightError as error:
+        # What is being written has a name of its own until it is whole.
+        if str(partial) not in str(error):
+            raise
+        raise TilewrightError(str(error).replace(f"the database {partial}", f"the pack {path}")) from error
     except (OSError, sqlite3.Error) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = disks.reason(error) if isinstance(error, OSError) else str(explain(error, partial))
         raise TilewrightError(f"the pack {path} cannot be written: {reason}") from error
     finally:
         for suffix in ("", "-wal", "-shm", "-journal"):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from tilewright import disks
 from tilewright.errors import TilewrightError
 from tilewright.tuning_db.codec import UndecodableError, decode_kernel, decode_plan, decoding, parse_sqlite
 from tilewright.tuning_db.confined import ConfinedConnection, limited
@@ -126,7 +127,7 @@ class Reader:
                     yield connection
             except OSError as error:  # it was there a moment ago
                 raise TilewrightError(
-                    f"the database {self.path} cannot be read: {error.strerror}; try again"
+                    f"the database {self.path} cannot be read: {disks.reason(error)}; try again"
                 ) from error
             except sqlite3.Error as error:
                 raise explain(error, self.path) from error

@@ -11,6 +11,7 @@ from typing import Self, Unpack
 from sqlalchemy import Connection, insert, update
 from sqlalchemy.orm import Session
 
+from tilewright import disks
 from tilewright.errors import TilewrightError
 from tilewright.trust import make_private_folder
 from tilewright.tuning_db import codec, queries, writes
@@ -215,5 +216,5 @@ def _make_directory(directory: Path) -> None:
         make_private_folder(directory)
     except OSError as error:
         raise TilewrightError(
-            f"the directory {directory} for the database cannot be made: {error.strerror}; name a file with --db"
+            f"the directory {directory} for the database cannot be made: {disks.reason(error)}; name a file with --db"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import threading
 import time
@@ -10,8 +11,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from tilewright import disks
 from tilewright.codegen.backends.base import Build, Source
 from tilewright.codegen.hardware.cores import usable_cores
+from tilewright.errors import TilewrightError
 
 DRAFT = "build-"
 """How the names of folders begin in which something is being built."""
@@ -25,6 +28,23 @@ def remove_abandoned(directory: Path, age_s: float) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def refuse_full_disk(toolchain: str, said: str, folder: Path) -> None:
+    """Refuse to take a disk that failed under a compiler, which ``said`` this, for a fault of what it compiled.
+
+    Raises:
+        TilewrightError: names what failed. Nothing is to be remembered of the variant.
+
+    """
+    found = disks.printed_meaning(said)
+    if found is None and (disks.is_full(folder) or disks.is_full(Path(os.environ.get("TMPDIR") or "/tmp"))):
+        found = disks.FULL
+    if found is not None:
+        raise TilewrightError(
+            f"{toolchain} could not build kernels in {folder} or {disks.TEMPORARY}: {found}, or set $TILEWRIGHT_CACHE "
+            "or $TMPDIR to another disk"
+        )
+
+
 def side_by_side(
     build: Callable[[Source, threading.Event], Build],
     sources: Sequence[Source],
@@ -36,8 +56,13 @@ def side_by_side(
     After an exception, Ctrl-C among them, its event is set: what runs then has to end.
     """
     stop = threading.Event()
+
+    def build_one(source: Source) -> Build:
+        with disks.writing("the folder of built kernels"):
+            return build(source, stop)
+
     with ThreadPoolExecutor(jobs or usable_cores()) as pool:
-        futures = [pool.submit(build, source, stop) for source in sources]
+        futures = [pool.submit(build_one, source) for source in sources]
         try:
             for done, _ in enumerate(as_completed(futures), start=1):
                 if progress:

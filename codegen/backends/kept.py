@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from tilewright import disks
 from tilewright.codegen.backends.building import DRAFT
 from tilewright.directories import user_cache_directory
 from tilewright.errors import TilewrightError
@@ -52,7 +53,7 @@ class KeptBuilds:
                 found = find_stranger(path)
             except OSError as error:
                 raise TilewrightError(
-                    f"cannot keep built kernels in {path} ({error.strerror}); "
+                    f"cannot keep built kernels in {path} ({disks.reason(error)}); "
                     "set $TILEWRIGHT_CACHE to a directory that can be written"
                 ) from error
             if found:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from tilewright import disks
 from tilewright.codegen.numbers.layouts import RowLayout, WeightLayout
 from tilewright.codegen.recipe.expressions import parsed
 from tilewright.codegen.recipe.model import ABI_VERSION, SM_COUNT, Recipe
@@ -140,7 +141,8 @@ def _load(checksum: str, data: bytes) -> ctypes.CDLL:
         return _load_from_folder(path, checksum, data)
     except OSError as error:
         raise KernelRefused(
-            f"the artifact {checksum[:16]} cannot be loaded from memory ({from_memory}), nor from {path} ({error}); "
+            f"the artifact {checksum[:16]} cannot be loaded from memory ({from_memory}), nor from {path} "
+            f"({disks.meaning(error) or error}); "
             f"set ${CACHE_VARIABLE} to a private directory that can be written and executed from"
         ) from error
 

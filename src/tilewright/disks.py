@@ -17,6 +17,10 @@ _MEANINGS = {
     errno.EROFS: "the disk is mounted read-only; use another",
     errno.EIO: "the disk failed; check its health",
 }
+_PRINTED = {
+    **{os.strerror(code): said for code, said in _MEANINGS.items()},
+    "File size limit exceeded": _MEANINGS[errno.EFBIG],  # of the signal
+}
 _NO_TEMPORARY_FOLDER = "No usable temporary directory found"
 """What :mod:`tempfile` says where every folder it knows is full or cannot be written."""
 _LEAST_BYTES = 64 << 10
@@ -41,7 +45,7 @@ def reason(error: OSError) -> str:
 
 def printed_meaning(text: str) -> str | None:
     """:func:`meaning` of the first error of a disk that another program has named in what it printed."""
-    found = [(text.find(os.strerror(code)), said) for code, said in _MEANINGS.items() if os.strerror(code) in text]
+    found = [(text.find(printed), said) for printed, said in _PRINTED.items() if printed in text]
     return min(found)[1] if found else None
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tilewright import disks
 from tilewright.codegen.hardware.cpu_info import read_cpu_info
 from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.base import OpDeclaration, Problem
@@ -189,7 +190,7 @@ class Prover:
     def _race(
         self, plan: PlanRecord, problems: Sequence[Problem], default: Default, round_: int, budget_s: float
     ) -> list[Deployed]:
-        with tempfile.TemporaryDirectory(prefix="tilewright-") as folder:
+        with disks.writing(disks.TEMPORARY), tempfile.TemporaryDirectory(prefix="tilewright-") as folder:
             served, by_default = Path(folder, "served.pack"), Path(folder, "default.pack")
             write_pack(self._store, [plan], served)
             weights = declared_bytes(problems[0].signature.tensors())

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from tilewright import disks
 from tilewright.codegen.backends.cpp.builder import find_compiler
 from tilewright.errors import TilewrightError
 
@@ -129,7 +130,7 @@ def format_share(share: float) -> str:
 def _measured(threads: int) -> Roofline:
     if threads < 1:
         raise TilewrightError(f"threads={threads} is impossible for a roofline: give at least 1.")
-    with tempfile.TemporaryDirectory(prefix="tilewright-roofline-") as folder:
+    with disks.writing(disks.TEMPORARY), tempfile.TemporaryDirectory(prefix="tilewright-roofline-") as folder:
         program = _build(Path(folder))
         output = _run([str(program), str(threads), str(BUFFER_BYTES)], _RUN_TIMEOUT_S)
     measured = json.loads(output)

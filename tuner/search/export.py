@@ -1,6 +1,5 @@
 """Optuna studies as a file that Optuna's tools open: its dashboard above all."""
 
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from tilewright import disks
 from tilewright.errors import TilewrightError
 
 
@@ -32,8 +32,7 @@ def export_studies(studies: Sequence[optuna.Study], path: Path) -> None:
             draft.rename(path)
     except OSError as error:
         raise TilewrightError(
-            f"Cannot export to {path}: {os.strerror(error.errno) if error.errno else error}; "
-            "name a file that can be written."
+            f"Cannot export to {path}: {disks.reason(error)}; name a file that can be written."
         ) from error
 
 

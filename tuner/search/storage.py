@@ -15,6 +15,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import SQLAlchemyError
 
+from tilewright import disks
 from tilewright.errors import TilewrightError
 from tilewright.plain_text import without_passwords
 from tilewright.trust import UntrustedFile, stranger_at
@@ -65,8 +66,9 @@ def saying_where(url: str) -> Iterator[None]:
     try:
         yield
     except (StorageInternalError, SQLAlchemyError, OSError) as error:
+        said = disks.reason(error) if isinstance(error, OSError) else _first_line(error)
         raise TilewrightError(
-            f"--study {_shown(url)} took no more trials ({_first_line(error)}); ours are in the database, "
+            f"--study {_shown(url)} took no more trials ({said}); ours are in the database, "
             "so go on with --resume, and another --study or none"
         ) from error
 
@@ -79,6 +81,12 @@ def _refusing(url: str) -> Iterator[None]:
         raise
     except ImportError as error:
         raise TilewrightError(f"--study {_shown(url)} needs the package {error.name}; pip install it") from error
+    except OSError as error:
+        if (meaning := disks.meaning(error)) is None:
+            raise TilewrightError(
+                f"--study {_shown(url)} cannot be opened ({_first_line(error)}); {_EXAMPLES}"
+            ) from error
+        raise TilewrightError(f"--study {_shown(url)} cannot be written: {meaning}") from error
     except Exception as error:  # whatever a driver that we do not know raises
         raise TilewrightError(f"--study {_shown(url)} cannot be opened ({_first_line(error)}); {_EXAMPLES}") from error
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tilewright import disks
 from tilewright.codegen.backends.triton.toolchain import bundled_tool
 from tilewright.errors import TilewrightError
 
@@ -82,7 +83,7 @@ def disassemble(cubin: bytes, *, lines: bool = False) -> str:
         TilewrightError: when it cannot be disassembled.
 
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with disks.writing(disks.TEMPORARY), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         command = [str(bundled_tool("nvdisasm")), "-c", *(["-g"] if lines else []), str(path)]

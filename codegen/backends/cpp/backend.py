@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+from tilewright import disks
 from tilewright.codegen.backends.base import ArtifactKind, Backend, BuiltFile
 from tilewright.codegen.backends.cpp.builder import CppBuilder
 from tilewright.codegen.hardware.archs import CpuArch
@@ -46,7 +47,7 @@ class CppBackend(Backend):
         tool = shutil.which("objdump") or shutil.which("llvm-objdump")
         if tool is None:
             raise TilewrightError("no objdump was found; install binutils (Debian: apt install binutils)")
-        with tempfile.TemporaryDirectory() as folder:
+        with disks.writing(disks.TEMPORARY), tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "kernel.so"
             path.write_bytes(binary)
             command = [tool, "-d", "--no-show-raw-insn", str(path)]

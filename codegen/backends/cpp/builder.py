@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import itertools
 import os
@@ -18,8 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tilewright import disks
 from tilewright.codegen.backends.base import Build, BuiltFile, Source
-from tilewright.codegen.backends.building import DRAFT, remove_abandoned, side_by_side
+from tilewright.codegen.backends.building import DRAFT, refuse_full_disk, remove_abandoned, side_by_side
 from tilewright.codegen.backends.kept import BUILDS, KeptBuilds
 from tilewright.codegen.hardware.archs import CpuArch
 from tilewright.errors import TilewrightError
@@ -42,6 +42,7 @@ FLAGS = (
 
 CPU_LIMIT_S = 60
 MEMORY_LIMIT_KIB = 4 << 20
+_LONGEST_OUTPUT = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,8 @@ class CppBuilder:
 
     def build(self, source: str) -> Build:
         """Build one source, or find it built. A compiler that fails or hangs gives a message, no object."""
-        return self._build(Source(source), threading.Event())
+        with disks.writing(self.directory):
+            return self._build(Source(source), threading.Event())
 
     def form(self, source: Source, index: int, form: str) -> str:
         """No form is kept between source and object.
@@ -205,14 +207,15 @@ class CppBuilder:
         """Message (empty: it worked) and CPU seconds."""
         limits = f'ulimit -t {CPU_LIMIT_S}; ulimit -v {MEMORY_LIMIT_KIB}; exec "$@"'
         command = [*self.compiler.words, *self.compiler.flags(self.arch), str(code), "-o", str(made)]
-        log = code.with_suffix(".log")
-        with log.open("wb") as output:
+        # In memory: a full disk would keep it from saying so.
+        with os.fdopen(os.memfd_create("tilewright-compiler", os.MFD_CLOEXEC), "w+b") as output:
             process = subprocess.Popen(
                 ["/bin/sh", "-c", limits, "sh", *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                env={**os.environ, "LC_ALL": "C"},  # a full disk is told from a fault by what it prints
             )
             try:
                 status, cpu_s = _wait(process, 2 * CPU_LIMIT_S, stop)
@@ -220,21 +223,22 @@ class CppBuilder:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 raise
+            output.seek(0)
+            printed = output.read(_LONGEST_OUTPUT).decode(errors="replace")
         if status is None:
             reason = "on request" if stop.is_set() else f"after {2 * CPU_LIMIT_S} s"
             return f"{self.compiler.version} was stopped {reason}", cpu_s
         if status < 0 and cpu_s > 0.8 * CPU_LIMIT_S:
             return f"{self.compiler.version} was stopped after {CPU_LIMIT_S} s of CPU time", cpu_s
         if status != 0 or not made.exists():
-            text = log.read_text(errors="replace").replace(str(code), "kernel.cpp")[:2000].strip()
-            if os.strerror(errno.ENOSPC) in text:
-                # No fault of the variant's, and nothing to remember of it.
-                raise TilewrightError(
-                    f"no space is left for {self.compiler.version} to build kernels in {self.directory} or the folder "
-                    "of temporary files; free some, or set $TILEWRIGHT_CACHE or $TMPDIR to another disk"
-                )
+            text = printed.replace(str(code), "kernel.cpp")[:2000].strip()
+            refuse_full_disk(self.compiler.version, f"{_signal(status)} {printed}", self.directory)
             return f"{self.compiler.version} failed (status {status}): {text or 'it said nothing'}", cpu_s
         return "", cpu_s
+
+
+def _signal(status: int) -> str:
+    return signal.strsignal(-status) or "" if status < 0 else ""
 
 
 def _wait(process: subprocess.Popen[bytes], limit_s: float, stop: threading.Event) -> tuple[int | None, float]:

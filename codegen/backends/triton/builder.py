@@ -14,7 +14,7 @@ from tilewright.codegen.backends.base import Build, BuiltFile, Source
 from tilewright.codegen.backends.binaries.cubin import read_cubin, read_spills
 from tilewright.codegen.backends.binaries.facts import EntryFacts, TensorMapFacts, launch_obstacle
 from tilewright.codegen.backends.binaries.hsaco import read_hsaco
-from tilewright.codegen.backends.building import DRAFT, remove_abandoned, side_by_side
+from tilewright.codegen.backends.building import DRAFT, refuse_full_disk, remove_abandoned, side_by_side
 from tilewright.codegen.backends.kept import BUILDS, KeptBuilds
 from tilewright.codegen.backends.triton.compile import BINARIES, FORMS
 from tilewright.codegen.backends.triton.entry import EntrySpec, triton_entries
@@ -135,7 +135,10 @@ class TritonBuilder:
             return None
         if finished.stopped:
             return f"{self.toolchain} was stopped {finished.stopped}"
-        text = (folder / "errors").read_text(errors="replace").replace(str(folder / SOURCE_NAME), SOURCE_NAME)
+        errors = folder / "errors"
+        text = errors.read_text(errors="replace") if errors.exists() else ""
+        refuse_full_disk(self.toolchain, text, self.directory)
+        text = text.replace(str(folder / SOURCE_NAME), SOURCE_NAME)
         if "MemoryError" in text or "bad_alloc" in text:
             return f"{self.toolchain} took more than {self._pool.limits.memory_bytes >> 30} GiB of memory"
         if finished.status < 0 and finished.cpu_s > 0.8 * self._pool.limits.cpu_s:

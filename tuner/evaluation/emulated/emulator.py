@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from tilewright import disks
 from tilewright.codegen.backends.triton.entry import EntrySpec
 from tilewright.codegen.numbers.dtypes import ITEMSIZE, from_bytes, to_bytes
 from tilewright.codegen.ops.base import Arrays
@@ -68,7 +69,8 @@ class Emulator:
         self.limit_s = limit_s
         self._worker: WorkerProcess | None = None
         self._stack = ExitStack()
-        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tilewright-emulation-")))
+        with disks.writing(disks.TEMPORARY):
+            self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tilewright-emulation-")))
         self._runs = 0
 
     def __enter__(self) -> Self:
@@ -96,7 +98,7 @@ class Emulator:
 
         """
         self._runs += 1
-        with tempfile.TemporaryDirectory(dir=self._folder) as name:
+        with disks.writing(self._folder), tempfile.TemporaryDirectory(dir=self._folder) as name:
             folder = Path(name)
             # A file of its own: Python caches the text of sources by path.
             path = self._folder / f"kernel_{self._runs}.py"
@@ -119,6 +121,8 @@ class Emulator:
             answer = self._request(request)
             path.unlink()
             if "error" in answer:
+                if said := disks.printed_meaning(str(answer["error"])):  # no fault of the kernel's
+                    raise TilewrightError(f"{self._folder} cannot be written: {said}")
                 raise EmulationError(str(answer["error"]))
             return {
                 spec.name: from_bytes((folder / spec.name).read_bytes(), spec.dtype).reshape(shape_of(spec, sizes))
