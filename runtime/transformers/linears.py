@@ -47,7 +47,8 @@ class TunedLinear(nn.Linear):
 
     def __init__(self, original: nn.Linear, prepared: PreparedGemm, *, released: bool) -> None:
         has_bias = original.bias is not None
-        super().__init__(original.in_features, original.out_features, bias=has_bias, device="meta")
+        rows, columns = original.weight.shape
+        super().__init__(columns, rows, bias=has_bias, device="meta")
         self.kernel = _Kernel(prepared, released, original.weight.requires_grad)
         if not released:
             self.weight = original.weight
@@ -122,9 +123,11 @@ def tuned(module: nn.Linear, calls: Sequence[Call], options: ServeOptions) -> Tu
 
     None where there is no plan for it, or none whose kernels can be loaded.
     """
-    signature = MoeGemmSignature(
-        stage="plain", experts=1, n=module.out_features, k=module.in_features, bias=module.bias is not None
-    )
+    n, k = module.weight.shape
+    try:
+        signature = MoeGemmSignature(stage="plain", experts=1, n=n, k=k, bias=module.bias is not None)
+    except TilewrightError:
+        return None  # no kernel computes such a layer, so that there is no plan either
     if not is_planned(signature, options):
         return None
     if has_own_forward(module) or module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001
