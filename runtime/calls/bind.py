@@ -117,7 +117,7 @@ def pack_weight(
     if out is None:
         experts, n, k = weight.shape
         dtype = torch.from_numpy(np.empty(0, packed_dtype(layout))).dtype
-        out = torch.empty(packed_shape(layout, (experts, n, k)), dtype=dtype)
+        out = torch.empty(packed_shape(layout, (experts, n, k)), dtype=dtype, device="cpu")
     threads = torch.get_num_threads() if threads is None else threads
     pack_array(resolved(weight.detach()).numpy(), layout, out.detach().numpy(), threads)
     return out

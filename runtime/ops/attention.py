@@ -104,7 +104,7 @@ def _attend(
 
 def _hidden(signature: AttentionSignature, tokens: int) -> Tensor:
     """[tokens, tokens], true where the token of a column is not seen by that of a row."""
-    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    distance = torch.arange(tokens, device="cpu")[:, None] - torch.arange(tokens, device="cpu")
     hidden = distance < 0
     return hidden | (distance >= signature.window) if signature.window else hidden
 

@@ -82,7 +82,7 @@ def _in_best_groups(signature: GatingSignature, keys: Tensor) -> Tensor:
     grouped = keys.view(-1, signature.groups, signature.group_size)
     counted = 2 if signature.score == "sigmoid" else 1
     best = stable_topk(grouped.topk(counted, dim=2).values.sum(dim=2), signature.top_groups)
-    ruled_out = torch.ones(grouped.shape[:2], dtype=torch.bool).scatter_(1, best, value=False)
+    ruled_out = torch.ones(grouped.shape[:2], dtype=torch.bool, device="cpu").scatter_(1, best, value=False)
     return grouped.masked_fill(ruled_out[..., None], -torch.inf).view_as(keys)
 
 
@@ -97,7 +97,7 @@ def _order(
     padded_rows: Tensor | None = None,
 ) -> None:
     """Sort choices by expert; callers may pass outputs that are not contiguous."""
-    made = [torch.empty(like.shape, dtype=torch.int32) for like in (row_token, expert_offsets, slot_row)]
+    made = [torch.empty(like.shape, dtype=torch.int32, device="cpu") for like in (row_token, expert_offsets, slot_row)]
     sort_tokens_into(ids, signature.experts, made[0].view(-1), *made[1:])
     for output, value in zip((row_token, expert_offsets, slot_row), made, strict=True):
         output.copy_(value)

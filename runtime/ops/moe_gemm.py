@@ -71,7 +71,7 @@ def _read_all(weights: ExpertWeights, shape: torch.Size) -> Tensor:
     """Weights [experts, n, k] as declared."""
     if isinstance(weights, DeclaredWeights):
         return weights.weight
-    out = torch.empty(shape)
+    out = torch.empty(shape, dtype=torch.float32, device="cpu")
     for index in range(shape[0]):
         out[index] = weights.expert(index)
     return out

@@ -176,4 +176,4 @@ def _output(signature: AttentionSignature, q: Tensor, out: Tensor | None) -> Ten
             f"{signature.title}: q must be a torch tensor [tokens, {signature.heads}, {signature.head_dim}]; "
             f"it has {found}"
         )
-    return torch.empty((q.shape[0], signature.heads, signature.value_dim))
+    return torch.empty((q.shape[0], signature.heads, signature.value_dim), dtype=torch.float32, device="cpu")

@@ -248,12 +248,12 @@ class _Buffers:
         with torch.inference_mode(mode=False):
             self._full = _Views(
                 tokens * top_k,
-                torch.empty((tokens, top_k), dtype=torch.int32),
-                torch.empty((tokens, top_k), dtype=torch.float32),
-                torch.empty(tokens * top_k, dtype=torch.int32),
-                torch.empty(experts + 1, dtype=torch.int32),
-                torch.empty((tokens, top_k), dtype=torch.int32),
-                torch.empty((tokens * top_k, inter), dtype=torch.float32),
+                torch.empty((tokens, top_k), dtype=torch.int32, device="cpu"),
+                torch.empty((tokens, top_k), dtype=torch.float32, device="cpu"),
+                torch.empty(tokens * top_k, dtype=torch.int32, device="cpu"),
+                torch.empty(experts + 1, dtype=torch.int32, device="cpu"),
+                torch.empty((tokens, top_k), dtype=torch.int32, device="cpu"),
+                torch.empty((tokens * top_k, inter), dtype=torch.float32, device="cpu"),
             )
         self._views: dict[int, _Views] = {}
 

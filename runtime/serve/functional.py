@@ -168,7 +168,7 @@ def _output(prepared: PreparedGemm, out: Tensor | None, like: Tensor, name: str)
     """``out``, or a new output with a row per row of ``like``."""
     if out is not None:
         return out
-    return torch.empty((_length(like, name), prepared.signature.n), dtype=torch.float32)
+    return torch.empty((_length(like, name), prepared.signature.n), dtype=torch.float32, device="cpu")
 
 
 def _length(tensor: Tensor, name: str) -> int:

@@ -112,14 +112,17 @@ class Gate(PreparedCall):
             )
         tokens = logits.shape[0]
         choices = (tokens, signature.top_k)
-        ids, weights = torch.empty(choices, dtype=torch.int32), torch.empty(choices, dtype=torch.float32)
+        ids, weights = (
+            torch.empty(choices, dtype=torch.int32, device="cpu"),
+            torch.empty(choices, dtype=torch.float32, device="cpu"),
+        )
         if signature.order == "none":
             return [ids, weights]
         shapes: list[tuple[int, ...]] = [(signature.experts + 1,), choices, choices]
         if signature.order == "blocks":
             padded = signature.padded_rows(tokens)
             shapes += [(padded,), (padded // signature.block_size,), (1,)]
-        return [ids, weights, *(torch.empty(shape, dtype=torch.int32) for shape in shapes)]
+        return [ids, weights, *(torch.empty(shape, dtype=torch.int32, device="cpu") for shape in shapes)]
 
 
 def _gate(logits: Tensor, handle: int) -> list[Tensor]:

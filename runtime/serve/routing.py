@@ -32,9 +32,9 @@ def sort_tokens(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]
     shape = _ids_shape(topk_ids)
     if experts < 1:
         raise TilewrightError(f"cannot sort tokens for {experts} experts; there must be at least 1")
-    row_token = torch.empty(shape[0] * shape[1], dtype=torch.int32)
-    expert_offsets = torch.empty(experts + 1, dtype=torch.int32)
-    slot_row = torch.empty(shape, dtype=torch.int32)
+    row_token = torch.empty(shape[0] * shape[1], dtype=torch.int32, device="cpu")
+    expert_offsets = torch.empty(experts + 1, dtype=torch.int32, device="cpu")
+    slot_row = torch.empty(shape, dtype=torch.int32, device="cpu")
     rows = sort_tokens_into(topk_ids, experts, row_token, expert_offsets, slot_row)
     return row_token[:rows], expert_offsets, slot_row
 
@@ -85,8 +85,8 @@ def softmax_topk(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor,
     tokens, experts = _logits_shape(logits)
     if not 1 <= top_k <= experts:
         raise TilewrightError(f"cannot choose {top_k} of {experts} experts; top_k must be from 1 to {experts}")
-    topk_ids = torch.empty((tokens, top_k), dtype=torch.int32)
-    topk_weights = torch.empty((tokens, top_k), dtype=torch.float32)
+    topk_ids = torch.empty((tokens, top_k), dtype=torch.int32, device="cpu")
+    topk_weights = torch.empty((tokens, top_k), dtype=torch.float32, device="cpu")
     softmax_topk_into(logits, renormalize, topk_ids, topk_weights)
     return topk_ids, topk_weights
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,16 +45,30 @@ from tilewright.runtime.transformers.reports import (
     describe_dequantised,
     describe_left_alone,
 )
-from tilewright.runtime.transformers.serving import Layer, attach, detach, experts_forward, remember
-from tilewright.runtime.transformers.specialised import restore
+from tilewright.runtime.transformers.serving import (
+    Layer,
+    attach,
+    detach,
+    experts_forward,
+    remember,
+    run_layer,
+    take_back,
+)
+from tilewright.runtime.transformers.specialised import TOLERANCE, agree, restore
+from tilewright.runtime.transformers.taking_back import Part, take_back_what_differs
+from tilewright.runtime.transformers.trial import Call, Recording, try_out
 
 _BEFORE = "_tilewright_experts_before"
 """Attribute of an enabled model: the experts implementations that it had, as Transformers gives them."""
 _SERVED = "_tilewright_served"
 """Attribute of an enabled model: what is served, :class:`ServedLayer` or :class:`ServedLinear`, by module name."""
+_TOLERANCE_OF_HALF = 0.02
+"""Relative error within which a layer in bf16 or fp16 agrees with one whose sums are in fp32."""
+_STAGES_ERROR = 10.0
+"""Of a layer of two rounded stages, in errors of one as it was measured on other data."""
 
 
-def enable(model: Any, *, options: ServeOptions = ServeOptions()) -> Enabled:
+def enable(model: Any, *, options: ServeOptions = ServeOptions(), example: Mapping[str, Any] | None = None) -> Enabled:
     """Serve the expert layers of ``model``, its routers, linear layers and attention over prompts by tuned kernels.
 
     Registers the experts implementation ``tilewright`` with Transformers and selects it. A layer is served where its
@@ -60,16 +76,23 @@ def enable(model: Any, *, options: ServeOptions = ServeOptions()) -> Enabled:
     and one warning says why. A linear layer outside of the experts is served where it is in fp32, its weight is tied to
     no other, and there is a plan for it (`tune --op all` makes them). Attention over a whole prompt is served in fp32,
     causal and without a mask, where it is planned and Transformers would use ``sdpa``. A router is served in fp32 where
-    a planned gate computes what it does; an RMSNorm in fp32 is computed in one call for a few rows. Weights and inputs
-    of experts in bf16 or fp16 are widened to fp32, which takes twice the memory unless a plan stores fewer bits. Values
-    are those that the weights have now. Inference only: in training mode, or where gradients are recorded, a layer with
-    kept weights runs as before; else training mode is refused, and so is a backward pass.
+    a planned gate is shown to compute what it does; an RMSNorm in fp32 is computed in one call for a few rows.
+
+    All of it is tried: a small forward of the model is recorded before, each part has to give what it gave there, and
+    the same forward afterwards, too. What differs is taken back, and ``left_alone`` names it; what the forward does not
+    reach is left alone. Random states, buffers and attributes are then what they were.
+
+    Weights and inputs of experts in bf16 or fp16 are widened to fp32, which takes twice the memory unless a plan stores
+    fewer bits. Values are those that the weights have now. Inference only: in training mode, or where gradients are
+    recorded, a layer with kept weights runs as before; else training mode is refused, and so is a backward pass.
 
     Args:
         model: a ``PreTrainedModel`` in evaluation mode, of Transformers 5 or newer.
         options: which plans may serve, and how. Unless ``keep_weights`` is True, the weights that packed ones replace
             are released layer by layer, so that the peak is one layer above the larger of the two.
             ``batch_invariant`` is refused: what Transformers computes itself between the layers does not keep it.
+        example: keyword arguments of a small forward to try everything in; None: 12 token ids and a decoding step.
+            Parts that only other inputs reach, such as those for images, are served where an example reaches them.
 
     Returns:
         What is served, what is not and why, and the memory before and after.
@@ -91,46 +114,69 @@ def enable(model: Any, *, options: ServeOptions = ServeOptions()) -> Enabled:
         )
     options = replace(options, keep_weights=options.keep_weights is True)
     before = Memory.now()
+    trial, recording = try_out(model, example)
     implementations = model.get_experts_implementation()
     modules = dict(experts_modules(model))
     for module in modules.values():
         remember(module, implementation_of(module))
     register(experts_forward)
+    refused: list[LeftAlone] = []
     try:
         model.set_experts_implementation(IMPLEMENTATION)
-        stand_ins = _tuned_linears(model, options)
-        prompts_of = _serve_prompts(model, options)
-        routers_of = routers.serve_routers(model, options)
-        outcomes = _serve_all(modules, options)
-        anything = stand_ins or any(isinstance(outcome, ServedLayer) for outcome in outcomes)
-        norms = serve_norms(model) if anything else ()
+        calls = _calls_to_try(recording)
+        stand_ins = _tuned_linears(model, calls, options, refused)
+        prompts_of = _serve_prompts(model, options) if recording.error is None else ()
+        routers_of, others = routers.serve_routers(model, calls, options)
+        refused += others
+        outcomes = _serve_all(modules, calls, options, recording.error)
+        norms: tuple[str, ...] = ()
+        if stand_ins or any(isinstance(outcome, ServedLayer) for outcome in outcomes):
+            norms, others = serve_norms(model, calls)
+            refused += others
+        for place, stand_in in stand_ins:
+            place.put(stand_in)
+        served = tuple(outcome for outcome in outcomes if isinstance(outcome, ServedLayer))
+        parts = [
+            *(Part(name, "attention over prompts", partial(prompts.detach, _at(model, name))) for name in prompts_of),
+            *(Part(name, "router", partial(routers.release, _at(model, name))) for name in routers_of),
+            *(Part(name, "norm", partial(restore, _at(model, name))) for name in norms),
+            *(Part(place.name, "linear layer", partial(_put_back, place)) for place, _ in stand_ins),
+            *(Part(layer.name, "experts", partial(take_back, modules[layer.name])) for layer in served),
+        ]
+        exact = all(set(layer.precisions) == {LOSSLESS} for layer in served) and _is_fp32(model)
+        exact = exact and all(stand_in.kernel.prepared.precision == LOSSLESS for _, stand_in in stand_ins)
+        taken = take_back_what_differs(model, trial, recording, parts, exact=exact)
     except BaseException:
         _undo(model, implementations)
         raise
-    # Last, because nothing can fail from here on: a weight that was let go comes back rounded where it is quantised.
-    for place, stand_in in stand_ins:
-        place.put(stand_in)
-    served_linears = tuple(_describe_linear(place.name, stand_in) for place, stand_in in stand_ins)
-    served = tuple(outcome for outcome in outcomes if isinstance(outcome, ServedLayer))
+    gone = {(part.name, part.what) for part, _ in taken}
+    served = tuple(layer for layer in served if (layer.name, "experts") not in gone)
+    served_linears = tuple(
+        _describe_linear(place.name, stand_in)
+        for place, stand_in in stand_ins
+        if (place.name, "linear layer") not in gone
+    )
     left_alone = tuple(outcome for outcome in outcomes if isinstance(outcome, LeftAlone))
+    taken_back = tuple(LeftAlone(part.name, reason) for part, reason in taken)
     all_served: tuple[ServedLayer | ServedLinear, ...] = (*served, *served_linears)
     if not served:
         model.set_experts_implementation(implementations)
     setattr(model, _BEFORE, implementations)
     setattr(model, _SERVED, {layer.name: layer for layer in all_served})
-    _say_left_alone(type(model).__name__, modules, left_alone)
-    del stand_ins  # and with it the last reference to weights that were replaced
-    return Enabled(
+    del stand_ins, parts, taken, recording, calls  # and with it the last reference to weights that were replaced
+    report = Enabled(
         model=type(model).__name__,
         layers=served,
         linears=served_linears,
-        prompts=prompts_of,
-        routers=routers_of,
-        norms=norms,
-        left_alone=left_alone,
+        prompts=tuple(name for name in prompts_of if (name, "attention over prompts") not in gone),
+        routers=tuple(name for name in routers_of if (name, "router") not in gone),
+        norms=tuple(name for name in norms if (name, "norm") not in gone),
+        left_alone=(*left_alone, *taken_back, *refused),
         before=before,
         after=Memory.now(),
     )
+    _say_left_alone(report, modules, (*left_alone, *taken_back))
+    return report
 
 
 def disable(model: Any) -> Disabled:
@@ -187,14 +233,38 @@ def _serve_prompts(model: Any, options: ServeOptions) -> tuple[str, ...]:
     return tuple(served)
 
 
-def _tuned_linears(model: Any, options: ServeOptions) -> list[tuple[Place[nn.Linear], TunedLinear]]:
-    """What is to stand in for linear layers; the model is as it was."""
+def _calls_to_try(recording: Recording) -> Mapping[str, Sequence[Call]]:
+    """Calls of a whole forward; none of one that ended in an exception, for then nothing can be compared."""
+    return recording.calls if recording.error is None else {}
+
+
+def _tuned_linears(
+    model: Any, calls: Mapping[str, Sequence[Call]], options: ServeOptions, refused: list[LeftAlone]
+) -> list[tuple[Place[nn.Linear], TunedLinear]]:
+    """What is to stand in for linear layers; the model is as it was. Those with a plan but for a reason are added."""
     found = []
     for place in linears.servable(model):
-        stand_in = linears.tuned(place.module, options)
-        if stand_in is not None:
+        stand_in = linears.tuned(place.module, calls.get(place.name, ()), options)
+        if isinstance(stand_in, TunedLinear):
             found.append((place, stand_in))
+        elif stand_in is not None:
+            refused.append(LeftAlone(place.name, stand_in.reason))
     return found
+
+
+def _put_back(place: Place[nn.Linear]) -> None:
+    stand_in = getattr(place.parent, place.name.rpartition(".")[2])
+    place.put(stand_in.restored())
+
+
+def _at(model: Any, name: str) -> nn.Module:
+    module: nn.Module = model.get_submodule(name)
+    return module
+
+
+def _is_fp32(model: Any) -> bool:
+    """Whether a model computes in fp32, so that serving it changes rounding alone."""
+    return all(parameter.dtype is torch.float32 for parameter in model.parameters() if parameter.is_floating_point())
 
 
 def _describe_linear(name: str, layer: TunedLinear) -> ServedLinear:
@@ -204,7 +274,12 @@ def _describe_linear(name: str, layer: TunedLinear) -> ServedLinear:
     )
 
 
-def _serve_all(modules: Mapping[str, nn.Module], options: ServeOptions) -> list[ServedLayer | LeftAlone]:
+def _serve_all(
+    modules: Mapping[str, nn.Module],
+    calls: Mapping[str, Sequence[Call]],
+    options: ServeOptions,
+    failure: Exception | None,
+) -> list[ServedLayer | LeftAlone]:
     """Serve one module after the other, so that never more than one has both its own weights and packed ones."""
     forms = {name: read_form(module) for name, module in modules.items()}
     outcomes: list[ServedLayer | LeftAlone] = []
@@ -217,6 +292,10 @@ def _serve_all(modules: Mapping[str, nn.Module], options: ServeOptions) -> list[
             outcomes.append(LeftAlone(name, reason))
             continue
         layer = Layer.of(module, made, form, released=not options.keep_weights)
+        reason = _disagreement(layer, calls.get(name, ()), options, failure)
+        if reason is not None:
+            outcomes.append(LeftAlone(name, reason))
+            continue
         if layer.quantised and layer.released and not finite:
             # Before the first weights are lost: a later layer that cannot be quantised must leave all as it was.
             for other, other_module in modules.items():
@@ -242,7 +321,7 @@ def _experts(module: nn.Module, form: Form | Refusal, options: ServeOptions) -> 
         return form
     if implementation_of(module) != IMPLEMENTATION:
         return Refusal("its model does not let experts implementations be chosen")
-    top_k = next((k for key in TOP_K_KEYS if isinstance(k := getattr(module.config, key, None), int)), None)
+    top_k = top_k_of(module)
     if top_k is None:
         return Refusal("its config does not say how many experts a token picks")
     signatures = _signatures(form, top_k)
@@ -263,6 +342,44 @@ def _experts(module: nn.Module, form: Form | Refusal, options: ServeOptions) -> 
     )
     # Where a plan's kernels cannot be loaded, the runtime has said why.
     return experts if experts.is_tuned else Refusal("none of its plan's kernels can be loaded")
+
+
+def _disagreement(layer: Layer, calls: Sequence[Call], options: ServeOptions, failure: Exception | None) -> str | None:
+    """Why ``layer`` does not give what its module gave in ``calls``; None where it does."""
+    if failure is not None:
+        first_line = next(iter(str(failure).splitlines()), "")
+        return (
+            f"the model could not be tried ({type(failure).__name__}: {first_line}); "
+            "pass enable(model, example={...}) with the arguments of a small forward"
+        )
+    if not calls:
+        return "the forward that it was tried in does not call its experts"
+    tolerance = TOLERANCE if layer.form.dtype is torch.float32 else _TOLERANCE_OF_HALF
+    tolerance += _STAGES_ERROR * options.max_error if layer.quantised else 0.0
+    for call in calls:
+        try:
+            with torch.no_grad():
+                ours = run_layer(layer, *_in_order(*call.args, **call.kwargs))
+        except Exception as error:
+            return f"its experts are called in another way than Transformers' interface has it ({error})"
+        if not agree(ours, call.output, tolerance):
+            return "its experts compute something else than what their interface says"
+    return None
+
+
+def _in_order(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments of a call, whichever of them are passed by name."""
+    return hidden_states, top_k_index, top_k_weights
+
+
+def top_k_of(module: nn.Module) -> int | None:
+    """Experts that a token picks in ``module``, where its config says so."""
+    for key in TOP_K_KEYS:
+        with contextlib.suppress(Exception):  # a foreign config may raise anything
+            value = getattr(module.config, key, None)
+            if isinstance(value, int):
+                return value
+    return None
 
 
 def _signatures(form: Form, top_k: int) -> tuple[MoeGemmSignature, MoeGemmSignature]:
@@ -299,8 +416,10 @@ def _held_bytes(stage: PreparedCall) -> int:
     return stage.memory.bytes or stage.memory.weight_bytes
 
 
-def _say_left_alone(model: str, modules: Mapping[str, nn.Module], left_alone: tuple[LeftAlone, ...]) -> None:
-    if not modules:
-        warn_once(f"tilewright finds no expert layers that it knows in {model}, so the model runs as before")
+def _say_left_alone(report: Enabled, modules: Mapping[str, nn.Module], left_alone: tuple[LeftAlone, ...]) -> None:
+    anything = report.linears or report.prompts or report.routers or report.norms
+    if not modules and not anything:
+        warn_once(f"tilewright finds no expert layers that it knows in {report.model}, so the model runs as before")
     elif left_alone:
-        warn_once(f"tilewright leaves layers of {model} as they were: {'; '.join(describe_left_alone(left_alone))}")
+        reasons = "; ".join(describe_left_alone(left_alone))
+        warn_once(f"tilewright leaves layers of {report.model} as they were: {reasons}")

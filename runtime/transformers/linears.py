@@ -6,7 +6,7 @@ Transformers has no interface for them, so that the module itself is replaced: b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, TypeVar
@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.errors import TilewrightError
 from tilewright.runtime.serve.gemm import PreparedGemm, prepare
@@ -22,8 +23,13 @@ from tilewright.runtime.serve.options import ServeOptions
 from tilewright.runtime.serve.plans import is_planned
 from tilewright.runtime.torch.operators import define_operator
 from tilewright.runtime.transformers.inference import SharedByCopies, run_without_backward, wants_gradients
+from tilewright.runtime.transformers.recognition import Refusal
+from tilewright.runtime.transformers.specialised import TOLERANCE, agree, has_own_forward
+from tilewright.runtime.transformers.trial import Call
 
 M = TypeVar("M", bound=nn.Linear)
+_ERRORS = 5.0
+"""Within how many times the error of a plan, which was measured on other data, rounded weights agree."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +47,8 @@ class TunedLinear(nn.Linear):
 
     def __init__(self, original: nn.Linear, prepared: PreparedGemm, *, released: bool) -> None:
         has_bias = original.bias is not None
-        super().__init__(original.in_features, original.out_features, bias=has_bias, device="meta")
+        rows, columns = original.weight.shape
+        super().__init__(columns, rows, bias=has_bias, device="meta")
         self.kernel = _Kernel(prepared, released, original.weight.requires_grad)
         if not released:
             self.weight = original.weight
@@ -111,27 +118,45 @@ def _places(model: nn.Module, kind: type[M]) -> Iterator[Place[M]]:
             yield Place(name, modules[name.rpartition(".")[0]], module)
 
 
-def tuned(module: nn.Linear, options: ServeOptions) -> TunedLinear | None:
-    """What serves ``module``; None where there is no plan for it, or none whose kernels can be loaded."""
-    signature = MoeGemmSignature(
-        stage="plain", experts=1, n=module.out_features, k=module.in_features, bias=module.bias is not None
-    )
+def tuned(module: nn.Linear, calls: Sequence[Call], options: ServeOptions) -> TunedLinear | Refusal | None:
+    """What serves ``module`` and gives what that gave in ``calls``, or why nothing does.
+
+    None where there is no plan for it, or none whose kernels can be loaded.
+    """
+    n, k = module.weight.shape
+    try:
+        signature = MoeGemmSignature(stage="plain", experts=1, n=n, k=k, bias=module.bias is not None)
+    except TilewrightError:
+        return None  # no kernel computes such a layer, so that there is no plan either
     if not is_planned(signature, options):
         return None
+    if has_own_forward(module) or module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001
+        return Refusal("its linear layer has hooks or a forward of its own, which would be lost")
+    if not calls:
+        return Refusal("the forward that it was tried in does not call its linear layer")
     prepared = prepare(
         module.weight.detach()[None],
         stage="plain",
         bias=None if module.bias is None else module.bias.detach()[None],
         options=options,
     )
-    return TunedLinear(module, prepared, released=not options.keep_weights) if prepared.is_tuned else None
+    if not prepared.is_tuned:
+        return None
+    exact = prepared.precision == LOSSLESS
+    for call in calls:
+        x = call.only_tensor
+        if x is None:
+            return Refusal("its linear layer is called with more than a tensor")
+        if not agree(_compute(prepared, x), call.output, TOLERANCE if exact else _ERRORS * options.max_error):
+            return Refusal("its linear layer computes something else")
+    return TunedLinear(module, prepared, released=not options.keep_weights)
 
 
 @lru_cache(maxsize=64)
 def _one_group(rows: int) -> Tensor:
     """Offsets that put all rows into one group."""
     with torch.inference_mode(mode=False):
-        return torch.tensor([0, rows], dtype=torch.int32)
+        return torch.tensor([0, rows], dtype=torch.int32, device="cpu")
 
 
 def _linear(prepared: PreparedGemm, x: Tensor) -> Tensor:
@@ -145,7 +170,7 @@ def _compute(prepared: PreparedGemm, x: Tensor) -> Tensor:
     signature = prepared.signature
     rows = x.reshape(-1, signature.k)
     rows = rows if rows.dtype is torch.float32 else rows.float()
-    out = torch.empty((rows.shape[0], signature.n))
+    out = torch.empty((rows.shape[0], signature.n), dtype=torch.float32, device="cpu")
     prepared.call(rows.contiguous(), _one_group(rows.shape[0]), out)
     return out.view(*x.shape[:-1], signature.n).to(x.dtype)
 

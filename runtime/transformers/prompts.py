@@ -66,7 +66,11 @@ def prompts_forward(
 
 def attach(module: nn.Module, options: ServeOptions) -> bool:
     """Have a plan's kernels serve ``module``; False where there is no plan for it, or none that can be loaded."""
-    for signature in _signatures(module):
+    try:
+        signatures = list(_signatures(module))
+    except Exception:
+        return False
+    for signature in signatures:
         if not is_planned(signature, options):
             continue
         prefill = VarlenPrefill.prepare(signature, {}, options=options)
@@ -130,7 +134,7 @@ def _compute(prefill: VarlenPrefill, query: Tensor, key: Tensor, value: Tensor) 
     batch, tokens = query.shape[0], query.shape[2]
     # What rotary embedding makes lies in this order already; a cache's keys and values are copied.
     q, k, v = (tensor.transpose(1, 2).flatten(0, 1).contiguous() for tensor in (query, key, value))
-    out = torch.empty((batch * tokens, *_heads_of(prefill)))
+    out = torch.empty((batch * tokens, *_heads_of(prefill)), dtype=torch.float32, device="cpu")
     prefill.call(q, k, v, _even_offsets(batch, tokens), out)
     return out.view(batch, tokens, *_heads_of(prefill))
 
@@ -142,7 +146,7 @@ def _heads_of(prefill: VarlenPrefill) -> tuple[int, int]:
 @lru_cache(maxsize=64)
 def _even_offsets(batch: int, tokens: int) -> Tensor:
     with torch.inference_mode(mode=False):
-        return torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32)
+        return torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device="cpu")
 
 
 define_operator(

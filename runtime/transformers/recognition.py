@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tilewright.codegen.ops.moe_gemm.signature import Activation
 from tilewright.runtime.ops.moe_gemm import activate
+from tilewright.runtime.transformers.specialised import random_rows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of weights that widen to fp32 without loss."""
@@ -125,11 +126,11 @@ def _recognise_gate(module: nn.Module, inter: int) -> tuple[Activation, bool] | 
 
     The values reach beyond where activations clamp, and fill every column, so that no two of them agree.
     """
-    columns = torch.randn((_PROBED_ROWS, 2 * inter), generator=torch.Generator().manual_seed(0)) * 6
+    columns = random_rows(_PROBED_ROWS, 2 * inter) * 6
     try:
         with torch.no_grad():
             joined = module._apply_gate(columns)  # type: ignore[operator]  # noqa: SLF001 - the interface's own name
-    except (RuntimeError, TypeError, ValueError, AttributeError):
+    except Exception:
         return None
     if not isinstance(joined, Tensor) or joined.shape != (_PROBED_ROWS, inter):
         return None

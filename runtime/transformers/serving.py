@@ -64,24 +64,28 @@ def attach(module: nn.Module, layer: Layer) -> None:
 
 def detach(module: nn.Module) -> None:
     """Undo :func:`attach` and :func:`remember`; released weights come back from what kernels read."""
+    take_back(module)
+    vars(module).pop(_BEFORE, None)
+
+
+def take_back(module: nn.Module) -> None:
+    """Undo :func:`attach`: the module runs what it ran before."""
     layer = layer_of(module)
     if layer is not None and layer.released:
         restored = as_module_weights(layer.experts.weights(), layer.form)
         for name, trainable in zip(_REPLACED, layer.trainable, strict=True):
             setattr(module, name, nn.Parameter(restored[name], requires_grad=trainable))
-    for attribute in (_LAYER, _BEFORE):
-        if attribute in module.__dict__:
-            delattr(module, attribute)
+    vars(module).pop(_LAYER, None)
 
 
-def experts_forward(module: nn.Module, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts implementation ``tilewright``; modules that are not served run what they ran before.
 
     Args:
         module: of a class that Transformers decorates with ``use_experts_implementation``.
-        x: [tokens, hidden].
-        topk_ids: int64 [tokens, top_k].
-        topk_weights: [tokens, top_k].
+        hidden_states: [tokens, hidden].
+        top_k_index: int64 [tokens, top_k].
+        top_k_weights: [tokens, top_k].
 
     Raises:
         TilewrightError: for what the runtime refuses; in training mode and for a backward pass, where the weights that
@@ -89,17 +93,19 @@ def experts_forward(module: nn.Module, x: Tensor, topk_ids: Tensor, topk_weights
 
     """
     layer = layer_of(module)
-    if layer is None or (not layer.released and wants_gradients(module, x)):
-        return forward_of(module, getattr(module, _BEFORE, None))(module, x, topk_ids, topk_weights)
+    if layer is None or (not layer.released and wants_gradients(module, hidden_states)):
+        before = forward_of(module, getattr(module, _BEFORE, None))
+        return before(module, hidden_states, top_k_index, top_k_weights)
     if module.training:
         raise TilewrightError(
             "the model is in training mode, but its expert weights were released for inference; call model.eval(), or "
             "disable(model) to train"
         )
-    return run_without_backward(_run, layer, x, topk_ids, topk_weights)
+    return run_without_backward(run_layer, layer, hidden_states, top_k_index, top_k_weights)
 
 
-def _run(layer: Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+def run_layer(layer: Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    """Output of ``layer`` in the dtype of ``x``; see :func:`experts_forward`."""
     if x.dtype is torch.float32 and topk_weights.dtype is torch.float32:
         return layer.experts.run(x, topk_ids, topk_weights)
     return layer.experts.run(x.float(), topk_ids, topk_weights.float()).to(x.dtype)

@@ -19,15 +19,15 @@ def dequantise(words: Tensor, precision: Precision, k: int) -> Tensor:
     """
     n, groups, group, rows = words.shape[0], precision.groups(k), precision.group(k), precision.group_rows(k)
     per_row = precision.scales.per_word if precision.scales else 0
-    is_scale = torch.zeros(words.shape[1], dtype=torch.bool)
+    is_scale = torch.zeros(words.shape[1], dtype=torch.bool, device="cpu")
     if per_row:
         is_scale[:: 1 + per_row * rows] = True
-    steps = torch.arange(precision.steps, dtype=torch.int32) * precision.bits
+    steps = torch.arange(precision.steps, dtype=torch.int32, device="cpu") * precision.bits
     codes = words[:, ~is_scale].reshape(n, groups, rows, 1) >> steps & (1 << precision.bits) - 1
     elements = _ELEMENTS[precision.dtype](codes.reshape(n, groups, -1)[:, :, :group])
     if precision.scales is None:
         return elements.reshape(n, k)
-    places = torch.arange(per_row, dtype=torch.int32) * (32 // per_row)
+    places = torch.arange(per_row, dtype=torch.int32, device="cpu") * (32 // per_row)
     fields = (words[:, is_scale].unsqueeze(2) >> places).reshape(n, -1)[:, :groups].unsqueeze(2)
     match precision.scales.dtype:
         case "fp32":
@@ -55,7 +55,7 @@ def _e4m3(codes: Tensor) -> Tensor:
 
 
 def _e2m1(codes: Tensor) -> Tensor:
-    return torch.tensor([*_E2M1, *(-value for value in _E2M1)])[codes]
+    return torch.tensor([*_E2M1, *(-value for value in _E2M1)], dtype=torch.float32, device="cpu")[codes]
 
 
 _ELEMENTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -123,10 +123,22 @@ def test_logits_and_tokens_are_those_of_eager(tmp_path, kind):
 
 def test_it_is_our_kernels_that_run(tmp_path):
     model = make_model("qwen3_moe")
+    arguments = torch.randn(50, 32), torch.tensor([[0, 3]] * 50), torch.full((50, 2), 0.5)
+    with torch.no_grad():
+        expected = model.model.layers[0].mlp.experts(*arguments)
+        store_plans(tmp_path / "tuning.db", "qwen3_moe", mark=1 + 8e-6)  # a down kernel whose sums are a little larger
+        assert len(enable(model).layers) == 2
+        got = model.model.layers[0].mlp.experts(*arguments)
+    assert (got.double() * expected).sum() / (expected.double() ** 2).sum() - 1 == pytest.approx(8e-6, abs=2e-6)
+
+
+def test_a_kernel_that_computes_something_else_does_not_serve(tmp_path):
+    model = make_model("qwen3_moe")
     expected = logits(model)
-    store_plans(tmp_path / "tuning.db", "qwen3_moe", mark=2.0)  # a down kernel that doubles
-    enable(model, options=ServeOptions(keep_weights=True))
-    assert not torch.allclose(logits(model), expected, rtol=1e-2, atol=1e-2)
+    store_plans(tmp_path / "tuning.db", "qwen3_moe", mark=1.001)
+    with pytest.warns(TilewrightWarning, match="its experts compute something else"):
+        assert enable(model).layers == ()
+    assert torch.equal(logits(model), expected)
 
 
 def test_a_model_loaded_from_a_folder_is_served(tmp_path):

@@ -16,6 +16,7 @@ from tilewright.runtime.transformers import disable, enable
 from tilewright.runtime.transformers.norms import RowsNorm, serve_norms
 from tilewright.runtime.transformers.routers import TunedRouter
 from tilewright.runtime.transformers.specialised import Specialised, restore
+from tilewright.runtime.transformers.trial import Trial, try_out
 from tilewright.tuner.campaign.variants import VariantBuilder
 
 transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
@@ -178,13 +179,18 @@ def test_gradients_go_through_the_router_of_before(tmp_path):
 def test_norms_of_a_few_rows_are_ours(name):
     model = make_model(name)
     expected = logits(model)
-    served = serve_norms(model)
+    served, _ = serve_norms(model, try_out(model, None)[1].calls)
     assert len(served) == sum(name.endswith("norm") for name, _ in model.named_modules())
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))
     for module in model.modules():
         restore(module)
     assert torch.equal(logits(model), expected)
+
+
+def calls_of(norm):
+    """What a norm by itself is called with in a forward of a few rows."""
+    return Trial({"input": torch.randn(3, norm[0].weight.shape[0])}, steps=False).record(norm).calls
 
 
 @needs_extension
@@ -197,10 +203,10 @@ def test_a_norm_gives_what_it_gave(shape):
     for x in (torch.randn(shape), 1e3 * torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2], torch.zeros(shape)):
         with torch.no_grad():
             expected = norm(x)
-            serve_norms(norm)
+            serve_norms(norm, calls_of(norm))
             torch.testing.assert_close(norm(x), expected)
         restore(norm[0])
-    serve_norms(norm)
+    serve_norms(norm, calls_of(norm))
     assert isinstance(norm[0], RowsNorm)
     x = torch.randn(shape, requires_grad=True)
     norm(x).sum().backward()
@@ -213,4 +219,7 @@ def test_a_norm_of_another_kind_is_left_alone():
 
     norm = GemmaRMSNorm(8)
     norm.variance_epsilon = norm.eps  # only its name is another one; it multiplies by 1 + weight
-    assert serve_norms(torch.nn.Sequential(norm)) == ()
+    norm = torch.nn.Sequential(norm)
+    served, left_alone = serve_norms(norm, calls_of(norm))
+    assert served == ()
+    assert [each.reason for each in left_alone] == ["its norm computes something else than an RMSNorm"]
