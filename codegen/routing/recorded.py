@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.errors import TilewrightError
+from tilewright.reading import open_file, read_file
+
+_MOST_BYTES = 256 << 20
+_MOST_TEXT_BYTES = 32 << 20
+"""Of text, whose numbers take many times as much memory."""
 
 ARRAY_NAME = "topk_ids"
 """Name of the ids in a file that holds several arrays."""
@@ -54,29 +60,50 @@ def read_recorded_ids(path: str, experts: int, top_k: int) -> NDArray[np.int32]:
 def _read(path: Path) -> NDArray[Any]:
     try:
         match path.suffix.lower():
-            case ".npy" | ".npz":
-                return _read_numpy(path)
+            case ".npy":
+                return _read_array(io.BytesIO(read_file(path, _MOST_BYTES)), _MOST_BYTES)
+            case ".npz":
+                return _read_archive(path)
             case ".json":
-                content = json.loads(path.read_text(encoding="utf-8"))
+                content = json.loads(read_file(path, _MOST_TEXT_BYTES))
                 return np.asarray(content[ARRAY_NAME] if isinstance(content, dict) else content)
             case _:
-                return _parse_text(path.read_text(encoding="utf-8"))
+                return _parse_text(read_file(path, _MOST_TEXT_BYTES).decode())
     except OSError as error:
         raise _error(str(path), f"cannot be read ({error.strerror or error})") from error
     except KeyError as error:
         raise _error(str(path), f"has no array named {ARRAY_NAME!r}") from error
-    except (ValueError, OverflowError, RecursionError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise _error(str(path), f"does not hold one row of expert ids per token ({error})") from error
+    except Exception as error:  # whatever numpy, zip and JSON raise for what they were not written for
+        # numpy explains over several lines what its users could do.
+        reason = " ".join((str(error) or type(error).__name__).split())
+        raise _error(str(path), f"does not hold one row of expert ids per token ({reason:.200})") from error
 
 
-def _read_numpy(path: Path) -> NDArray[Any]:
-    # Opened here, because numpy leaves a file open that it opened itself and found to be damaged.
-    with path.open("rb") as file:
-        loaded = np.load(file, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        only = loaded.files[0] if len(loaded.files) == 1 else ARRAY_NAME
-        return np.asarray(loaded[only])
+def _read_archive(path: Path) -> NDArray[Any]:
+    """The one array, or that of the name, of an archive as numpy writes it."""
+    with open_file(path, _MOST_BYTES) as file, zipfile.ZipFile(file) as archive:
+        members = {each.filename.removesuffix(".npy"): each for each in archive.infolist()}
+        chosen = next(iter(members.values())) if len(members) == 1 else members[ARRAY_NAME]
+        if chosen.file_size > _MOST_BYTES:
+            raise ValueError(f"its array has {chosen.file_size} bytes")
+        with archive.open(chosen) as member:
+            # What an archive says about its members need not be so.
+            return _read_array(io.BytesIO(member.read(_MOST_BYTES)), _MOST_BYTES)
+
+
+def _read_array(file: io.BytesIO, most_bytes: int) -> NDArray[Any]:
+    """An array in numpy's format, of which not more is made than the file holds."""
+    version = np.lib.format.read_magic(file)
+    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if header is None:
+        raise ValueError(f"it is in version {version} of numpy's format")
+    shape, _, dtype = header(file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which could run anything")
+    if math.prod(shape) * dtype.itemsize > min(most_bytes, file.getbuffer().nbytes - file.tell()):
+        raise ValueError(f"it ends before its {dtype} of shape {shape} do")
+    file.seek(0)
+    return np.asarray(np.load(file, allow_pickle=False))
 
 
 def _parse_text(text: str) -> NDArray[Any]:

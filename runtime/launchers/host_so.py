@@ -20,6 +20,7 @@ from tilewright.codegen.recipe.expressions import parsed
 from tilewright.codegen.recipe.model import ABI_VERSION, SM_COUNT, Recipe
 from tilewright.directories import CACHE_VARIABLE, user_cache_directory
 from tilewright.runtime.launchers.base import KernelRefused, Launcher
+from tilewright.runtime.launchers.elf import exported_functions
 from tilewright.runtime.launchers.memory_file import load_from_memory
 from tilewright.runtime.locks import fork_safe_lock
 from tilewright.trust import UntrustedFile, find_stranger, make_private_folder
@@ -32,6 +33,8 @@ class LoadedSharedObject:
 
     checksum: str
     library: ctypes.CDLL
+    functions: frozenset[str]
+    """Those that are its own: the loader would find others in the libraries that it was linked to."""
 
     def entry_address(self, name: str) -> int:
         """Address of the exported function ``name``.
@@ -40,11 +43,9 @@ class LoadedSharedObject:
             KernelRefused: when there is no such function.
 
         """
-        try:
-            function = getattr(self.library, name)
-        except AttributeError as error:
-            raise KernelRefused(f"the artifact {self.checksum[:16]} exports no {name!r}; tune again") from error
-        address = ctypes.cast(function, ctypes.c_void_p).value
+        if name not in self.functions:
+            raise KernelRefused(f"the artifact {self.checksum[:16]} exports no {name!r}; tune again")
+        address = ctypes.cast(getattr(self.library, name), ctypes.c_void_p).value
         assert address is not None  # dlsym found it
         return address
 
@@ -96,6 +97,7 @@ class HostLauncher(Launcher):
         return load_artifact(checksum, read_bytes)
 
 
+_ABI_VERSION = "tilewright_abi_version"
 _FOR_GPUS = "it is for GPUs; tune for this CPU"
 _loaded: dict[str, LoadedSharedObject] = {}
 _loading = fork_safe_lock()
@@ -122,11 +124,17 @@ def load_artifact(checksum: str, read_bytes: Callable[[], bytes]) -> LoadedShare
         return known
     # Not under the lock: reading takes the database's, and a fork takes them in another order.
     data = verified(checksum, read_bytes())
+    try:
+        functions = exported_functions(data)
+    except ValueError as error:
+        raise KernelRefused(f"the artifact {checksum[:16]} cannot be loaded: {error}; tune again") from error
+    if _ABI_VERSION not in functions:
+        raise KernelRefused(f"the artifact {checksum[:16]} is no tilewright kernel; tune again")
     with _loading:
         if checksum not in _loaded:
             library = _load(checksum, data)
             _require_abi(library, checksum)
-            _loaded[checksum] = LoadedSharedObject(checksum, library)
+            _loaded[checksum] = LoadedSharedObject(checksum, library, functions)
         return _loaded[checksum]
 
 
@@ -191,10 +199,7 @@ def _sha256(path: Path) -> str:
 
 def _require_abi(library: ctypes.CDLL, checksum: str) -> None:
     """Refuse a library that expects to be called in another way; asking is safe in every version."""
-    try:
-        version = library.tilewright_abi_version
-    except AttributeError as error:
-        raise KernelRefused(f"the artifact {checksum[:16]} is no tilewright kernel; tune again") from error
+    version = library[_ABI_VERSION]
     version.restype = ctypes.c_int32
     version.argtypes = ()
     if (found := version()) != ABI_VERSION:

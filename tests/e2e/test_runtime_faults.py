@@ -228,12 +228,13 @@ def test_recipe_that_this_release_does_not_know(weight, tmp_path, changes, said)
     assert_served_by_torch(weight, database, said)
 
 
-def test_entry_that_the_artifact_does_not_export(weight, tmp_path):
+@pytest.mark.parametrize("name", ["gone", "abort", "unique_kernel"])
+def test_entry_that_is_no_function_of_the_artifact(weight, tmp_path, name):
     built = fresh_kernel()
-    launches = [{**launch, "entry": "gone"} for launch in built.record.recipe["launches"]]
+    launches = [{**launch, "entry": name} for launch in built.record.recipe["launches"]]
     built = replace(built, record=replace(built.record, recipe={**built.record.recipe, "launches": launches}))
     database = store_plan(tmp_path / "tuning.db", SIGNATURE, [(None, built)])
-    assert_served_by_torch(weight, database, "exports no 'gone'")
+    assert_served_by_torch(weight, database, f"exports no '{name}'")
 
 
 def test_only_the_damaged_kernels_sizes_go_to_torch(weight, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +167,12 @@ def test_negative_seed_is_refused() -> None:
 # --- recorded ids
 
 
+def npy(header: str, data: bytes = b"") -> bytes:
+    """A file of numpy's format with a header of one's own."""
+    text = header.encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
+
+
 def write_ids(path: Path, ids: NDArray[np.int32]) -> None:
     match path.suffix:
         case ".npy":
@@ -215,6 +223,22 @@ def test_recorded_ids_come_back_and_repeat(tmp_path: Path, name: str) -> None:
         ("ids.npy", b"", "does not hold one row"),
         ("ids.npy", b"not numpy", "does not hold one row"),
         ("ids.npz", b"PK\x03\x04broken", "does not hold one row"),
+        ("ids.npy", npy("{'descr': '<i4', 'fortran_order': False, 'shape': (1000000000, 2), }"), "it ends before"),
+        ("ids.npy", npy("{'descr': '<i4', 'fortran_order': False, 'shape': (-4, -2), }"), "does not hold one row"),
+        ("ids.npy", npy("{'descr': '<i4', 'fortran_order': False, 'shape': (10**400, 2), }"), "does not hold one row"),
+        ("ids.npy", npy(f"{{'descr': '<i4', 'fortran_order': False, 'shape': ({'9' * 400}, 2), }}"), "does not hold"),
+        ("ids.npy", npy("{'descr': '|O', 'fortran_order': False, 'shape': (1, 2), }", b"cos\n."), "Python objects"),
+        ("ids.npy", npy("{'descr': [('a', '|O')], 'fortran_order': False, 'shape': (1,), }"), "Python objects"),
+        ("ids.npy", npy("{" + " " * 65000), "does not hold one row"),
+        ("ids.npy", npy("[" * 5000), "does not hold one row"),
+        ("ids.npy", b"\x93NUMPY\x02\x00" + (10 << 20).to_bytes(4, "little") + bytes(10 << 20), "does not hold one"),
+        ("ids.npy", b"\x93NUMPY\x03\x00" + bytes(100), "it is in version"),
+        ("ids.json", b"[" * 100_000, "does not hold one row"),
+        ("ids.json", b"[[NaN, 1]]", "holds float64"),
+        ("ids.json", b'{"topk_ids": {"a": [1]}}', r"holds object of shape \(\)"),
+        ("ids.json", b"[[" + b"9" * 5000 + b", 1]]", "does not hold one row"),
+        ("ids.txt", b"9" * 5000 + b" 1", "does not hold one row"),
+        ("ids.txt", bytes(33 << 20), "it has 33 MiB, and at most 32 are read"),
     ],
 )
 def test_recorded_ids_that_do_not_fit_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -231,6 +255,38 @@ def test_recorded_file_must_exist_and_hold_no_pickle(tmp_path: Path) -> None:
     np.save(tmp_path / "pickled.npy", np.array([[{}, 1]], object), allow_pickle=True)
     with pytest.raises(TilewrightError, match="does not hold one row"):
         generate_topk_ids(RoutingSpec("recorded", path=str(tmp_path / "pickled.npy")), 4, 5, 2, seed=0)
+
+
+@pytest.mark.parametrize("suffix", ["", ".npy", ".npz", ".json"])
+def test_recorded_ids_in_what_is_no_file_are_not_waited_for(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"fifo{suffix}")
+    (tmp_path / f"zero{suffix}").symlink_to("/dev/zero")
+    (tmp_path / f"folder{suffix}").mkdir()
+    for name, said in (
+        ("fifo", "it is a pipe or a device"),
+        ("zero", "it is a pipe or a device"),
+        ("folder", "folder"),
+    ):
+        with pytest.raises(TilewrightError, match=rf"cannot be read \(.*{said}"):
+            generate_topk_ids(RoutingSpec("recorded", path=str(tmp_path / f"{name}{suffix}")), 4, 5, 2, seed=0)
+
+
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ids.npz"
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("topk_ids.npy", "w") as member,
+    ):
+        for _ in range(257):
+            member.write(bytes(1 << 20))
+    with pytest.raises(TilewrightError, match="its array has 269484032 bytes"):
+        generate_topk_ids(RoutingSpec("recorded", path=str(path)), 4, 5, 2, seed=0)
+
+
+def test_fortrans_order_is_read_as_what_it_is(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.asfortranarray(IDS))
+    ids = generate_topk_ids(RoutingSpec("recorded", path=str(tmp_path / "ids.npy")), 3, 5, 2, seed=0)
+    np.testing.assert_array_equal(ids, IDS)
 
 
 def test_truncated_archive_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from pathlib import Path
 
@@ -91,3 +92,18 @@ def test_studies_that_others_could_have_written_are_not_read(tmp_path: Path, for
         path.chmod(0o666)
     with pytest.raises(TilewrightError, match=r"can be written by others \(mode 0666\), and studies can hold code"):
         open_storage(form.format(tmp_path))
+
+
+@pytest.mark.parametrize("form", ["{}", "journal://{}", "sqlite:///{}"])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, form: str) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero")):
+        with pytest.raises(TilewrightError, match=r"a pipe or a device|is no file|belongs|can be written by"):
+            open_storage(form.format(path))
+
+
+def test_a_journal_that_is_nested_without_end_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "studies.log").write_text("[" * 100_000)
+    (tmp_path / "studies.log").chmod(0o600)
+    with pytest.raises(TilewrightError, match="no journal of Optuna's"):
+        open_storage(str(tmp_path / "studies.log"))

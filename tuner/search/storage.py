@@ -18,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tilewright import disks
 from tilewright.errors import TilewrightError
 from tilewright.plain_text import without_passwords
+from tilewright.reading import open_file
 from tilewright.trust import UntrustedFile, stranger_at
 
 JOURNAL: Final = "journal://"
@@ -26,6 +27,8 @@ JOURNAL: Final = "journal://"
 _EXAMPLES: Final = "give a file for Optuna's journal, such as studies.log, or a database, such as sqlite:///studies.db"
 
 _LONGEST_LINE: Final = 1 << 20
+_LARGEST_JOURNAL: Final = 1 << 30
+"""All of which Optuna reads into memory."""
 
 _OPTUNAS_TABLE: Final = "version_info"
 """A table that every database of Optuna's has, and none of ours."""
@@ -84,7 +87,7 @@ def _refusing(url: str) -> Iterator[None]:
     except OSError as error:
         if (meaning := disks.meaning(error)) is None:
             raise TilewrightError(
-                f"--study {_shown(url)} cannot be opened ({_first_line(error)}); {_EXAMPLES}"
+                f"--study {_shown(url)} cannot be opened ({error.strerror or _first_line(error)}); {_EXAMPLES}"
             ) from error
         raise TilewrightError(f"--study {_shown(url)} cannot be written: {meaning}") from error
     except Exception as error:  # whatever a driver that we do not know raises
@@ -93,6 +96,8 @@ def _refusing(url: str) -> Iterator[None]:
 
 def _open_journal(path: Path) -> BaseStorage:
     _refuse_strangers(path)
+    if path.exists():
+        open_file(path, _LARGEST_JOURNAL).close()
     if path.is_file() and not _begins_as_a_journal(path):
         raise TilewrightError(f"--study {path} is a file, but no journal of Optuna's; name a new one")
     return JournalStorage(JournalFileBackend(str(path)))
@@ -112,13 +117,17 @@ def _begins_as_a_journal(path: Path) -> bool:
         line = file.readline(_LONGEST_LINE)
     try:
         first = json.loads(line or '{"op_code": 0}')
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(first, dict) and isinstance(first.get("op_code"), int)
 
 
 def _refuse_other_tables(url: str) -> None:
     """Optuna would add its tables to a database that is not its own, to ours for example."""
+    if sqlalchemy.make_url(url).get_backend_name() == "sqlite":
+        file = Path(sqlalchemy.make_url(url).database or "")
+        if file.exists() and not file.is_file():
+            raise TilewrightError(f"--study {_shown(url)} is no file; name a new database")
     engine = sqlalchemy.create_engine(url)
     try:
         tables = sqlalchemy.inspect(engine).get_table_names()
