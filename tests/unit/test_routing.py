@@ -265,7 +265,7 @@ def test_recorded_ids_in_what_is_no_file_are_not_waited_for(tmp_path: Path, suff
     for name, said in (
         ("fifo", "it is a pipe or a device"),
         ("zero", "it is a pipe or a device"),
-        ("folder", "folder"),
+        ("folder", "Is a directory"),
     ):
         with pytest.raises(TilewrightError, match=rf"cannot be read \(.*{said}"):
             generate_topk_ids(RoutingSpec("recorded", path=str(tmp_path / f"{name}{suffix}")), 4, 5, 2, seed=0)
