@@ -38,7 +38,7 @@ def sqlite_path(url_or_path: str | os.PathLike[str]) -> Path | None:
             return None
         name = text
     else:
-        name = unquote(url["rest"].removeprefix("/"))
+        name = unquote(url["rest"].removeprefix("/"), errors="surrogateescape")
         if "?" in url["rest"]:
             raise TilewrightError(f"the database {text!r} carries options that do nothing; give the path alone")
     if name in ("", ":memory:"):

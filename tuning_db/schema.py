@@ -107,9 +107,9 @@ def read_only_uri(path: Path) -> str:
     real = path.resolve()
     has_log = real.with_name(real.name + "-wal").exists()
     immutable = not has_log and not os.access(real.parent, os.W_OK)
-    return f"file:{quote(str(real))}?mode=ro{'&immutable=1' if immutable else ''}"
+    return f"file:{quote(os.fsencode(real))}?mode=ro{'&immutable=1' if immutable else ''}"
 
 
 def read_write_uri(path: Path) -> str:
     """Return the SQLite URI that opens ``path`` for writing and does not make it where it is missing."""
-    return f"file:{quote(str(path.resolve()))}?mode=rw"
+    return f"file:{quote(os.fsencode(path.resolve()))}?mode=rw"
