@@ -101,9 +101,15 @@ def encode_trial(trial: TrialRecord) -> Columns:
     """Make columns of ``trials``, without the id that the database gives."""
     # SQLite would turn a NaN into NULL and with it a wrong result into an unknown one.
     error = math.inf if trial.error is not None and math.isnan(trial.error) else trial.error
-    # A crashed compiler's output may hold what is no UTF-8, and PostgreSQL takes no NUL.
-    message = trial.message.encode("utf-8", "replace").decode().replace("\0", "?")
-    return _without(encode(replace(trial, error=error, message=message)), ("id",))
+    return _without(encode(replace(trial, error=error, message=storable(trial.message))), ("id",))
+
+
+def storable(text: str) -> str:
+    """Make ``text`` fit for a column: names of files and what compilers print may be no UTF-8.
+
+    PostgreSQL takes no NUL.
+    """
+    return text.encode("utf-8", "replace").decode().replace("\0", "?")
 
 
 def encode_kernel(kernel: KernelRecord) -> Columns:

@@ -113,7 +113,9 @@ class Store:
 
     def start_run(self, command: str, *, versions: Document, host: str) -> RunRecord:
         """Record that a command starts; its trials name the id of what is returned."""
-        run = RunRecord(id=uuid.uuid4().hex, command=command, versions=versions, host=host, started_at=time.time())
+        run = RunRecord(
+            id=uuid.uuid4().hex, command=codec.storable(command), versions=versions, host=host, started_at=time.time()
+        )
         self._database.write(lambda session: session.execute(insert(Run), codec.encode(run)))
         return run
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -18,14 +15,6 @@ from tilewright.errors import TilewrightError
 
 DRAFT = "build-"
 """How the names of folders begin in which something is being built."""
-
-
-def remove_abandoned(directory: Path, age_s: float) -> None:
-    """Remove what builds of killed processes left: folders older than any build may take."""
-    for folder in directory.glob(f"{DRAFT}*"):
-        with contextlib.suppress(FileNotFoundError):  # another process removes them, too
-            if time.time() - folder.stat().st_mtime > age_s:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def refuse_full_disk(toolchain: str, said: str, folder: Path) -> None:

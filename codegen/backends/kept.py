@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tilewright import disks
 from tilewright.codegen.backends.building import DRAFT
 from tilewright.directories import user_cache_directory
 from tilewright.errors import TilewrightError
+from tilewright.temporary import temporary_folder
 from tilewright.trust import UntrustedFile, find_stranger, make_private_folder, stranger_at
 
 BUILDS = "builds"
@@ -84,8 +84,8 @@ class KeptBuilds:
             if self.holds(name):
                 return
             if os.path.lexists(target):  # it does not fit
-                with tempfile.TemporaryDirectory(dir=self.folder, prefix=DRAFT) as aside:
-                    target.rename(Path(aside) / name)
+                with temporary_folder(DRAFT, self.folder) as aside:
+                    target.rename(aside / name)
             hashes = _hashes(made)
             made.rename(target)
             self._put_manifest(name, hashes)
@@ -112,16 +112,14 @@ class KeptBuilds:
         return files
 
     def _put_manifest(self, name: str, hashes: dict[str, str]) -> None:
-        descriptor, draft = tempfile.mkstemp(dir=self._manifests)
-        try:
-            with os.fdopen(descriptor, "w") as file:
+        with temporary_folder(DRAFT, self.folder) as aside:
+            draft = aside / f"{name}.json"
+            with draft.open("w") as file:
                 json.dump({"build": name, "files": hashes}, file, indent=1, sort_keys=True)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(draft).replace(self._manifests / f"{name}.json")
-        except BaseException:
-            Path(draft).unlink(missing_ok=True)
-            raise
+            draft.chmod(0o600)
+            draft.replace(self._manifests / draft.name)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -7,7 +7,6 @@ size instead, and the mended plan is put to the test again, at further sizes.
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from tilewright import disks
 from tilewright.codegen.hardware.cpu_info import read_cpu_info
 from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.base import OpDeclaration, Problem
+from tilewright.temporary import temporary_folder
 from tilewright.tuner.evaluation.cpu.weights import declared_bytes
 from tilewright.tuner.plan.deployed import Deployed, DeployedRaces, RaceLost
 from tilewright.tuner.plan.distil import probe_sizes
@@ -190,7 +190,7 @@ class Prover:
     def _race(
         self, plan: PlanRecord, problems: Sequence[Problem], default: Default, round_: int, budget_s: float
     ) -> list[Deployed]:
-        with disks.writing(disks.TEMPORARY), tempfile.TemporaryDirectory(prefix="tilewright-") as folder:
+        with disks.writing(disks.TEMPORARY), temporary_folder() as folder:
             served, by_default = Path(folder, "served.pack"), Path(folder, "default.pack")
             write_pack(self._store, [plan], served)
             weights = declared_bytes(problems[0].signature.tensors())

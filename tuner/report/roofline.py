@@ -8,7 +8,6 @@ import functools
 import json
 import platform
 import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,6 +16,7 @@ from pathlib import Path
 from tilewright import disks
 from tilewright.codegen.backends.cpp.builder import find_compiler
 from tilewright.errors import TilewrightError
+from tilewright.temporary import temporary_folder
 
 # Far beyond any last-level cache of today, and still small enough for a laptop.
 BUFFER_BYTES = 512 << 20
@@ -130,8 +130,8 @@ def format_share(share: float) -> str:
 def _measured(threads: int) -> Roofline:
     if threads < 1:
         raise TilewrightError(f"threads={threads} is impossible for a roofline: give at least 1.")
-    with disks.writing(disks.TEMPORARY), tempfile.TemporaryDirectory(prefix="tilewright-roofline-") as folder:
-        program = _build(Path(folder))
+    with disks.writing(disks.TEMPORARY), temporary_folder() as folder:
+        program = _build(folder)
         output = _run([str(program), str(threads), str(BUFFER_BYTES)], _RUN_TIMEOUT_S)
     measured = json.loads(output)
     return Roofline(threads, measured["peak_gflops"], measured["bandwidth_gbps"])

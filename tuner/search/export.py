@@ -1,6 +1,5 @@
 """Optuna studies as a file that Optuna's tools open: its dashboard above all."""
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from tilewright import disks
 from tilewright.errors import TilewrightError
+from tilewright.temporary import temporary_folder
 
 
 def export_studies(studies: Sequence[optuna.Study], path: Path) -> None:
@@ -26,7 +26,7 @@ def export_studies(studies: Sequence[optuna.Study], path: Path) -> None:
         raise TilewrightError(f"Cannot export to {path}: it exists already; name a new file.")
     try:
         # A directory of its own: the journal keeps a lock beside itself.
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.part") as folder:
+        with temporary_folder(f"{path.name}.part-", path.parent) as folder:
             draft = Path(folder) / "journal"
             _write(studies, draft)
             draft.rename(path)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from typing import Any
 from tilewright import disks
 from tilewright.codegen.backends.triton.toolchain import bundled_tool
 from tilewright.errors import TilewrightError
+from tilewright.temporary import temporary_folder
 
 _LIMIT_S = 60
 """For a disassembler, which may be given anything."""
@@ -83,7 +83,7 @@ def disassemble(cubin: bytes, *, lines: bool = False) -> str:
         TilewrightError: when it cannot be disassembled.
 
     """
-    with disks.writing(disks.TEMPORARY), tempfile.TemporaryDirectory() as folder:
+    with disks.writing(disks.TEMPORARY), temporary_folder() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         command = [str(bundled_tool("nvdisasm")), "-c", *(["-g"] if lines else []), str(path)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from tilewright.codegen.backends.cpp.builder import CppBuilder
 from tilewright.codegen.hardware.archs import CpuArch
 from tilewright.codegen.recipe.model import Launch
 from tilewright.errors import TilewrightError
+from tilewright.temporary import temporary_folder
 
 _LIMIT_S = 60
 """For a disassembler, which may be given anything."""
@@ -47,7 +47,7 @@ class CppBackend(Backend):
         tool = shutil.which("objdump") or shutil.which("llvm-objdump")
         if tool is None:
             raise TilewrightError("no objdump was found; install binutils (Debian: apt install binutils)")
-        with disks.writing(disks.TEMPORARY), tempfile.TemporaryDirectory() as folder:
+        with disks.writing(disks.TEMPORARY), temporary_folder() as folder:
             path = Path(folder) / "kernel.so"
             path.write_bytes(binary)
             command = [tool, "-d", "--no-show-raw-insn", str(path)]

@@ -10,7 +10,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +18,11 @@ from pathlib import Path
 
 from tilewright import disks
 from tilewright.codegen.backends.base import Build, BuiltFile, Source
-from tilewright.codegen.backends.building import DRAFT, refuse_full_disk, remove_abandoned, side_by_side
+from tilewright.codegen.backends.building import DRAFT, refuse_full_disk, side_by_side
 from tilewright.codegen.backends.kept import BUILDS, KeptBuilds
 from tilewright.codegen.hardware.archs import CpuArch
 from tilewright.errors import TilewrightError
+from tilewright.temporary import remove_abandoned, temporary_folder
 
 FLAGS = (
     "-std=c++17",
@@ -70,7 +70,8 @@ class Compiler:
 
     def toolchain(self, arch: CpuArch) -> str:
         """Compiler and flags in one line; how the compiler is run (``ccache``) makes no other kernel."""
-        return " ".join((self.version, *self.own_flags, *self.flags(arch)))
+        text = " ".join((self.version, *self.own_flags, *self.flags(arch)))
+        return os.fsencode(text).decode(errors="backslashreplace")  # a flag may name a folder that is no UTF-8
 
 
 def find_compiler(environment: dict[str, str] | None = None) -> Compiler:
@@ -151,7 +152,7 @@ class CppBuilder:
         self.compiler = compiler or find_compiler()
         self._kept = KeptBuilds(directory, BUILDS)
         self.directory = self._kept.folder
-        remove_abandoned(self.directory, 4 * CPU_LIMIT_S)
+        remove_abandoned(self.directory, DRAFT)
 
     @property
     def toolchain(self) -> str:
@@ -194,7 +195,7 @@ class CppBuilder:
         path = self.path_for(source.text)
         if self._kept.holds(path.name):
             return Build(path, "", 0.0, (BuiltFile(path, "host_so"),))
-        with tempfile.TemporaryDirectory(dir=self.directory, prefix=DRAFT) as folder:
+        with temporary_folder(DRAFT, self.directory) as folder:
             code, made = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
             code.write_text(source.text)
             message, cpu_s = self._compile(code, made, stop)

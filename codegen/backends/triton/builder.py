@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from tilewright.codegen.backends.base import Build, BuiltFile, Source
 from tilewright.codegen.backends.binaries.cubin import read_cubin, read_spills
 from tilewright.codegen.backends.binaries.facts import EntryFacts, TensorMapFacts, launch_obstacle
 from tilewright.codegen.backends.binaries.hsaco import read_hsaco
-from tilewright.codegen.backends.building import DRAFT, refuse_full_disk, remove_abandoned, side_by_side
+from tilewright.codegen.backends.building import DRAFT, refuse_full_disk, side_by_side
 from tilewright.codegen.backends.kept import BUILDS, KeptBuilds
 from tilewright.codegen.backends.triton.compile import BINARIES, FORMS
 from tilewright.codegen.backends.triton.entry import EntrySpec, triton_entries
@@ -23,6 +22,7 @@ from tilewright.codegen.backends.triton.pool import CompilePool, CompileServerEr
 from tilewright.codegen.backends.triton.toolchain import toolchain
 from tilewright.codegen.hardware.archs import GpuArch
 from tilewright.errors import TilewrightError
+from tilewright.temporary import remove_abandoned, temporary_folder
 
 _FORMAT = 2
 """Of a build's folder; a part of its name."""
@@ -32,7 +32,6 @@ _LONGEST_MESSAGE = 500
 _REGISTER_BYTES = 4
 _WARP_THREADS = 32
 """Of NVIDIA's GPUs."""
-_ABANDONED_S = 600.0
 _KEPT = ("json", "log", *BINARIES, *FORMS)
 
 
@@ -51,7 +50,7 @@ class TritonBuilder:
         self._kept = KeptBuilds(directory, f"{BUILDS}-triton")
         self.directory = self._kept.folder
         self._toolchain = toolchain(arch)
-        remove_abandoned(self.directory, _ABANDONED_S)
+        remove_abandoned(self.directory, DRAFT)
         self._pool = CompilePool(limits)
 
     def __enter__(self) -> Self:
@@ -107,7 +106,7 @@ class TritonBuilder:
         path = self.path_for(source)
         if self._kept.holds(path.name):
             return self._read(path, triton_entries(source.entries), 0.0)
-        with tempfile.TemporaryDirectory(dir=self.directory, prefix=DRAFT) as name:
+        with temporary_folder(DRAFT, self.directory) as name:
             folder = Path(name)
             code = folder / SOURCE_NAME
             code.write_text(source.text)

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 from tilewright.codegen.workers.channel import Channel
 from tilewright.codegen.workers.child import READY, confine, connect
+from tilewright.temporary import temporary_folder
 
 _POLL_S = 0.01
 
@@ -79,8 +79,8 @@ class Server:
 
         stdout = os.dup(1)
         try:
-            with tempfile.TemporaryDirectory(prefix="tilewright-warm-") as folder:
-                compile_entries(Path(triton_warm.__file__), [triton_warm.ENTRY], tuple(target), Path(folder))
+            with temporary_folder() as folder:
+                compile_entries(Path(triton_warm.__file__), [triton_warm.ENTRY], tuple(target), folder)
         except Exception:
             traceback.print_exc()
         finally:

@@ -20,6 +20,7 @@ from tilewright.codegen.recipe.model import WORKSPACE, Recipe
 from tilewright.codegen.workers.channel import Message
 from tilewright.codegen.workers.process import ONE_THREAD, WorkerHungError, WorkerLostError, WorkerProcess
 from tilewright.errors import TilewrightError
+from tilewright.temporary import temporary_folder
 from tilewright.tuner.evaluation.emulated.launches import (
     EmulatedBuffer,
     describe_launches,
@@ -70,7 +71,7 @@ class Emulator:
         self._worker: WorkerProcess | None = None
         self._stack = ExitStack()
         with disks.writing(disks.TEMPORARY):
-            self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tilewright-emulation-")))
+            self._folder = self._stack.enter_context(temporary_folder())
         self._runs = 0
 
     def __enter__(self) -> Self:
