@@ -18,7 +18,7 @@ from torch.nn import functional
 from tilewright.codegen.models.shapes import load_model
 from tilewright.runtime import Experts
 
-MODEL = load_model(str(Path(__file__).parent / "small_moe"))
+(MODEL,) = load_model(str(Path(__file__).parent / "small_moe")).experts
 TOKENS = (1, 4, 16, 64, 256)
 ROUNDS = 31
 

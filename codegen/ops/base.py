@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from tilewright.codegen.backends.base import Entry
 from tilewright.codegen.hardware.archs import Arch
-from tilewright.codegen.models.shapes import ModelShape
+from tilewright.codegen.models.model_shape import ModelShape
+from tilewright.codegen.models.parts import LeftOut
 from tilewright.codegen.numbers.layouts import RowLayout, WeightLayout
 from tilewright.codegen.numbers.precisions import LOSSLESS, PRECISIONS
 from tilewright.codegen.ops.fields import check, described, help_of, json_of, parts, read, require_names
@@ -29,6 +30,8 @@ Arrays = dict[str, NDArray[Any]]
 
 MAX_SIZE = 1 << 20
 """Largest dynamic size of a problem: tokens, rows, or tokens of a sequence."""
+NOT_ASKED_FOR = "it is none of what was asked for"
+"""Why something is left out that could be tuned."""
 SERVED_DTYPE = "bf16"
 """That models are served in where nothing else is said, and kernels do not compute in fp32."""
 
@@ -201,6 +204,8 @@ class OpDeclaration(ABC, Generic[S, P]):
     """The op's :class:`Problem`."""
     served_by: ClassVar[tuple[str, ...]]
     """What of ``tilewright.runtime`` serves it, for hints."""
+    needed_for: ClassVar[str]
+    """What of a model calls it, in words."""
     sizes_help: ClassVar[str] = "tokens of a call (1,4,16,64,256)"
     """What ``--tokens`` counts, and which sizes are tuned where it is not given; for the command line."""
 
@@ -220,6 +225,10 @@ class OpDeclaration(ABC, Generic[S, P]):
             if each.default is not None and any(arch.among(template.families) for template in each.templates):
                 return each
         raise TilewrightError(f"{self.name} has no template for {arch.name}")
+
+    @abstractmethod
+    def layers_of(self, model: ModelShape) -> tuple[Any, ...]:
+        """The kinds of layers of ``model`` that call this op."""
 
     @abstractmethod
     def signatures(self, model: ModelShape) -> tuple[S, ...]:
@@ -246,10 +255,21 @@ class OpDeclaration(ABC, Generic[S, P]):
         A pass is one token for each of some sequences (``decode``), or all tokens of a prompt (``prefill``).
         """
 
-    def left_out(self, tuned: Sequence[S], model: ModelShape) -> tuple[str, ...]:
-        """What this op would compute in a pass of ``model``, but is none of its signatures ``tuned``, in words."""
-        del model
-        return () if tuned else (self.name,)
+    def declared(self, signature: S) -> S:
+        """``signature`` as the op declares it for a model, whatever dtypes :meth:`on` gave it."""
+        dtypes = [field.name for field in fields(signature) if field.name.endswith("_dtype")]
+        changes: dict[str, Any] = dict.fromkeys(dtypes, LOSSLESS)
+        return replace(signature, **changes)
+
+    def left_out(self, tuned: Sequence[S], model: ModelShape) -> tuple[LeftOut, ...]:
+        """What this op could compute in a pass of ``model``, but is none of its signatures ``tuned``."""
+        return () if tuned or self.why_without(model) else (LeftOut(self.name, NOT_ASKED_FOR),)
+
+    def why_without(self, model: ModelShape) -> str | None:
+        """Why ``model`` calls this op nowhere, in a sentence; None where it does."""
+        if self.layers_of(model):
+            return None
+        return model.why_without(self.name) or f"{model.name} has no {self.needed_for}"
 
     def signature_from_dict(self, fields: Mapping[str, Any]) -> S:
         """Signature from its JSON form.

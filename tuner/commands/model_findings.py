@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tilewright.codegen.models.shapes import ModelShape
+from tilewright.codegen.models.model_shape import ModelShape
 from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.signature import Signature
 from tilewright.tuner.campaign.campaign import Report
@@ -73,7 +73,7 @@ class ModelFindings:
 
     @property
     def _not_counted(self) -> list[str]:
-        return not_counted(self.model, self._signatures)
+        return [each.what for each in not_counted(self.model, self._signatures)]
 
     def _table(self) -> list[str]:
         names = telling_names(self._signatures)

@@ -9,10 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright.codegen.hardware.archs import Arch, find_arch
-from tilewright.codegen.models.shapes import ModelShape, load_model
+from tilewright.codegen.models.model_shape import ModelShape
+from tilewright.codegen.models.shapes import load_model
 from tilewright.codegen.numbers.precisions import LOSSLESS, parse_precisions
 from tilewright.codegen.ops.base import OpDeclaration, Problem
 from tilewright.codegen.ops.registry import OPS, find_op
+from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.campaign import Request
@@ -91,6 +93,8 @@ def _of_target(
                 raise
             warn(f"{name} is left out: {error}")
             continue
+        if model is not None:
+            _say_left_out(model, name, warn)
         if len(names) > 1 and not any(request.op.precisions(problem.signature) for problem in request.problems):
             request = replace(request, precisions=(LOSSLESS,))  # it has no weights to store
         for signature in dict.fromkeys(problem.signature for problem in request.problems):
@@ -103,6 +107,13 @@ def _of_target(
     per_op = target.budget.per_op and not arguments.time
     time_s = sum(request.time_s for request in requests) if per_op else requests[0].time_s
     return [replace(each, time_s=time_s * len(each.problems) / problems) for each in requests]
+
+
+def _say_left_out(model: ModelShape, op: str, warn: Callable[[str], None]) -> None:
+    """Kinds of layers of an op's that stay as they are, while others of it are tuned."""
+    for each in model.left_out:
+        if each.op == op:
+            warn(f"{each.what} left out: {each.why}")
 
 
 def op_names(text: str) -> list[str]:
@@ -188,10 +199,13 @@ def _problems(
     if model is not None:
         asked = None if arguments.tokens is None else _tokens(arguments.tokens)
         try:
-            further = op.further_signatures(model) if arguments.op == ALL_OPS else ()
-            signatures = (*op.signatures_on(model, arch), *(op.on(each, arch) for each in further))
+            signatures = [*op.signatures_on(model, arch)]
         except TilewrightError as error:
             raise _LeftOutError(str(error)) from error
+        if arguments.op == ALL_OPS:
+            signatures += _further(arguments, op, model, arch)
+        if not signatures:
+            raise _LeftOutError(f"{op.name} has nothing to tune for {model.name}: {op.why_without(model)}")
         return [
             op.problem(signature, tokens, routing, model)
             for signature in signatures
@@ -211,6 +225,19 @@ def _problems(
                 problem = op.served_on(problem, arch)
             problems.append(problem)
     return problems
+
+
+def _further(
+    arguments: argparse.Namespace, op: OpDeclaration[Any, Any], model: ModelShape, arch: Arch
+) -> list[Signature]:
+    """Linear layers and the like, as far as kernels can be had for them: one of many is not worth a refusal of all."""
+    possible = []
+    for signature in dict.fromkeys(op.on(each, arch) for each in op.further_signatures(model)):
+        refusals = op.precisions(signature, arch)
+        asked = [name for name in parse_precisions(arguments.precision) if not refusals.get(name)]
+        if asked and op.templates_for(signature, arch):
+            possible.append(signature)
+    return possible
 
 
 def _max_error(asked: float | None, precisions: Sequence[str]) -> float:

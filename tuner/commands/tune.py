@@ -13,6 +13,7 @@ from tilewright.tuner.campaign.campaign import Campaign, Report, Request
 from tilewright.tuner.campaign.precision import DEFAULT_MAX_ERROR
 from tilewright.tuner.campaign.progress import Progress
 from tilewright.tuner.commands.common import print_json
+from tilewright.tuner.commands.dry_run import DryRun, dry_runs
 from tilewright.tuner.commands.requests import (
     ALL_OPS,
     DEFAULT_MODEL,
@@ -100,6 +101,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="E",
         help=f"largest relative error of the output, ||out - exact|| / ||exact|| (default {DEFAULT_MAX_ERROR})",
     )
+    how.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be tuned, how often a model calls it, and what of it is not counted; build nothing",
+    )
     where = parser.add_argument_group("where to")
     where.add_argument("--db", metavar="PATH|URL", help="database (default $TILEWRIGHT_DB, or the user's data folder)")
     where.add_argument(
@@ -121,8 +127,12 @@ def run(arguments: argparse.Namespace) -> int:
     if HELP in (arguments.problem or ()):
         print("\n".join(OPS[name].problem_help() for name in op_names(arguments.op)))
         return 0
+    if arguments.dry_run:
+        arguments.study = ""  # opened, it would be made
     model = parse_model(arguments)
     requests = parse_requests(arguments, model, _warn)
+    if arguments.dry_run:
+        return _show_dry_runs(dry_runs(requests, model), as_json=arguments.json)
     shown: list[Shown] = []
     reports: list[Report] = []
     with Store.open(arguments.db) as store, Progress(sys.stderr) as progress:
@@ -140,6 +150,19 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(documents[0] if len(documents) == 1 else documents)
     signatures = [mine for report in reports for mine in report.signatures]
     return 0 if all(len(mine.finals) == len(mine.results) for mine in signatures) else 1
+
+
+def _show_dry_runs(runs: list[DryRun], *, as_json: bool) -> int:
+    for run in runs:
+        for request in run.requests:
+            request.target.close()
+    if as_json:
+        documents = [run.document() for run in runs]
+        print_json(documents[0] if len(documents) == 1 else documents)
+    else:
+        for run in runs:
+            print_lines(run.lines())
+    return 0
 
 
 def _tune(request: Request, store: Store, progress: Progress) -> Report:

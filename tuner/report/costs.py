@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tilewright.codegen.hardware.archs import Arch
-from tilewright.codegen.models.shapes import ModelShape
+from tilewright.codegen.models.model_shape import ModelShape
 from tilewright.codegen.ops.registry import OPS, find_op
 from tilewright.codegen.ops.signature import Signature
 from tilewright.errors import TilewrightError

@@ -7,13 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tilewright.codegen.models.shapes import ModelShape
+from tilewright.codegen.models.model_shape import ModelShape
+from tilewright.codegen.models.parts import LeftOut
 from tilewright.codegen.ops.base import Phase
 from tilewright.codegen.ops.registry import OPS, find_op
 from tilewright.codegen.ops.signature import Signature
 from tilewright.tuner.plan.deployed import Deployed
 
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
+_NEVER = (
+    LeftOut("norms", "no op computes them, and the runtime has a kernel of its own for some"),
+    LeftOut("embeddings", "they are looked up"),
+    LeftOut("Python", "what the model itself takes between the calls of kernels"),
+)
 
 
 @dataclass(frozen=True)
@@ -121,13 +127,11 @@ def _part(op: str, title: str, calls: float, row: Deployed) -> Part:
     return Part(op, title, calls, torch, torch / ratio.median, low, high)
 
 
-def not_counted(model: ModelShape, tuned: Sequence[Signature]) -> list[str]:
-    """What a pass computes beside ``tuned``: by each op what it would compute, then what no op does."""
+def not_counted(model: ModelShape, tuned: Sequence[Signature]) -> list[LeftOut]:
+    """What a pass computes beside ``tuned``: what each op could compute of it, then what no op does."""
     left = [
         part
         for name, op in OPS.items()
         for part in op.left_out([signature for signature in tuned if signature.op == name], model)
     ]
-    left += ["shared experts"] if model.shared_experts else []
-    left += ["dense layers"] if model.moe_layers < model.layers else []
-    return [*left, "norms", "embeddings", "Python"]
+    return [*left, *model.left_out, *_NEVER]

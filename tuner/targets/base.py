@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from tilewright.codegen.backends.registry import Builders
 from tilewright.codegen.hardware.archs import Arch
-from tilewright.codegen.models.shapes import ModelShape
+from tilewright.codegen.models.model_shape import ModelShape
 from tilewright.codegen.ops.base import OpDeclaration, Problem, Template
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.space import Space
@@ -47,11 +47,13 @@ class DefaultBudget:
     time_s: float
     per_op: bool
     """Whether ``time_s`` is for every op; else all ops of an arch share it."""
+    trial_s: float
+    """What a trial usually takes, for estimates."""
 
 
-MEASURING = DefaultBudget(trials=60, time_s=100.0, per_op=True)
+MEASURING = DefaultBudget(trials=60, time_s=100.0, per_op=True, trial_s=0.5)
 """Where kernels are timed, one after the other."""
-COMPILING = DefaultBudget(trials=40, time_s=480.0, per_op=False)
+COMPILING = DefaultBudget(trials=40, time_s=480.0, per_op=False, trial_s=1.5)
 """Where they are compiled and predicted."""
 
 

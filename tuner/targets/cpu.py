@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 from tilewright.codegen.hardware.archs import Arch, runs_on
 from tilewright.codegen.hardware.cores import cores
 from tilewright.codegen.hardware.cpu_info import read_cpu_info
-from tilewright.codegen.models.shapes import ModelShape
+from tilewright.codegen.models.model_shape import ModelShape
 from tilewright.codegen.ops.base import OpDeclaration
 from tilewright.codegen.ops.signature import Signature
 from tilewright.errors import TilewrightError

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 from tilewright.codegen.hardware.archs import GPU_ARCHS, Arch
 from tilewright.codegen.hardware.devices import Device, find_device
-from tilewright.codegen.models.shapes import ModelShape
+from tilewright.codegen.models.model_shape import ModelShape
 from tilewright.codegen.ops.base import OpDeclaration, Problem, Template
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.space import Config, Space

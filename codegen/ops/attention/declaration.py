@@ -15,13 +15,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.codegen.hardware.archs import Arch
-from tilewright.codegen.models.shapes import ModelShape
+from tilewright.codegen.models.model_shape import ModelShape
+from tilewright.codegen.models.parts import AttentionLayers
 from tilewright.codegen.numbers.dtypes import ITEMSIZE, ROUNDING, round_to
 from tilewright.codegen.ops.attention.cpu.templates import CPU
 from tilewright.codegen.ops.attention.inputs import draw, draw_cache, draw_queries, gather_sequence, split_tokens
@@ -37,6 +38,7 @@ _REFERENCE_ROWS = 256
 _EXPONENTIAL_FLOPS = 16
 """Of a score: its exponential, sum and maximum."""
 
+_STAGES: tuple[Stage, ...] = ("decode", "prefill")
 _LADDERS: Mapping[Stage, tuple[int, ...]] = {"decode": (1, 4, 16, 64), "prefill": (64, 256, 1024)}
 
 
@@ -48,7 +50,12 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
     signature_type: ClassVar[type[AttentionSignature]] = AttentionSignature
     problem_type: ClassVar[type[AttentionProblem]] = AttentionProblem
     served_by: ClassVar[tuple[str, ...]] = ("PagedDecode", "VarlenPrefill")
+    needed_for: ClassVar[str] = "attention over all tokens or a window"
     sizes_help: ClassVar[str] = "sequences that decode together (1,4,16,64), or tokens of prompts (64,256,1024)"
+
+    def layers_of(self, model: ModelShape) -> tuple[AttentionLayers, ...]:
+        """See :class:`OpDeclaration`."""
+        return model.attention
 
     def signatures(self, model: ModelShape) -> tuple[AttentionSignature, ...]:
         """Decode and prefill of every kind of layer of ``model``, with the heads of one tensor-parallel rank.
@@ -56,37 +63,20 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
         Latent attention (DeepSeek) is as Transformers computes it, one key and one value per query head; see
         :meth:`signatures_on` for GPUs.
         """
-        heads, kv_heads = model.heads_per_rank()
-        common: dict[str, Any] = {
-            "heads": heads,
-            "kv_heads": kv_heads,
-            "head_dim": model.head_dim,
-            "value_dim": model.value_dim,
-            "scale": model.attention_scale,
-            "sinks": model.attention_sinks,
-        }
-        stages: tuple[Stage, ...] = ("decode", "prefill")
-        return tuple(
-            AttentionSignature(stage=stage, window=window, **common) for stage in stages for window in model.windows
-        )
+        return tuple(dict.fromkeys(_expanded(each, model, stage) for stage in _STAGES for each in model.attention))
 
     def signatures_on(self, model: ModelShape, arch: Arch) -> tuple[AttentionSignature, ...]:
         """Latent attention decodes in its absorbed form where some template for ``arch`` computes that.
 
         The cache then holds one row per token for all heads.
         """
-        served = super().signatures_on(model, arch)
-        if not model.latent_dim:
-            return served
-        absorbed: dict[str, Any] = {
-            "latent": True,
-            "kv_heads": 1,
-            "kv_layout": "",
-            "head_dim": model.latent_dim + model.rope_dim,
-            "value_dim": model.latent_dim,
-        }
-        latent = [replace(each, **absorbed) if each.stage == "decode" else each for each in served]
-        return tuple(own if self.templates_for(own, arch) else plain for own, plain in zip(latent, served, strict=True))
+        found = []
+        for stage in _STAGES:
+            for each in model.attention:
+                plain = self.on(_expanded(each, model, stage), arch)
+                own = self.on(_absorbed(each, model), arch) if each.latent_dim and stage == "decode" else None
+                found.append(own if own is not None and self.templates_for(own, arch) else plain)
+        return tuple(dict.fromkeys(found))
 
     def ladder(self, signature: AttentionSignature, arch: Arch) -> tuple[int, ...]:
         """Sequences that decode together, and tokens of a prompt: what limits them is not the kernel."""
@@ -94,8 +84,16 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
         return _LADDERS[signature.stage]
 
     def calls_per_pass(self, signature: AttentionSignature, model: ModelShape, phase: Phase) -> float:
-        """Once in every layer of its kind, kinds being taken to be equally many; see :class:`OpDeclaration`."""
-        return model.layers / len(model.windows) if signature.stage == phase else 0.0
+        """Once in every layer of its kind; see :class:`OpDeclaration`."""
+        if signature.stage != phase:
+            return 0.0
+        asked, form = self.declared(signature), _absorbed if signature.latent else None
+        alike = (
+            each
+            for each in model.attention
+            if (form(each, model) if form else _expanded(each, model, signature.stage)) == asked
+        )
+        return float(sum(each.calls for each in alike))
 
     def problem(
         self, signature: AttentionSignature, tokens: int, routing: RoutingSpec, model: ModelShape | None = None
@@ -200,6 +198,32 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
                 f"kv_heads={signature.heads} with their head_dim and value_dim, without latent"
             )
         return super()._no_template(signature, arch, precisions)
+
+
+def _expanded(attention: AttentionLayers, model: ModelShape, stage: Stage) -> AttentionSignature:
+    heads, kv_heads = model.heads_per_rank(attention)
+    return AttentionSignature(
+        stage=stage,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=attention.head_dim,
+        value_dim=attention.value_dim,
+        scale=attention.scale,
+        window=attention.window,
+        sinks=attention.sinks,
+    )
+
+
+def _absorbed(attention: AttentionLayers, model: ModelShape) -> AttentionSignature:
+    """Latent attention over rows of the cache that stand for all heads."""
+    return replace(
+        _expanded(attention, model, "decode"),
+        latent=True,
+        kv_heads=1,
+        kv_layout="",
+        head_dim=attention.latent_dim + attention.rope_dim,
+        value_dim=attention.latent_dim,
+    )
 
 
 def _attend(

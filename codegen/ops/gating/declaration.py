@@ -19,7 +19,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.codegen.models.shapes import ModelShape
+from tilewright.codegen.models.model_shape import ModelShape
+from tilewright.codegen.models.parts import RouterLayers
 from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Workload
 from tilewright.codegen.ops.gating.cpu.templates import CPU
 from tilewright.codegen.ops.gating.inputs import biased_scores, generate_bias, generate_logits, group_scores
@@ -38,28 +39,21 @@ class Gating(OpDeclaration[GatingSignature, GatingProblem]):
     signature_type: ClassVar[type[GatingSignature]] = GatingSignature
     problem_type: ClassVar[type[GatingProblem]] = GatingProblem
     served_by: ClassVar[tuple[str, ...]] = ("Gate",)
+    needed_for: ClassVar[str] = "routers"
+
+    def layers_of(self, model: ModelShape) -> tuple[RouterLayers, ...]:
+        """See :class:`OpDeclaration`."""
+        return model.routers
 
     def signatures(self, model: ModelShape) -> tuple[GatingSignature, ...]:
-        """The router of ``model``, with rows in order: every rank routes over all experts."""
-        grouped = model.scoring.endswith("_group") and model.top_groups < model.expert_groups
-        return (
-            GatingSignature(
-                experts=model.all_experts,
-                top_k=model.top_k,
-                score="sigmoid" if "sigmoid" in model.scoring else "softmax",
-                renormalize=model.renormalize or model.scoring == "topk_softmax",
-                bias=model.scoring == "sigmoid_group",
-                groups=model.expert_groups if grouped else 1,
-                top_groups=model.top_groups if grouped else 1,
-                scale=model.routed_scale,
-                order="rows",
-            ),
-        )
+        """Every kind of router of ``model``, with rows in order: every rank routes over all experts."""
+        return tuple(dict.fromkeys(_signature(each) for each in model.routers))
 
     def calls_per_pass(self, signature: GatingSignature, model: ModelShape, phase: Phase) -> float:
-        """Once in every layer with experts."""
-        del signature, phase
-        return float(model.moe_layers)
+        """Once in every layer with such a router."""
+        del phase
+        asked = self.declared(signature)
+        return float(sum(each.calls for each in model.routers if _signature(each) == asked))
 
     def problem(
         self, signature: GatingSignature, tokens: int, routing: RoutingSpec, model: ModelShape | None = None
@@ -155,3 +149,17 @@ def _orders(ids: NDArray[np.int32], signature: GatingSignature) -> Arrays:
             "padded_rows": np.array([blocks.padded_rows], np.int32),
         }
     return arrays
+
+
+def _signature(router: RouterLayers) -> GatingSignature:
+    return GatingSignature(
+        experts=router.experts,
+        top_k=router.top_k,
+        score=router.score,
+        renormalize=router.renormalize,
+        bias=router.bias,
+        groups=router.groups,
+        top_groups=router.top_groups,
+        scale=router.scale,
+        order="rows",
+    )

@@ -13,17 +13,19 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 
 from tilewright.codegen.hardware.cores import usable_cores
-from tilewright.codegen.models.shapes import ModelShape
+from tilewright.codegen.models.model_shape import ModelShape
+from tilewright.codegen.models.parts import ExpertLayers, LeftOut, LinearLayers
 from tilewright.codegen.numbers.activation_rounding import round_activations
-from tilewright.codegen.numbers.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
 from tilewright.codegen.numbers.dtypes import ITEMSIZE, ROUNDING, round_to
+from tilewright.codegen.numbers.gates import join_halves
 from tilewright.codegen.numbers.precisions import find_precision
-from tilewright.codegen.ops.base import Arrays, OpDeclaration, Phase, Workload
+from tilewright.codegen.ops.base import NOT_ASKED_FOR, Arrays, OpDeclaration, Phase, Workload
 from tilewright.codegen.ops.implementation import Implementation
 from tilewright.codegen.ops.moe_gemm.cpu.configs import CPU
 from tilewright.codegen.ops.moe_gemm.problem import MoeGemmProblem
@@ -34,12 +36,7 @@ from tilewright.codegen.routing.spec import (
     RoutingSpec,
     generate_topk_weights,
 )
-from tilewright.errors import TilewrightError
 
-if TYPE_CHECKING:
-    import torch
-
-_PHASES: tuple[Phase, ...] = ("decode", "prefill")
 _SAMPLED_EXPERTS, _SAMPLED_COLUMNS, _SAMPLED_TOKENS = 4, 256, 32
 
 
@@ -51,47 +48,44 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
     signature_type: ClassVar[type[MoeGemmSignature]] = MoeGemmSignature
     problem_type: ClassVar[type[MoeGemmProblem]] = MoeGemmProblem
     served_by: ClassVar[tuple[str, ...]] = ("Experts",)
+    needed_for: ClassVar[str] = "experts"
+
+    def layers_of(self, model: ModelShape) -> tuple[ExpertLayers, ...]:
+        """See :class:`OpDeclaration`."""
+        return model.experts
 
     def signatures(self, model: ModelShape) -> tuple[MoeGemmSignature, ...]:
-        """``up`` with the activation fused, then ``down``, of one expert layer."""
-        up = MoeGemmSignature(
-            stage="up",
-            experts=model.experts,
-            n=model.inter,
-            k=model.hidden,
-            top_k=model.top_k,
-            activation=model.activation,
-            bias=model.expert_bias,
-        )
-        return up, replace(up, stage="down", n=model.hidden, k=model.inter, activation="none")
+        """``up`` with the activation fused, then ``down``, of every kind of expert layer."""
+        return tuple(dict.fromkeys(stage for each in model.experts for stage in _stages(each)))
 
     def further_signatures(self, model: ModelShape) -> tuple[MoeGemmSignature, ...]:
-        """Linear layers outside of the experts, each a group of its own: attention's projections, and the head.
-
-        Without the projections of latent attention, whose inner sizes a shape does not hold, and those with a bias.
-        """
-        return tuple(_plain(shape) for shape in dict.fromkeys([*_projections(model), _head(model)]))
+        """Linear layers outside of the experts, each a group of its own: what ranks share in a known way."""
+        return tuple(dict.fromkeys(_plain(each, shape) for each, shape in _linears(model)))
 
     def calls_per_pass(self, signature: MoeGemmSignature, model: ModelShape, phase: Phase) -> float:
-        """Once in every layer with experts; of linear layers as many as have the shape.
+        """Once in every layer with such experts; of linear layers as many as have the shape.
 
         The head is called for one row of a prompt, which is no size.
         """
-        if signature.stage != "plain":
-            return float(model.moe_layers)
-        shape = (signature.n, signature.k)
-        head = phase == "decode" and shape == _head(model)
-        return float(model.layers * _projections(model).count(shape) + head)
+        asked = self.declared(signature)
+        if asked.stage != "plain":
+            return float(sum(each.calls for each in model.experts if asked in _stages(each)))
+        alike = [each for each, shape in _linears(model) if _plain(each, shape) == asked]
+        return float(sum(each.decode if phase == "decode" else each.prefill for each in alike))
 
-    def left_out(self, tuned: Sequence[MoeGemmSignature], model: ModelShape) -> tuple[str, ...]:
+    def left_out(self, tuned: Sequence[MoeGemmSignature], model: ModelShape) -> tuple[LeftOut, ...]:
         """Experts, and the linear layers around them; only the last token of a prompt goes through the head."""
-        decode, prefill = (
-            sum(self.calls_per_pass(each, model, phase) for each in tuned if each.stage == "plain") for phase in _PHASES
-        )
+        stages = {each.stage for each in tuned}
+        plain = {self.declared(each) for each in tuned if each.stage == "plain"}
+        head = [each for each in _linears(model) if each[0].role == "head"]
+        others = [each for each in _linears(model) if each[0].role != "head"]
+        name = "linear layers" if any(each.role == "other" for each, _ in others) else "projections"
+        unknown = [each for each in model.linears if _share(each, model) is None]
         return (
-            *(() if tuned else ("experts",)),
-            *(() if prefill else ("projections",)),
-            *(() if decode > prefill else ("the head",)),
+            *((LeftOut("experts", NOT_ASKED_FOR),) if model.experts and not stages - {"plain"} else ()),
+            *((LeftOut(name, NOT_ASKED_FOR),) if others and not plain & {_plain(*each) for each in others} else ()),
+            *((LeftOut("the head", NOT_ASKED_FOR),) if head and not plain & {_plain(*each) for each in head} else ()),
+            *((LeftOut("linear layers", "how ranks share them is not known"),) if unknown else ()),
         )
 
     def problem(
@@ -103,7 +97,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         """
         # Rows of a plain product are what its caller made of tokens and routing.
         of_model = None if signature.stage == "plain" else model
-        problem = MoeGemmProblem(signature, tokens, routing, of_model.all_experts if of_model else signature.experts)
+        problem = MoeGemmProblem(signature, tokens, routing, signature.experts * (of_model.ep if of_model else 1))
         if routing.path is not None:
             read_recorded_ids(routing.path, problem.all_experts, signature.top_k)
         return problem
@@ -186,7 +180,7 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
             if signature.bias:
                 product += torch.from_numpy(weights["bias"][expert]).double()
             if signature.halves == 2:
-                product = _join_halves(signature.activation, product[:, : signature.n], product[:, signature.n :])
+                product = join_halves(signature.activation, product[:, : signature.n], product[:, signature.n :])
             rows[begin:end] = product
         if signature.stage != "down":
             return {"out": rows.numpy()}
@@ -228,33 +222,43 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
         )
 
 
-def _projections(model: ModelShape) -> list[tuple[int, int]]:
-    """(n, k) of query, key, value and output of one layer's attention, on one tensor-parallel rank."""
-    if model.value_dim != model.head_dim or model.attention_bias:
-        return []
-    heads, kv_heads = (count * model.head_dim for count in model.heads_per_rank())
-    return [(heads, model.hidden), (kv_heads, model.hidden), (kv_heads, model.hidden), (model.hidden, heads)]
+@lru_cache(maxsize=64)
+def _stages(experts: ExpertLayers) -> tuple[MoeGemmSignature, MoeGemmSignature]:
+    up = MoeGemmSignature(
+        stage="up",
+        experts=experts.experts,
+        n=experts.inter,
+        k=experts.hidden,
+        top_k=experts.top_k,
+        activation=experts.activation,
+        bias=experts.bias,
+    )
+    return up, replace(up, stage="down", n=experts.hidden, k=experts.inter, activation="none")
 
 
-def _head(model: ModelShape) -> tuple[int, int]:
-    return model.vocab, model.hidden
+def _linears(model: ModelShape) -> list[tuple[LinearLayers, tuple[int, int]]]:
+    """Linear layers with their (n, k) on one tensor-parallel rank."""
+    shares = [(each, _share(each, model)) for each in model.linears]
+    return [(each, shape) for each, shape in shares if shape is not None]
 
 
-def _plain(shape: tuple[int, int]) -> MoeGemmSignature:
-    return MoeGemmSignature(stage="plain", experts=1, n=shape[0], k=shape[1])
+def _share(linear: LinearLayers, model: ModelShape) -> tuple[int, int] | None:
+    """(n, k) of a rank's part of ``linear``; None where it is not known. Heads are divided, and the head is not."""
+    if model.tp == 1 or linear.role == "head":
+        return linear.n, linear.k
+    for attention in model.attention:
+        heads, kv_heads = model.heads_per_rank(attention)
+        match linear.role:
+            case "query" if linear.n == attention.heads * attention.head_dim:
+                return heads * attention.head_dim, linear.k
+            case "key" if linear.n == attention.kv_heads * attention.head_dim:
+                return kv_heads * attention.head_dim, linear.k
+            case "value" if linear.n == attention.kv_heads * attention.value_dim:
+                return kv_heads * attention.value_dim, linear.k
+            case "output" if linear.k == attention.heads * attention.value_dim:
+                return linear.n, heads * attention.value_dim
+    return None
 
 
-def _join_halves(activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """The activation's definition, on tensors of any one shape."""
-    import torch
-
-    match activation:
-        case "swiglu":
-            return gate * torch.sigmoid(gate) * up
-        case "geglu":
-            return torch.nn.functional.gelu(gate, approximate="tanh") * up
-        case "swiglu_clamped":
-            gate, up = gate.clamp(max=CLAMPED_LIMIT), up.clamp(-CLAMPED_LIMIT, CLAMPED_LIMIT)
-            return gate * torch.sigmoid(CLAMPED_ALPHA * gate) * (up + 1)
-        case _:
-            raise TilewrightError(f"the activation {activation!r} has no gate")
+def _plain(linear: LinearLayers, shape: tuple[int, int]) -> MoeGemmSignature:
+    return MoeGemmSignature(stage="plain", experts=1, n=shape[0], k=shape[1], bias=linear.bias)

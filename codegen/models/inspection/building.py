@@ -1,0 +1,153 @@
+"""From a config to a model on the meta device, of the class that the installed Transformers has for it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import transformers
+from transformers.models.auto import configuration_auto, modeling_auto
+
+from tilewright.codegen.models.config import NESTED
+from tilewright.errors import TilewrightError
+
+LEAST_VERSION = 5
+"""Of Transformers: from there on, experts and attention call functions that their config names."""
+
+_ESSENTIAL = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""What a config must say itself, where its class has it: the class's defaults are those of some published model."""
+_REACHES_OUT = frozenset(
+    {
+        "auto_map",
+        "attn_implementation",
+        "experts_implementation",
+        "quantization_config",
+        "use_kernels",
+        "dtype",
+        "torch_dtype",
+    }
+)
+"""Fields that name code to be fetched or numbers to be kept in; no shape depends on them."""
+_GENERATING = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
+
+
+class UnknownClassError(Exception):
+    """The installed Transformers has no class for the model."""
+
+
+def build(config: Mapping[str, Any], implementation: str) -> Any:
+    """The model that ``config`` describes, on the meta device and in evaluation mode.
+
+    Args:
+        config: a parsed ``config.json``. Code that it names is not run, and nothing is fetched.
+        implementation: name of the attention and the experts function that the model is to call.
+
+    Raises:
+        UnknownClassError: when no class is known for it.
+        TilewrightError: when its class refuses it.
+
+    """
+    plain = _without_code(config)
+    cls = _class_for(plain)
+    parsed = _parse(cls, plain)
+    if getattr(parsed, "is_encoder_decoder", False):
+        raise TilewrightError(f"{cls.__name__} is an encoder with a decoder; give a model that continues a text")
+    _require_essential(parsed, plain)
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model = cls._from_config(
+                parsed, attn_implementation=implementation, experts_implementation=implementation, dtype=torch.float32
+            )
+    except Exception as error:
+        raise TilewrightError(f"{cls.__name__} refuses this config: {_first_line(error)}") from error
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+
+
+def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_code(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in _REACHES_OUT and not key.startswith("_")
+    }
+
+
+def _class_for(config: Mapping[str, Any]) -> Any:
+    """The class that the config names, else that for its ``model_type``, else that for its language model."""
+    kind = config.get("model_type")
+    known = kind in configuration_auto.CONFIG_MAPPING_NAMES
+    for name in config.get("architectures") or ():
+        cls = _generating_class(name)
+        # A checkpoint with code of its own may use the name of a class that reads other fields.
+        if cls is not None and (not known or cls.config_class.model_type == kind):
+            return cls
+    for mapping in _GENERATING:
+        name = getattr(modeling_auto, mapping).get(kind)
+        cls = _generating_class(name[0] if isinstance(name, tuple) else name)
+        if cls is not None:
+            return cls
+    for key in NESTED:
+        if isinstance(inner := config.get(key), Mapping):
+            return _class_for({"architectures": None, **inner})
+    raise UnknownClassError(
+        f"the installed Transformers {transformers.__version__} has no class for the model_type {kind!r}"
+    )
+
+
+def _generating_class(name: object) -> Any:
+    if not isinstance(name, str) or not name.isidentifier():
+        return None
+    cls: Any = getattr(transformers, name, None)
+    if not inspect.isclass(cls) or not issubclass(cls, transformers.PreTrainedModel):
+        return None
+    return cls if getattr(cls, "config_class", None) is not None and hasattr(cls, "generate") else None
+
+
+def _parse(cls: Any, config: Mapping[str, Any]) -> Any:
+    """The config as its class reads it; lists of equal values, one for each layer, stand for the value if need be."""
+    kind = cls.config_class
+    inner = next((config[key] for key in NESTED if isinstance(config.get(key), Mapping)), None)
+    # A class of a language model alone may be all there is for a model that also sees.
+    fields = config if inner is None or (hasattr(kind, "sub_configs") and kind.sub_configs) else inner
+    try:
+        return kind.from_dict({name: value for name, value in fields.items() if name != "model_type"})
+    except Exception as error:
+        try:
+            return kind.from_dict({n: _uniform(v) for n, v in fields.items() if n != "model_type"})
+        except Exception:
+            raise TilewrightError(f"{kind.__name__} refuses this config: {_first_line(error)}") from error
+
+
+def _uniform(value: Any) -> Any:
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(v, int) and v == value[0] for v in value):
+        return value[0]
+    return value
+
+
+def _require_essential(parsed: Any, config: Mapping[str, Any]) -> None:
+    """What the class fills in must not stand for what the file forgot."""
+    text = parsed.get_text_config()
+    given = set(_names(config))
+    aliases = cast("Mapping[str, str]", text.attribute_map)
+    for name in _ESSENTIAL:
+        spellings = {name, aliases.get(name, name)}
+        if hasattr(text, name) and not spellings & given and not _derived(type(text), name):
+            raise TilewrightError(f"the field {name!r} is missing; use a complete config.json")
+
+
+def _derived(kind: Any, name: str) -> bool:
+    """Whether the class computes the field from others."""
+    return isinstance(inspect.getattr_static(kind, name, None), property)
+
+
+def _names(config: Mapping[str, Any]) -> list[str]:
+    return [
+        name
+        for key, value in config.items()
+        for name in (key, *(_names(value) if key in NESTED and isinstance(value, Mapping) else ()))
+    ]
