@@ -79,7 +79,6 @@ FAMILIES: Mapping[str, _Family] = {
     "kimi_k2": _DEEPSEEK_V3,
     "deepseek_v32": replace(_DEEPSEEK_V3, sparse_attention=True),
     "glm4_moe": _GLM4,
-    "glm4_moe_lite": _DEEPSEEK_V3,
     "dots1": _GLM4,
     "gpt_oss": _Family(
         width="intermediate_size",

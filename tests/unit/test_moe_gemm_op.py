@@ -164,8 +164,8 @@ def test_a_layer_s_two_signatures_fit_together(name: str) -> None:
     model = load_model(name)
     up, down = OP.signatures(model)
     assert (up.stage, down.stage) == ("up", "down")
-    assert (up.k, up.n) == (down.n, down.k) == (model.hidden, model.inter)
-    assert (up.experts, up.top_k) == (down.experts, down.top_k) == (model.experts, model.top_k)
+    assert (up.k, up.n) == (down.n, down.k) == (model.experts[0].hidden, model.experts[0].inter)
+    assert (up.experts, up.top_k) == (down.experts, down.top_k) == (model.experts[0].experts, model.experts[0].top_k)
     assert up.activation != "none"
     assert down.activation == "none"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from tilewright.codegen.models.inspection.tracing import AttentionCall
 _WITHOUT_MEANING = frozenset({"position_ids", "cache_position", "input_ids", "position_embeddings", "attention_mask"})
 """Tensors that Transformers hands through to every attention function."""
 _SINKS = ("s_aux", "sinks")
+_FAR = 4096
+"""Tokens after which a window shows, where nothing says how long it is."""
 
 
 def read_attention(call: AttentionCall) -> dict[str, Any] | Refusal:
@@ -70,8 +73,9 @@ def _window_of(function: Any, local: int) -> int | Refusal:
     A mask by chunks of positions is that of a whole sequence for all that is shorter than a chunk.
     """
     counts = []
-    chunk = local or 1
-    for query in (2 * chunk + 67, 3 * chunk + 131):
+    reach = local or _FAR
+    _without_padding(function)
+    for query in (2 * reach, 3 * reach + 1):  # where in a chunk differs
         keys = torch.arange(query + 2)
         zero = torch.zeros((), dtype=torch.long)
         try:
@@ -90,6 +94,17 @@ def _window_of(function: Any, local: int) -> int | Refusal:
     if local and all(count == query % local + 1 for query, count in counts):
         return 0
     return Refusal("its mask is neither causal nor a window")
+
+
+def _without_padding(function: Any) -> None:
+    """Let a mask by chunks know that nothing is padded on the left; it looks that up where there are no values."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        held = cell.cell_contents
+        if name == "left_padding" and isinstance(held, Tensor) and held.is_meta:
+            cell.cell_contents = torch.zeros(held.shape, dtype=torch.long)
+        for inner in held if isinstance(held, tuple | list) else (held,):
+            if inspect.isfunction(inner):
+                _without_padding(inner)
 
 
 def _latent(call: AttentionCall) -> tuple[int, int]:

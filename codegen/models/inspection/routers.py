@@ -228,7 +228,7 @@ def _candidates(tried: _Tried, block: nn.Module) -> Iterator[tuple[GatingSignatu
 
 
 def _groups(block: nn.Module, experts: int) -> list[tuple[int, int]]:
-    """Groups and how many of them are picked, as the module or its config may name them; none first."""
+    """Groups and how many of them are picked, as the module or its config may name them; none last."""
     holders: list[Any] = [block, *block.modules()]
     holders += [config for holder in holders if (config := getattr(holder, "config", None)) is not None]
     numbers = {
@@ -238,7 +238,7 @@ def _groups(block: nn.Module, experts: int) -> list[tuple[int, int]]:
         if "group" in name and isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= experts
     }
     some = [(g, top) for g in sorted(numbers) for top in sorted(numbers) if g > 1 and top < g and experts % g == 0]
-    return [(1, 1), *some]
+    return [*some, (1, 1)]
 
 
 def _scale(tried: _Tried, signature: GatingSignature, weights: dict[str, Any], logits: Tensor) -> float | None:
