@@ -70,11 +70,15 @@ def _first_line(error: Exception) -> str:
 
 
 def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_code(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if key not in _REACHES_OUT and not key.startswith("_")
-    }
+    return {key: _plain(value) for key, value in config.items() if key not in _REACHES_OUT and not key.startswith("_")}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        # So Transformers writes an infinity, which JSON does not have.
+        infinite = set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity")
+        return float(value["__float__"]) if infinite else _without_code(value)
+    return [_plain(each) for each in value] if isinstance(value, list) else value
 
 
 def _class_for(config: Mapping[str, Any]) -> Any:

@@ -220,7 +220,9 @@ def _other_mixers(stack: list[nn.Module], attention_layers: set[int], trace: Tra
 def _shared_experts(trace: Trace) -> int:
     """As the config counts them; 1 where it does not, and there are some."""
     blocks = {trace.parent(call.module) for call in trace.experts}
-    children = [child for block in blocks for child in block.named_children()]
+    # They lie beside the experts, or beside the block that has these.
+    around = blocks | {trace.parent(block) for block in blocks}
+    children = [child for holder in around for child in holder.named_children()]
     if not any(
         name.startswith("shared") and not name.endswith("gate") and trace.called[child] for name, child in children
     ):
