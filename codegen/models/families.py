@@ -141,6 +141,7 @@ class _Reading:
             left_out.insert(0, LeftOut("attention", why, "attention"))
         return ModelShape(
             name=name,
+            hidden=self._hidden,
             layers=self._layers,
             moe_layers=moe_layers,
             attention_layers=self._layers,

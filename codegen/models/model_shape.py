@@ -38,6 +38,8 @@ class ModelShape:
     """
 
     name: str
+    hidden: int
+    """Elements of a token's hidden state."""
     layers: int
     moe_layers: int
     """Layers with experts, whether those can be tuned or not, out of ``layers``."""
@@ -59,7 +61,7 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         self._require_whole("layers", self.layers, least=1, most=MAX_LAYERS)
-        for name in ("tp", "ep"):
+        for name in ("hidden", "tp", "ep"):
             self._require_whole(name, getattr(self, name), least=1)
         for name in ("moe_layers", "attention_layers", "shared_experts"):
             self._require_whole(name, getattr(self, name), least=0)

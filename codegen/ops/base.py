@@ -204,7 +204,7 @@ class OpDeclaration(ABC, Generic[S, P]):
     """The op's :class:`Problem`."""
     served_by: ClassVar[tuple[str, ...]]
     """What of ``tilewright.runtime`` serves it, for hints."""
-    needed_for: ClassVar[str]
+    needed_for: ClassVar[str] = "layers that call it"
     """What of a model calls it, in words."""
     sizes_help: ClassVar[str] = "tokens of a call (1,4,16,64,256)"
     """What ``--tokens`` counts, and which sizes are tuned where it is not given; for the command line."""
@@ -225,10 +225,6 @@ class OpDeclaration(ABC, Generic[S, P]):
             if each.default is not None and any(arch.among(template.families) for template in each.templates):
                 return each
         raise TilewrightError(f"{self.name} has no template for {arch.name}")
-
-    @abstractmethod
-    def layers_of(self, model: ModelShape) -> tuple[Any, ...]:
-        """The kinds of layers of ``model`` that call this op."""
 
     @abstractmethod
     def signatures(self, model: ModelShape) -> tuple[S, ...]:
@@ -267,8 +263,11 @@ class OpDeclaration(ABC, Generic[S, P]):
 
     def why_without(self, model: ModelShape) -> str | None:
         """Why ``model`` calls this op nowhere, in a sentence; None where it does."""
-        if self.layers_of(model):
-            return None
+        try:
+            if self.signatures(model):
+                return None
+        except TilewrightError:
+            return None  # of sizes that no kernel has
         return model.why_without(self.name) or f"{model.name} has no {self.needed_for}"
 
     def signature_from_dict(self, fields: Mapping[str, Any]) -> S:

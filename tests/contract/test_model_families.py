@@ -99,7 +99,7 @@ def test_a_family_is_what_its_class_says(family: str, config: dict[str, Any]) ->
 
 
 def agree(ours: ModelShape, theirs: ModelShape) -> None:
-    for part in ("layers", "moe_layers", "attention_layers", "shared_experts", "experts", "routers"):
+    for part in ("hidden", "layers", "moe_layers", "attention_layers", "shared_experts", "experts", "routers"):
         assert getattr(ours, part) == getattr(theirs, part), part
     for mine, its in zip(ours.attention, theirs.attention, strict=True):
         assert mine == replace(its, scale=pytest.approx(its.scale, rel=1e-12))

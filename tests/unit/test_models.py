@@ -438,10 +438,11 @@ ATTENTION = {"heads": 4, "kv_heads": 2, "head_dim": 16, "value_dim": 16, "scale"
         ({"shared_experts": -1}, "shared_experts is -1"),
         ({"moe_layers": 33}, "moe_layers=33 is more than layers=32"),
         ({"layers": 10**9}, "layers is 1000000000"),
+        ({"hidden": 0}, "hidden is 0"),
     ],
 )
 def test_a_shape_refuses_sizes_that_no_model_has(changes: dict[str, Any], message: str) -> None:
-    fields = {"name": "small", "layers": 32, "moe_layers": 32, "attention_layers": 32, **changes}
+    fields = {"name": "small", "hidden": 64, "layers": 32, "moe_layers": 32, "attention_layers": 32, **changes}
     with pytest.raises(TilewrightError, match=message):
         ModelShape(**fields)
 

@@ -76,6 +76,7 @@ def read_parts(trace: Trace) -> dict[str, Any]:
         left_out.append({"what": "activation of dense layers", "why": _BETWEEN, "op": ""})
     left_out += _uncalled(trace)
     return {
+        "hidden": trace.model.get_input_embeddings().weight.shape[-1],
         "layers": len(stack),
         "moe_layers": len(moe_layers),
         "attention_layers": len(attention_layers),

@@ -53,10 +53,6 @@ class Attention(OpDeclaration[AttentionSignature, AttentionProblem]):
     needed_for: ClassVar[str] = "attention over all tokens or a window"
     sizes_help: ClassVar[str] = "sequences that decode together (1,4,16,64), or tokens of prompts (64,256,1024)"
 
-    def layers_of(self, model: ModelShape) -> tuple[AttentionLayers, ...]:
-        """See :class:`OpDeclaration`."""
-        return model.attention
-
     def signatures(self, model: ModelShape) -> tuple[AttentionSignature, ...]:
         """Decode and prefill of every kind of layer of ``model``, with the heads of one tensor-parallel rank.
 

@@ -41,10 +41,6 @@ class Gating(OpDeclaration[GatingSignature, GatingProblem]):
     served_by: ClassVar[tuple[str, ...]] = ("Gate",)
     needed_for: ClassVar[str] = "routers"
 
-    def layers_of(self, model: ModelShape) -> tuple[RouterLayers, ...]:
-        """See :class:`OpDeclaration`."""
-        return model.routers
-
     def signatures(self, model: ModelShape) -> tuple[GatingSignature, ...]:
         """Every kind of router of ``model``, with rows in order: every rank routes over all experts."""
         return tuple(dict.fromkeys(_signature(each) for each in model.routers))

@@ -50,10 +50,6 @@ class MoeGemm(OpDeclaration[MoeGemmSignature, MoeGemmProblem]):
     served_by: ClassVar[tuple[str, ...]] = ("Experts",)
     needed_for: ClassVar[str] = "experts"
 
-    def layers_of(self, model: ModelShape) -> tuple[ExpertLayers, ...]:
-        """See :class:`OpDeclaration`."""
-        return model.experts
-
     def signatures(self, model: ModelShape) -> tuple[MoeGemmSignature, ...]:
         """``up`` with the activation fused, then ``down``, of every kind of expert layer."""
         return tuple(dict.fromkeys(stage for each in model.experts for stage in _stages(each)))
