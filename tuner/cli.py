@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
 from tilewright import __version__, disks
 from tilewright.errors import TilewrightError
-from tilewright.plain_text import plain
+from tilewright.tuner.signals import Signals
 
 _COMMANDS = {
     "show": "what is known, for which device, how",
@@ -21,15 +20,20 @@ _COMMANDS = {
     "pack": "one file with plans and their kernels, for deployment",
     "export": "every trial as Optuna studies, for optuna-dashboard",
 }
-_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 1 for a failure, 2 for bad usage, 130 when interrupted."""
+    """Run one command; the exit code is 0, 1 for a failure, 2 for bad usage, 128 + N when signal N ended it."""
+    signals = Signals()
+    with signals.heeded():
+        return _main(arguments, signals)
+
+
+def _main(arguments: Sequence[str] | None, signals: Signals) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     reads = words[:1] and words[0] in _COMMANDS
     try:
-        code = _run(words)
+        code = _run(words, signals)
         if sys.stdout is not None:
             sys.stdout.flush()
     except TilewrightError as error:
@@ -37,18 +41,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         kept = "" if reads else "; finished trials are kept, and --resume goes on from them"
-        print(f"\ntune: interrupted{kept}", file=sys.stderr)
-        return _INTERRUPTED
+        try:
+            print(f"\ntune: {signals}{kept}", file=sys.stderr, flush=True)
+        except OSError:  # the terminal is gone
+            _discard_output()
+        return signals.exit_code
     except BrokenPipeError:
         # Whoever read our output went away; nobody is left to be told.
         _discard_output()
         return 1
     except OSError as error:
-        if (meaning := disks.meaning(error)) is None:
+        if disks.meaning(error) is None:
             raise
-        print(
-            f"tune: {plain(str(error.filename or 'the output'))} cannot be read or written: {meaning}", file=sys.stderr
-        )
+        print(f"tune: {disks.sentence(error)}", file=sys.stderr)
         _discard_output()
         return 1
     except MemoryError:
@@ -62,10 +67,9 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _run(words: list[str]) -> int:
-    signal.signal(signal.SIGTERM, _interrupt)
+def _run(words: list[str], signals: Signals) -> int:
     if words and words[0] in _COMMANDS:
-        return _run_command(words)
+        return _run_command(words, signals)
     if words and not words[0].startswith("-"):
         raise TilewrightError(
             f"there is no command {words[0]!r}; there are {', '.join(_COMMANDS)}, and tune --arch A --op O"
@@ -78,21 +82,20 @@ def _run(words: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"tilewright {__version__}")
     command = importlib.import_module("tilewright.tuner.commands.tune")
     command.add_arguments(parser)
-    return int(command.run(parser.parse_args(words)))
+    parsed = parser.parse_args(words)
+    signals.begin()
+    return int(command.run(parsed))
 
 
-def _run_command(words: list[str]) -> int:
+def _run_command(words: list[str], signals: Signals) -> int:
     """Only the command's own module is imported: ``tune show`` needs no compiler and no torch."""
     parser = argparse.ArgumentParser(prog="tune")
     subparsers = parser.add_subparsers(dest="command", required=True)
     command = importlib.import_module(f"tilewright.tuner.commands.{words[0]}")
     command.add_parser(subparsers)
     parsed = parser.parse_args(words)
+    signals.begin()
     return int(parsed.run(parsed))
-
-
-def _interrupt(signum: int, frame: object) -> None:  # noqa: ARG001  (the signature is the signal module's)
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from tilewright.errors import TilewrightError
 
 DATABASE_VARIABLE = "TILEWRIGHT_DB"
 CACHE_VARIABLE = "TILEWRIGHT_CACHE"
+TEMPORARY_VARIABLE = "TMPDIR"
 
 _NAME = "tilewright"
 
@@ -45,3 +46,30 @@ def _at_home(find: Callable[[], Path]) -> Path:
             f"${CACHE_VARIABLE} (a directory)"
         )
     return path
+
+
+def forbids_execution(folder: Path) -> bool:
+    """Return whether nothing in ``folder``, or what will be made there, can be executed: it is mounted noexec.
+
+    Raises OSError when it cannot be examined.
+    """
+    existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
+    return bool(os.statvfs(existing).f_flag & os.ST_NOEXEC)
+
+
+def require_execution(folder: Path, variable: str) -> None:
+    """Refuse a folder from which nothing can be executed, naming the variable that moves it.
+
+    Raises TilewrightError.
+    """
+    try:
+        forbidden = forbids_execution(folder)
+    except OSError as error:
+        raise TilewrightError(
+            f"{folder} cannot be looked at ({error.strerror}); set ${variable} to a folder of your own"
+        ) from error
+    if forbidden:
+        raise TilewrightError(
+            f"nothing can be executed from {folder}, which is mounted noexec; set ${variable} to a folder on another "
+            "file system"
+        )

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tilewright.errors import TilewrightError
+from tilewright.plain_text import plain
 
 FULL = "the disk is full; free some space"
 
@@ -21,6 +22,14 @@ _PRINTED = {
     **{os.strerror(code): said for code, said in _MEANINGS.items()},
     "File size limit exceeded": _MEANINGS[errno.EFBIG],  # of the signal
 }
+_REFUSED = {
+    errno.EACCES: "this user may not do that; check the owners and modes of it and of the folders above",
+    errno.EPERM: "this user may not do that; check its owner and flags",
+    errno.ENOTDIR: "something on the way there is not a folder; check the path",
+    errno.ELOOP: "its links lead in a circle; check the path",
+    errno.ENAMETOOLONG: "that name is too long; give a shorter one",
+}
+"""What is wrong with a path, or with who asks; never what a compiler's output is searched for."""
 _NO_TEMPORARY_FOLDER = "No usable temporary directory found"
 """What :mod:`tempfile` says where every folder it knows is full or cannot be written."""
 _LEAST_BYTES = 64 << 10
@@ -30,12 +39,17 @@ TEMPORARY = "the folder of temporary files ($TMPDIR)"
 
 
 def meaning(error: OSError) -> str | None:
-    """What ``error`` says of a disk, and what to do; None for errors of another kind."""
+    """What ``error`` says of a disk or a path, and what to do; None for errors of another kind."""
     if error.errno == errno.ENOENT and _NO_TEMPORARY_FOLDER in str(error):
         return (
             "no folder for temporary files can be written; free some space, or set $TMPDIR to a folder on another disk"
         )
-    return _MEANINGS.get(error.errno or 0)
+    return (_MEANINGS | _REFUSED).get(error.errno or 0)
+
+
+def sentence(error: OSError) -> str:
+    """What ``error`` says as a sentence that names the file, where the system does."""
+    return f"{plain(str(error.filename or 'the output'))} cannot be read or written: {reason(error)}"
 
 
 def reason(error: OSError) -> str:

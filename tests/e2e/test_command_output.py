@@ -344,7 +344,7 @@ def test_times_of_another_device_have_no_roofline_here(run: Run, monkeypatch: py
 
 def test_doctor(run: Run, tuned: tuple[Path, str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     document = json.loads(run("doctor", "--json"))
-    assert list(document) == ["cpu", "compiler", "cache", "database", "extension", "openmp", "noise"]
+    assert list(document) == ["cpu", "compiler", "cache", "temporary", "database", "extension", "openmp", "noise"]
     assert {finding["status"] for finding in document.values()} <= {"ok", "warn"}
     cpu = document["cpu"]["message"]
     assert native_arch().name in cpu

@@ -13,7 +13,7 @@ from tilewright.errors import TilewrightError
 from tilewright.tuning_db.store import Store
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_keeps_its_trials(signal_number: signal.Signals, tmp_path: Path) -> None:
     try:
         find_compiler()
@@ -34,11 +34,52 @@ def test_an_interrupted_run_keeps_its_trials(signal_number: signal.Signals, tmp_
     finally:
         process.kill()
         process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 128 + signal_number
     assert stdout == ""
     assert "interrupted" in stderr.splitlines()[-1]
     assert "Traceback" not in stderr
     assert _trials(database)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_has_only_just_started_ends_in_a_sentence(signal_number: signal.Signals) -> None:
+    # It is told in the middle of an import, by the module that is imported.
+    code = f"""
+import importlib.abc, os, sys
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "numpy":
+            os.kill(os.getpid(), {int(signal_number)})
+sys.meta_path.insert(0, Finder())
+from tilewright.tuner.cli import main
+sys.exit(main(["doctor"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    name = "" if signal_number == signal.SIGINT else f" by {signal_number.name}"
+    assert (done.returncode, done.stderr) == (128 + signal_number, f"\ntune: interrupted{name} before it began\n")
+
+
+def test_two_signals_at_once_are_one_and_a_later_one_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+import os, signal, time
+from tilewright.tuner.signals import Signals
+signals = Signals()
+with signals.heeded():
+    signals.begin()
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        os.kill(os.getpid(), signal.SIGHUP)
+        print(signals, signals.exit_code, flush=True)
+        time.sleep(1.2)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+"""
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "interrupted by SIGTERM 143\n")
+    assert done.stderr == "\ntune: interrupted again, and ends at once\n"
 
 
 def _trials(database: Path) -> int:

@@ -10,15 +10,17 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from tilewright import disks
 from tilewright.codegen.backends.cpp.builder import CppBuilder, find_compiler
 from tilewright.codegen.backends.kept import BUILDS, KeptBuilds
 from tilewright.codegen.hardware.archs import native_arch
 from tilewright.codegen.hardware.cores import cores
 from tilewright.codegen.hardware.cpu_info import read_cpu_info
-from tilewright.directories import user_cache_directory
+from tilewright.directories import CACHE_VARIABLE, TEMPORARY_VARIABLE, require_execution, user_cache_directory
 from tilewright.errors import TilewrightError
 from tilewright.runtime.calls.extension import native_module
 from tilewright.runtime.launchers.openmp import fork_address
+from tilewright.temporary import temporary_files, temporary_folder
 from tilewright.tuner.commands.common import add_options, print_json
 from tilewright.tuner.evaluation.statistics import paired_ratio
 from tilewright.tuner.report.terminal import print_lines
@@ -54,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         "cpu": _cpu,
         "compiler": _compiler,
         "cache": _cache,
+        "temporary": _temporary,
         "database": lambda: _database(arguments.db),
         "extension": _extension,
         "openmp": _openmp,
@@ -65,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
             findings[name] = check()
         except TilewrightError as error:
             findings[name] = Finding("fail", str(error))
+        except OSError as error:
+            findings[name] = Finding("fail", disks.sentence(error))
     if arguments.json:
         print_json({name: finding.document() for name, finding in findings.items()})
     else:
@@ -92,6 +97,7 @@ def _compiler() -> Finding:
 
 def _cache() -> Finding:
     path = user_cache_directory()
+    require_execution(path, CACHE_VARIABLE)
     if path.exists() and not os.access(path, os.W_OK):
         return Finding("warn", f"{path} cannot be written; kernels can be served from it, but not tuned")
     folders = [KeptBuilds(path, folder.name) for folder in sorted(path.glob(f"{BUILDS}*"))]
@@ -99,6 +105,13 @@ def _cache() -> Finding:
     if unfit:
         return Finding("warn", f"{path}: {unfit} of {builds} builds are not what was put there; they are built again")
     return Finding("ok", f"{path}: {builds} builds, each as it was put there")
+
+
+def _temporary() -> Finding:
+    path = temporary_files()
+    require_execution(path, TEMPORARY_VARIABLE)
+    with temporary_folder():
+        return Finding("ok", str(path))
 
 
 def _database(url: str | None) -> Finding:

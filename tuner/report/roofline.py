@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tilewright import disks
 from tilewright.codegen.backends.cpp.builder import find_compiler
+from tilewright.directories import TEMPORARY_VARIABLE, require_execution
 from tilewright.errors import TilewrightError
 from tilewright.temporary import temporary_folder
 
@@ -131,6 +132,7 @@ def _measured(threads: int) -> Roofline:
     if threads < 1:
         raise TilewrightError(f"threads={threads} is impossible for a roofline: give at least 1.")
     with disks.writing(disks.TEMPORARY), temporary_folder() as folder:
+        require_execution(folder, TEMPORARY_VARIABLE)
         program = _build(folder)
         output = _run([str(program), str(threads), str(BUFFER_BYTES)], _RUN_TIMEOUT_S)
     measured = json.loads(output)

@@ -12,6 +12,7 @@ from tilewright.codegen.hardware.cpu_info import read_cpu_info
 from tilewright.codegen.models.model_shape import ModelShape
 from tilewright.codegen.ops.base import OpDeclaration
 from tilewright.codegen.ops.signature import Signature
+from tilewright.directories import CACHE_VARIABLE, require_execution, user_cache_directory
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.campaign import Report, Request
 from tilewright.tuner.campaign.progress import Progress
@@ -77,6 +78,7 @@ class CpuTarget(Target):
 
     def begin(self, progress: Progress) -> None:
         """Measure the ceilings that times are held against."""
+        require_execution(user_cache_directory(), CACHE_VARIABLE)  # before anything takes time
         progress.say("measuring this machine's roofline")
         ceilings(self.location.threads).measure_again()
 
