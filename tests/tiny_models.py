@@ -16,7 +16,8 @@ from transformers.models.auto import modeling_auto
 
 HIDDEN, INTER, EXPERTS, TOP_K, VOCABULARY, LAYERS = 64, 48, 8, 3, 256, 4
 
-_MAPPINGS = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
+_MAPPINGS = {"MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": True, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": False}
+"""Of Transformers, and whether they name causal models."""
 
 _ROUTED: dict[str, int] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), EXPERTS),
@@ -63,7 +64,10 @@ _OPEN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"head_dim": 8},
     "mimo_v2_flash": {"num_key_value_heads": 2, "swa_num_key_value_heads": 2},
-    "dbrx": {"attn_config": {"kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": INTER, "moe_num_experts": EXPERTS}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": INTER, "moe_num_experts": EXPERTS},
+    },
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,
@@ -80,6 +84,8 @@ class TinyClass:
     """A class of models that has experts."""
 
     name: str
+    causal: bool = True
+    """Whether it makes text from text; else from other things, too."""
 
     @property
     def model(self) -> Any:
@@ -91,17 +97,18 @@ class TinyClass:
 
 
 def moe_classes() -> Iterator[TinyClass]:
-    """Classes of causal and conditional generation whose config speaks of experts, each once."""
-    names = {}
-    for mapping in _MAPPINGS:
+    """Classes of causal and conditional generation whose default config speaks of experts, each once."""
+    names: dict[str, bool] = {}
+    for mapping, causal in _MAPPINGS.items():
         for found in getattr(modeling_auto, mapping).values():
-            names.update(dict.fromkeys([found] if isinstance(found, str) else found))
-    for name in names:
-        tiny = TinyClass(name)
+            for name in [found] if isinstance(found, str) else found:
+                names.setdefault(name, causal)
+    for name, causal in names.items():
+        tiny = TinyClass(name, causal)
         try:
             default = tiny.model.config_class()
         except Exception:
-            continue
+            continue  # a class without a default config, which says so in many ways
         if "expert" in str(default).lower():
             yield tiny
 

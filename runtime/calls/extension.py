@@ -56,7 +56,7 @@ def find_keys() -> tuple[int, int, int] | None:
     """
     import torch
 
-    plain = torch.zeros(2, dtype=torch.float32)
+    plain = torch.zeros(2, dtype=torch.float32, device="cpu")
     integers = torch.zeros((2, 3), dtype=torch.int32)
     with torch.inference_mode():
         inference = torch.zeros(1)

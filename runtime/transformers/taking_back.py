@@ -48,14 +48,11 @@ def take_back_what_differs(
         where = _first_difference(before, after, {part.name for part in left if part.what == "router"}, exact=exact)
         if where is None:
             break
-        if after.error is None:
-            reason = "with it a whole forward gave something else"
-        else:
-            reason = f"with it a whole forward raised {type(after.error).__name__}"
+        happened = "gave something else" if after.error is None else f"raised {type(after.error).__name__}"
         culprits = _served_at(where, left)
         for part in culprits:
             part.take_back()
-            taken.append((part, reason))
+            taken.append((part, f"with its {part.what} served, a whole forward {happened}"))
         left = [part for part in left if part not in culprits]
     return taken
 
