@@ -120,7 +120,7 @@ def encode_kernel(kernel: KernelRecord) -> Columns:
 def decode_kernel(row: Row, artifacts: Iterable[str]) -> KernelRecord:
     """Make a kernel of a row of ``kernels`` and its artifacts' checksums in order; refuse a broken seal."""
     kernel = decode(KernelRecord, row, artifacts=list(artifacts))
-    _require_seal("a kernel", row, _sealed(kernel, _KERNEL_UNSEALED))
+    _require_seal("a kernel", row, kernel, _KERNEL_UNSEALED)
     return kernel
 
 
@@ -134,7 +134,7 @@ def decode_plan(row: Row, entries: Iterable[Row]) -> PlanRecord:
     with decoding("a plan"):
         found = [{name: entry[name] for name in fields_of(PlanEntry)} for entry in entries]
     plan = decode(PlanRecord, row, entries=found)
-    _require_seal("a plan", row, _sealed(plan, _PLAN_UNSEALED))
+    _require_seal("a plan", row, plan, _PLAN_UNSEALED)
     return plan
 
 
@@ -142,9 +142,9 @@ def _sealed(record: KernelRecord | PlanRecord, unsealed: Iterable[str]) -> str:
     return seal(_without(encode(record), unsealed))
 
 
-def _require_seal(what: str, row: Row, found: str) -> None:
+def _require_seal(what: str, row: Row, record: KernelRecord | PlanRecord, unsealed: Iterable[str]) -> None:
     with decoding(what):
-        if row["seal"] != found:
+        if row["seal"] != _sealed(record, unsealed):
             raise UndecodableError("its content does not match its checksum")
 
 

@@ -50,6 +50,8 @@ def write_pack(store: Store, plans: Sequence[PlanRecord], path: Path) -> Pack:
         if str(partial) not in str(error):
             raise
         raise TilewrightError(str(error).replace(f"the database {partial}", f"the pack {path}")) from error
+    except ValueError as error:
+        raise TilewrightError(f"the pack {path} cannot be made of {store.name}: {error}") from error
     except (OSError, sqlite3.Error) as error:
         reason = disks.reason(error) if isinstance(error, OSError) else str(explain(error, partial))
         raise TilewrightError(f"the pack {path} cannot be written: {reason}") from error

@@ -108,7 +108,9 @@ def kernel(session: Session, key: str) -> KernelRecord | None:
 def artifact(session: Session, checksum: str) -> ArtifactRecord | None:
     """Return the artifact with this sha256. Raises DamagedArtifact where the stored bytes have another."""
     for row in _rows(session, _columns(Artifact).where(Artifact.checksum == checksum)):
-        return ArtifactRecord(checksum, row["kind"], row["abi_version"], verified(checksum, row["data"]))
+        found = codec.decode(ArtifactRecord, row)
+        verified(checksum, found.data)
+        return found
     return None
 
 

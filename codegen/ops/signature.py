@@ -81,6 +81,8 @@ class Signature:
             TilewrightError: for a missing, unknown or impossible field.
 
         """
+        if not isinstance(values, Mapping):
+            raise TilewrightError(f"the {cls.op} signature is a {type(values).__name__}; expected an object")
         known = described(cls)
         required = [each.name for each in known.values() if each.default is MISSING]
         own = {name: value for name, value in values.items() if name != "op"}

@@ -17,7 +17,8 @@ from typing import ClassVar
 from tilewright import disks
 from tilewright.codegen.numbers.layouts import RowLayout, WeightLayout
 from tilewright.codegen.recipe.expressions import parsed
-from tilewright.codegen.recipe.model import ABI_VERSION, SM_COUNT, Recipe
+from tilewright.codegen.recipe.model import ABI_VERSION, SM_COUNT, THREADS, Recipe
+from tilewright.codegen.recipe.resolve import Place, workspace_bytes
 from tilewright.directories import CACHE_VARIABLE, user_cache_directory
 from tilewright.runtime.launchers.base import KernelRefused, Launcher
 from tilewright.runtime.launchers.elf import exported_functions
@@ -67,6 +68,44 @@ def require_host(recipe: Recipe) -> None:
         raise KernelRefused(f"the kernel asks for {SM_COUNT}, a number of multiprocessors: {_FOR_GPUS}")
 
 
+def require_convention(recipe: Recipe) -> None:
+    """Refuse a stored kernel that would not be passed what kernels of ours take; it would read wild addresses.
+
+    Every tensor comes once, and numbers are sizes. Entries of our own templates (``tilewright_...``) take all tensors
+    of the op in order, then all sizes but the number of pages, then the workspace if there is one.
+
+    Raises:
+        KernelRefused: names what is passed otherwise.
+
+    """
+    names = [tensor.name for tensor in recipe.tensors]
+    paged = {
+        tensor.bound for tensor in recipe.tensors if tensor.values == "pages"
+    }  # checked before, and told no kernel
+    tensors, sizes = [("tensor", name) for name in names], sorted(("size", size) for size in {*recipe.sizes} - paged)
+    for launch in recipe.launches:
+        passed = [(argument.kind, argument.source) for argument in launch.arguments]
+        numbers = [source for kind, source in passed if kind == "size"]
+        if sorted(source for kind, source in passed if kind == "tensor") != sorted(names):
+            raise KernelRefused(f"the kernel's entry {launch.entry} does not get each tensor once; tune again")
+        if any(not number.isdecimal() and number not in (*recipe.sizes, THREADS) for number in numbers):
+            raise KernelRefused(f"the kernel's entry {launch.entry} gets other numbers than sizes; tune again")
+        rest = [each for each in passed[len(names) :] if each[0] != "size"]
+        told = passed[len(names) : len(passed) - len(rest)]
+        if launch.entry.startswith(_OWN_ENTRIES) and (
+            passed != [*tensors, *told, *rest]
+            or sorted(told) != sizes
+            or rest != ([] if recipe.workspace_bytes == "0" else [("workspace", "")])
+        ):
+            raise KernelRefused(f"the kernel's entry {launch.entry} gets other arguments than it takes; tune again")
+    if any(argument.kind == "workspace" for launch in recipe.launches for argument in launch.arguments):
+        least, more = (
+            workspace_bytes(recipe, dict.fromkeys(recipe.sizes, size), Place(threads=1)) for size in (1, 4096)
+        )
+        if not 0 < least <= more:
+            raise KernelRefused(f"the kernel asks for {least} and {more} bytes of workspace; tune again")
+
+
 def host_layout(recipe: Recipe) -> WeightLayout | None:
     """The layout in which a ``host_so`` kernel takes its weight; None: as the op declares it.
 
@@ -85,8 +124,9 @@ class HostLauncher(Launcher):
     kind: ClassVar[str] = "host_so"
 
     def require(self, recipe: Recipe) -> None:
-        """See :func:`require_host`."""
+        """See :func:`require_host` and :func:`require_convention`."""
         require_host(recipe)
+        require_convention(recipe)
 
     def weight_layout(self, recipe: Recipe) -> WeightLayout | None:
         """See :func:`host_layout`."""
@@ -97,6 +137,7 @@ class HostLauncher(Launcher):
         return load_artifact(checksum, read_bytes)
 
 
+_OWN_ENTRIES = "tilewright_"
 _ABI_VERSION = "tilewright_abi_version"
 _FOR_GPUS = "it is for GPUs; tune for this CPU"
 _loaded: dict[str, LoadedSharedObject] = {}

@@ -257,7 +257,7 @@ typedef enum { RAN, NOT_RUN, FAILED } launch_result;
 /* Runs all launches without the GIL. FAILED leaves the kernel's code in `code`. */
 static launch_result launch(const tw_description *d, call_frame *frame, int32_t *code) {
     const tw_variant *variant = frame->variant;
-    int64_t bytes, values[TW_MAX_ARGUMENTS];
+    int64_t bytes, values[TW_MAX_ARGUMENTS] = {0};
     if (!tw_evaluate(&variant->workspace_bytes, frame->symbols, &bytes) || bytes < 0 ||
         bytes > d->most_workspace_bytes) {
         return NOT_RUN;

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #define ALIGNMENT 64
+#define LEAST_BYTES (1 << 20) /* memory that is not written takes none */
 
 typedef struct {
     void *memory;
@@ -26,6 +27,7 @@ static void *grow(size_t bytes) {
     free(mine.memory);
     mine = (workspace){NULL, 0};
     pthread_setspecific(key, NULL);
+    bytes = bytes < LEAST_BYTES ? LEAST_BYTES : bytes;
     size_t rounded = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     void *memory = aligned_alloc(ALIGNMENT, rounded);
     if (memory == NULL || pthread_setspecific(key, memory) != 0) {

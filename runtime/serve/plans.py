@@ -206,8 +206,10 @@ def _load_ranges(reader: Reader, plan: PlanRecord, signature: Signature) -> tupl
 
 def _require_allowed_layout(layouts: Set[WeightLayout | None], kernel: LoadedKernel, plan: PlanRecord) -> None:
     """Each layout is a copy of the weights, and the plan names those that it needs."""
-    allowed = len(plan.layout.split("+"))
-    if len(layouts | {kernel.layout}) > allowed:
+    named = plan.layout.split("+")
+    allowed = len(named)
+    key = kernel.layout.key if kernel.layout else ""
+    if key not in named or len(layouts | {kernel.layout}) > allowed:
         raise KernelRefused(
             f"kernel {kernel.record.key[:16]} takes its weight in another layout than "
             f"{'the one' if allowed == 1 else f'the {allowed}'} of the plan; tune again"

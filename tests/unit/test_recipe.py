@@ -18,7 +18,7 @@ from tilewright.codegen.recipe.model import ABI_VERSION, Argument, Guard, Launch
 from tilewright.codegen.recipe.resolve import Place, Refusal, ResolvedMap, refused_guards, resolve, workspace_bytes
 from tilewright.codegen.recipe.validity import unused_tensors
 from tilewright.errors import TilewrightError
-from tilewright.runtime.launchers.host_so import require_host
+from tilewright.runtime.launchers.host_so import require_convention, require_host
 
 GPU_RECIPE = Recipe(
     tensors=(
@@ -93,6 +93,7 @@ def test_recipes_of_an_op_agree_with_its_signatures(op, arch) -> None:
             assert recipe.abi_version == ABI_VERSION
             assert unused_tensors(recipe) == ()
             require_host(recipe)
+            require_convention(recipe)
             small = workspace_bytes(recipe, dict.fromkeys(recipe.sizes, 0), Place(threads=1))
             large = workspace_bytes(recipe, dict.fromkeys(recipe.sizes, 1000), Place(threads=64))
             assert 0 <= small <= large

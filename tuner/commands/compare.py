@@ -90,7 +90,11 @@ def _chosen(store: Store, keys: Sequence[str]) -> list[ProblemSummary]:
 def _variants(store: Store, summary: ProblemSummary, top: int) -> dict[str, Any]:
     op = find_op(summary.op)
     problem = op.problem_from_dict(summary.problem)
-    arch = next(find_arch(d.arch) for d in store.devices() if d.key == summary.device_key)
+    arch = next((find_arch(d.arch) for d in store.devices() if d.key == summary.device_key), None)
+    if arch is None:
+        raise TilewrightError(
+            f"{store.name} names the device {summary.device_key!r}, which it does not hold; tune again"
+        )
     default_config = op.default_for(problem, arch)
     right = right_trials(store, summary)
     ranked = standings([replace(t, config=dict(op.read_config(t.config, problem.signature, arch))) for t in right])
