@@ -173,9 +173,6 @@ class PlanRecord:
         _require("checked", self.checked, CHECKED_LEVELS)
         if not 0 <= self.error < math.inf:
             raise ValueError(f"a plan's error is a finite number of at least 0, not {self.error}")
-        for time_us in (time_us for entry in self.entries for time_us in (entry.median_us, entry.default_us)):
-            if time_us is not None and not 0 <= time_us < math.inf:
-                raise ValueError(f"a plan's times are finite numbers of at least 0, not {time_us}")
         bounds = [math.inf if entry.max_size is None else entry.max_size for entry in self.entries]
         if not bounds or any(left >= right for left, right in itertools.pairwise(bounds)):
             raise ValueError(f"a plan's entries have rising sizes and at least one entry, not {bounds}")

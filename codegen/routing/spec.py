@@ -59,6 +59,8 @@ class RoutingSpec:
             TilewrightError: for anything else.
 
         """
+        if not isinstance(text, str):  # from a document
+            raise _unknown_routing(repr(text))
         kind, colon, value = text.partition(":")
         if kind == "power-law":
             return cls("power-law", alpha=_parse_alpha(value) if colon else DEFAULT_ALPHA)

@@ -172,7 +172,10 @@ def _choose_plan(plans: Sequence[PlanRecord], device_key: str, threads: int, max
 
 def _fastest(plans: Sequence[PlanRecord]) -> PlanRecord:
     """The plan with the least geometric mean of times over the sizes that all of them were tuned at."""
-    times = [{e.tuned_size: e.median_us for e in plan.entries if e.tuned_size and e.median_us} for plan in plans]
+    times = [
+        {e.tuned_size: e.median_us or 0.0 for e in plan.entries if e.tuned_size and 0 < (e.median_us or 0) < math.inf}
+        for plan in plans
+    ]
     common = set.intersection(*(set(each) for each in times))
 
     def cost(pair: tuple[PlanRecord, dict[int, float]]) -> tuple[float, float]:
