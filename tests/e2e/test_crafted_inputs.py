@@ -44,6 +44,7 @@ def drawn(folder: Path, first: int, count: int) -> list[dict]:
                 found.append(told)
                 begun = told["number"] + 1
         watch.cancel()
+        process.stdout.close()
         if process.wait() != 0:
             log.seek(0)
             said = log.read()[-300:]
