@@ -162,8 +162,9 @@ def test_a_dense_model_needs_no_experts(run: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "no_such_family"}, "has no class for the model_type 'no_such_family'"),
+        ({"model_type": "no_such_family"}, "has no class that continues a text for the model_type 'no_such_family'"),
         ({"vocab_size": ...}, "the field 'vocab_size' is missing; use a complete config.json"),
+        ({"model_type": "mixtral"}, "the field 'num_local_experts' is missing; use a complete config.json"),
         ({"num_attention_heads": "four"}, "refuses this config"),
     ],
 )

@@ -110,7 +110,7 @@ class DryRun:
         if model is not None:
             lines += wrapped(
                 f"{model.name}: {model.layers} layers, {model.moe_layers} with experts, {model.attention_layers} with "
-                f"attention, {model.shared_experts} shared experts in a layer",
+                f"attention; shared experts of a layer: {model.shared_experts}",
                 width,
             )
         lines += ["", *table(_HEAD, [row.cells() for row in self._rows], width=width), ""]

@@ -10,14 +10,23 @@ import torch
 import transformers
 from transformers.models.auto import configuration_auto, modeling_auto
 
-from tilewright.codegen.models.config import NESTED
+from tilewright.codegen.models.config import NESTED, TOP_K_KEYS
 from tilewright.errors import TilewrightError
 
 LEAST_VERSION = 5
 """Of Transformers: from there on, experts and attention call functions that their config names."""
 
-_ESSENTIAL = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-"""What a config must say itself, where its class has it: the class's defaults are those of some published model."""
+_ESSENTIAL = (
+    ("hidden_size",),
+    ("num_hidden_layers",),
+    ("num_attention_heads",),
+    ("vocab_size",),
+    ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    TOP_K_KEYS,
+    ("intermediate_size", "moe_intermediate_size", "ffn_hidden_size", "expert_ffn_hidden_size"),
+)
+"""What a config must say itself, by one of its names: defaults of a class are those of some published model."""
+_PARTS_OF_CONFIGS = (*NESTED, "attn_config", "ffn_config")
 _REACHES_OUT = frozenset(
     {
         "auto_map",
@@ -99,7 +108,8 @@ def _class_for(config: Mapping[str, Any]) -> Any:
         if isinstance(inner := config.get(key), Mapping):
             return _class_for({"architectures": None, **inner})
     raise UnknownClassError(
-        f"the installed Transformers {transformers.__version__} has no class for the model_type {kind!r}"
+        f"the installed Transformers {transformers.__version__} has no class that continues a text for the model_type "
+        f"{kind!r}"
     )
 
 
@@ -136,12 +146,18 @@ def _uniform(value: Any) -> Any:
 def _require_essential(parsed: Any, config: Mapping[str, Any]) -> None:
     """What the class fills in must not stand for what the file forgot."""
     text = parsed.get_text_config()
-    given = set(_names(config))
     aliases = cast("Mapping[str, str]", text.attribute_map)
-    for name in _ESSENTIAL:
-        spellings = {name, aliases.get(name, name)}
-        if hasattr(text, name) and not spellings & given and not _derived(type(text), name):
+    given = set(_names(config))
+    for names in _ESSENTIAL:
+        spellings = {*names, *(aliases.get(name, name) for name in names)}
+        filled_in = [name for name in names if _is_size(getattr(text, name, None)) and not _derived(type(text), name)]
+        if filled_in and not spellings & given:
+            name = next((each for each in filled_in if each not in aliases), filled_in[0])
             raise TilewrightError(f"the field {name!r} is missing; use a complete config.json")
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and value > 1
 
 
 def _derived(kind: Any, name: str) -> bool:
@@ -153,5 +169,5 @@ def _names(config: Mapping[str, Any]) -> list[str]:
     return [
         name
         for key, value in config.items()
-        for name in (key, *(_names(value) if key in NESTED and isinstance(value, Mapping) else ()))
+        for name in (key, *(_names(value) if key in _PARTS_OF_CONFIGS and isinstance(value, Mapping) else ()))
     ]
