@@ -20,6 +20,7 @@ from tilewright.tuning_db.confined import ConfinedConnection
 from tilewright.tuning_db.integrity import check_private, check_private_folder
 from tilewright.tuning_db.locations import require_file
 from tilewright.tuning_db.schema import read_only_uri, read_write_uri, require_current, schema_version
+from tilewright.tuning_db.signing import require_signed
 
 T = TypeVar("T")
 
@@ -98,22 +99,29 @@ def open_sqlite(path: Path, *, create: bool) -> Database:
     return Database(engine, str(path), path)
 
 
-def open_sqlite_read_only(path: Path) -> Database:
-    """Open a SQLite file that may be on read-only media; every write to it fails."""
-    real = _checked(path)
+def open_sqlite_read_only(path: Path, *, verify_key: Path | None = None) -> Database:
+    """Open a SQLite file that may be on read-only media; every write to it fails.
+
+    With ``verify_key``, it must have been signed by that public key.
+    """
+    real = _checked(path, verify_key)
+    signed = verify_key is not None
 
     def connected(connection: sqlite3.Connection, _record: object) -> None:
         require_current(schema_version(connection, path), path)
 
-    engine = _sqlite_engine(path, lambda: _connect(real, read_only_uri(real), writes=False), connected)
+    engine = _sqlite_engine(path, lambda: _connect(real, read_only_uri(real, signed=signed), writes=False), connected)
     return Database(engine, str(path), path)
 
 
-def _checked(path: Path) -> Path:
+def _checked(path: Path, verify_key: Path | None = None) -> Path:
     """The real path of a database that nobody else can have written. Raises TilewrightError."""
     require_file(path)
     try:
-        return check_private(path)
+        real = check_private(path)
+        if verify_key is not None:
+            require_signed(real, verify_key)
+        return real
     except OSError as error:  # it was there a moment ago
         raise TilewrightError(f"the database {path} cannot be read: {error.strerror}; try again") from error
 

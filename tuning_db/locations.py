@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 from urllib.parse import unquote
 
-from tilewright.directories import DATABASE_VARIABLE, user_data_directory
+from tilewright.directories import DATABASE_VARIABLE, KEY_VARIABLE, user_data_directory
 from tilewright.errors import TilewrightError
 from tilewright.tuning_db.integrity import SIDECARS
 
@@ -24,6 +24,12 @@ def user_database() -> Path:
 def default_url() -> str:
     """Return what is used where no database is named: ``$TILEWRIGHT_DB`` (a path or a URL), else the user's own."""
     return os.environ.get(DATABASE_VARIABLE) or str(user_database())
+
+
+def default_key() -> Path | None:
+    """Return the public key by which packs have to be signed where none is named: ``$TILEWRIGHT_VERIFY_KEY``."""
+    named = os.environ.get(KEY_VARIABLE)
+    return Path(named).expanduser() if named else None
 
 
 def sqlite_path(url_or_path: str | os.PathLike[str]) -> Path | None:

@@ -11,6 +11,7 @@ from tilewright import disks
 from tilewright.errors import TilewrightError
 from tilewright.tuning_db.faults import explain
 from tilewright.tuning_db.records import PlanRecord
+from tilewright.tuning_db.signing import SUFFIX, signature_of, signature_path
 from tilewright.tuning_db.store import Store
 
 
@@ -22,19 +23,25 @@ class Pack:
     plans: int
     kernels: int
     bytes: int
+    signature: Path | None = None
+    """File that lies beside the pack; None where it was not signed."""
 
 
-def write_pack(store: Store, plans: Sequence[PlanRecord], path: Path) -> Pack:
+def write_pack(store: Store, plans: Sequence[PlanRecord], path: Path, *, sign_key: Path | None = None) -> Pack:
     """Write ``plans`` of ``store`` with their devices, kernels and artifacts to the new file ``path``.
 
-    It appears complete or not at all, and is a database like any other: the runtime and `tune show` read it.
+    It appears complete or not at all, and is a database like any other: the runtime and `tune show` read it. With
+    ``sign_key``, a PEM file with a private key, its signature appears beside it.
 
     Raises:
-        TilewrightError: when the file exists or cannot be written, or a kernel of a plan is missing or damaged.
+        TilewrightError: when the file exists or cannot be written, a kernel of a plan is missing or damaged, or the key
+            cannot be used.
 
     """
-    if path.exists():
-        raise TilewrightError(f"{path} exists already; name a new file")
+    signature = signature_path(path) if sign_key else None
+    for each in (path, signature):
+        if each is not None and os.path.lexists(each):
+            raise TilewrightError(f"{each} exists already; name a new file")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with Store.open(partial) as pack:
@@ -43,8 +50,16 @@ def write_pack(store: Store, plans: Sequence[PlanRecord], path: Path) -> Pack:
         with closing(sqlite3.connect(partial, isolation_level=None)) as connection:
             connection.execute("PRAGMA journal_mode = DELETE")
             connection.execute("VACUUM")
-        # A link, for it fails where a file has come into being meanwhile.
-        os.link(partial, path)
+        # Links, for they fail where a file has come into being meanwhile.
+        if signature is not None and sign_key is not None:
+            signature_path(partial).write_text(signature_of(partial, sign_key))
+            os.link(signature_path(partial), signature)
+        try:
+            os.link(partial, path)
+        except BaseException:
+            if signature is not None:
+                signature.unlink()
+            raise
     except TilewrightError as error:
         # What is being written has a name of its own until it is whole.
         if str(partial) not in str(error):
@@ -56,9 +71,9 @@ def write_pack(store: Store, plans: Sequence[PlanRecord], path: Path) -> Pack:
         reason = disks.reason(error) if isinstance(error, OSError) else str(explain(error, partial))
         raise TilewrightError(f"the pack {path} cannot be written: {reason}") from error
     finally:
-        for suffix in ("", "-wal", "-shm", "-journal"):
+        for suffix in ("", "-wal", "-shm", "-journal", SUFFIX):
             partial.with_name(partial.name + suffix).unlink(missing_ok=True)
-    return Pack(path, len(plans), kernels, path.stat().st_size)
+    return Pack(path, len(plans), kernels, path.stat().st_size, signature)
 
 
 def _copy(store: Store, pack: Store, plans: Sequence[PlanRecord]) -> int:

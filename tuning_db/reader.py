@@ -17,11 +17,12 @@ from tilewright.tuning_db.codec import UndecodableError, decode_kernel, decode_p
 from tilewright.tuning_db.confined import ConfinedConnection, limited
 from tilewright.tuning_db.faults import damaged, explain
 from tilewright.tuning_db.integrity import DamagedArtifact, DamagedDatabase, UntrustedFile, check_private, verified
-from tilewright.tuning_db.locations import default_url, require_file, sqlite_path
+from tilewright.tuning_db.locations import default_key, default_url, require_file, sqlite_path
 from tilewright.tuning_db.records import TIMINGS, KernelRecord, PlanRecord
 from tilewright.tuning_db.schema import read_only_uri, require_current, schema_version
+from tilewright.tuning_db.signing import BadSignature, require_signed
 
-__all__ = ["DamagedArtifact", "DamagedDatabase", "Reader", "UntrustedFile"]
+__all__ = ["BadSignature", "DamagedArtifact", "DamagedDatabase", "Reader", "UntrustedFile"]
 
 _BUSY_SECONDS = 5.0
 
@@ -38,19 +39,26 @@ class Reader:
     missing, unreadable or of another schema version.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, verify_key: Path | None = None) -> None:
         self.path = path
+        self._verify_key = verify_key
 
     @classmethod
-    def open(cls, url_or_path: str | os.PathLike[str] | None = None) -> "Reader":
-        """Check the file and return its reader; None means the default location."""
+    def open(
+        cls, url_or_path: str | os.PathLike[str] | None = None, *, verify_key: str | os.PathLike[str] | None = None
+    ) -> "Reader":
+        """Check the file and return its reader; None means the default location.
+
+        ``verify_key``: PEM file with the public key that has to have signed it; None means ``$TILEWRIGHT_VERIFY_KEY``,
+        and without that nothing has to be signed. Raises BadSignature for a file that is not.
+        """
         url_or_path = default_url() if url_or_path is None else url_or_path
         path = sqlite_path(url_or_path)
         if path is None:
             raise TilewrightError(
                 f"kernels are served from SQLite files, not from {url_or_path!s}; name a database file or a pack"
             )
-        reader = cls(path)
+        reader = cls(path, default_key() if verify_key is None else Path(verify_key).expanduser())
         with reader._connected():
             return reader
 
@@ -111,9 +119,11 @@ class Reader:
             try:
                 require_file(self.path)
                 real = check_private(self.path)
+                if self._verify_key is not None:
+                    require_signed(real, self._verify_key)
                 with closing(
                     sqlite3.connect(
-                        read_only_uri(real),
+                        read_only_uri(real, signed=self._verify_key is not None),
                         uri=True,
                         timeout=_BUSY_SECONDS,
                         isolation_level=None,

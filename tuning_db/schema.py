@@ -98,15 +98,15 @@ def newer_schema(name: str, found: str) -> TilewrightError:
     )
 
 
-def read_only_uri(path: Path) -> str:
+def read_only_uri(path: Path, *, signed: bool = False) -> str:
     """Return the SQLite URI that opens ``path`` for reading, beside writers and on media that cannot be written.
 
     SQLite needs shared memory beside a WAL database. Where it cannot be made and no log waits to be read, the file is
-    opened as immutable instead.
+    opened as immutable instead. So is a ``signed`` one: what lies beside it was not signed.
     """
     real = path.resolve()
     has_log = real.with_name(real.name + "-wal").exists()
-    immutable = not has_log and not os.access(real.parent, os.W_OK)
+    immutable = signed or (not has_log and not os.access(real.parent, os.W_OK))
     return f"file:{quote(os.fsencode(real))}?mode=ro{'&immutable=1' if immutable else ''}"
 
 

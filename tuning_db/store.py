@@ -63,14 +63,23 @@ class Store:
         return cls._checked(database, database.write, upgrade_database)
 
     @classmethod
-    def open_read_only(cls, url_or_path: str | os.PathLike[str] | None = None) -> Self:
+    def open_read_only(
+        cls, url_or_path: str | os.PathLike[str] | None = None, *, verify_key: str | os.PathLike[str] | None = None
+    ) -> Self:
         """Open for queries alone, as `tune show` does; works on read-only media and packs.
 
-        Raises UntrustedFile for a file that others could have written.
+        Raises UntrustedFile for a file that others could have written, or that was not signed by the public key in the
+        file ``verify_key``, if one is named.
         """
         url_or_path = default_url() if url_or_path is None else url_or_path
         path = sqlite_path(url_or_path)
-        database = open_server(os.fspath(url_or_path), read_only=True) if path is None else open_sqlite_read_only(path)
+        key = None if verify_key is None else Path(verify_key).expanduser()
+        if path is not None:
+            database = open_sqlite_read_only(path, verify_key=key)
+        elif key is not None:
+            raise TilewrightError(f"packs are signed, which {url_or_path!s} is none of; name a pack, or no key")
+        else:
+            database = open_server(os.fspath(url_or_path), read_only=True)
         return cls._checked(database, database.read, require_current_database)
 
     @classmethod

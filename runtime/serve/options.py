@@ -11,7 +11,7 @@ import torch
 from tilewright.codegen.hardware.cores import cores
 from tilewright.errors import TilewrightError
 
-Database = str | os.PathLike[str]
+FilePath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,11 @@ class ServeOptions:
     threads: int | None = None
     """Threads of a call; None: ``torch.get_num_threads()`` at the time when weights are prepared, or fewer where a
     cgroup's quota allows the time of fewer cores."""
-    database: Database | None = None
+    database: FilePath | None = None
     """Path or SQLite URL of the database with the plans; None: ``$TILEWRIGHT_DB``, else the user's own."""
+    verify_key: FilePath | None = None
+    """PEM file with the public key that has to have signed the pack (``tune pack --sign``); nothing else is served
+    then. None: ``$TILEWRIGHT_VERIFY_KEY``, and without that nothing has to be signed."""
     max_error: float = 0.0
     """Largest relative error of the output that storing weights in fewer bits may bring,
     ``||out - exact|| / ||exact||`` of one stage as it was measured when the plan was made. Of the plans within it the
@@ -52,6 +55,8 @@ class ServeOptions:
             raise TilewrightError(f"threads={threads!r} is impossible; give a whole number of at least 1")
         if not isinstance(self.database, str | os.PathLike | None):
             raise TilewrightError(f"database={self.database!r} is impossible; give a path or an SQLite URL")
+        if not isinstance(self.verify_key, str | os.PathLike | None):
+            raise TilewrightError(f"verify_key={self.verify_key!r} is impossible; give the path of a PEM file")
         if not isinstance(max_error, int | float) or isinstance(max_error, bool) or not 0 <= max_error < math.inf:
             raise TilewrightError(f"max_error={max_error!r} is impossible; give a number of at least 0, such as 0.01")
         if not isinstance(self.batch_invariant, bool):

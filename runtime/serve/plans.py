@@ -97,7 +97,7 @@ def resolve(signature: Signature, options: ServeOptions) -> Resolution:
     database = _database_of(options)
     device_key = read_cpu_info().key
     try:
-        reader = Reader.open(database)
+        reader = Reader.open(database, verify_key=options.verify_key)
         plans: Sequence[PlanRecord] = reader.plans_for(signature.op, signature.key)
         if batch_invariant:
             plans = _batch_invariant(plans)
@@ -122,7 +122,7 @@ def is_planned(signature: Signature, options: ServeOptions) -> bool:
     False, too, where it cannot be read.
     """
     try:
-        plans = Reader.open(_database_of(options)).plans_for(signature.op, signature.key)
+        plans = Reader.open(_database_of(options), verify_key=options.verify_key).plans_for(signature.op, signature.key)
     except TilewrightError:
         return False
     return any(

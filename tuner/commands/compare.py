@@ -14,7 +14,7 @@ from tilewright.codegen.ops.registry import find_op
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.loop import FINAL_RACE
 from tilewright.tuner.campaign.standings import carried_interval, checked, measured_document, right_trials, standings
-from tilewright.tuner.commands.common import add_options, only_one, print_json
+from tilewright.tuner.commands.common import add_options, only_one, open_store, print_json
 from tilewright.tuner.report.comparison import compare_kernels
 from tilewright.tuner.report.roofline import Achieved, ceilings, format_share
 from tilewright.tuner.report.terminal import print_lines
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise TilewrightError("--disassembly compares two kernels; give the keys of both (`tune compare` lists them)")
     if arguments.ir and len(arguments.keys) != 2:
         raise TilewrightError("--ir compares two kernels; give the keys of both (`tune compare` lists them)")
-    with Store.open_read_only(arguments.db) as store:
+    with open_store(arguments) as store:
         if len(arguments.keys) == 2:
             a, b = (only_one("kernel", key, ((k.key, k) for k in store.kernels())) for key in arguments.keys)
             comparison = compare_kernels(store, a, b, ir=arguments.ir, disassembly=arguments.disassembly)

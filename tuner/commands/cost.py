@@ -9,11 +9,10 @@ from typing import Any
 from tilewright.codegen.hardware.archs import find_arch
 from tilewright.codegen.models.shapes import load_model
 from tilewright.errors import TilewrightError
-from tilewright.tuner.commands.common import add_options, print_json
+from tilewright.tuner.commands.common import add_options, open_store, print_json
 from tilewright.tuner.report.costs import DeviceCost, device_costs
 from tilewright.tuner.report.terminal import print_lines
 from tilewright.tuner.report.text import table, terminal_width
-from tilewright.tuning_db.store import Store
 
 _HEAD = ("device", "tokens", "part", "default", "tuned", "timing", "checked")
 _SUM_HEAD = ("device", "tokens", "ms/step", "tokens/s", "$/M tokens", "before", "speedup", "timing", "left out")
@@ -48,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     prices = _prices(arguments.price, len(archs))
     model = load_model(arguments.model, tp=arguments.tp, ep=arguments.ep)
     found: list[DeviceCost] = []
-    with Store.open_read_only(arguments.db) as store:
+    with open_store(arguments) as store:
         for arch, price in zip(archs, prices, strict=True):
             found += device_costs(store, model, arch, price, max_error=arguments.max_error)
     if arguments.json:

@@ -6,6 +6,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         "compiler": _compiler,
         "cache": _cache,
         "temporary": _temporary,
-        "database": lambda: _database(arguments.db),
+        "database": lambda: _database(arguments.db, arguments.verify),
         "extension": _extension,
         "openmp": _openmp,
         "noise": _noise,
@@ -114,11 +115,11 @@ def _temporary() -> Finding:
         return Finding("ok", str(path))
 
 
-def _database(url: str | None) -> Finding:
+def _database(url: str | None, verify_key: Path | None) -> Finding:
     path = sqlite_path(url or default_url())
     if path is not None and not path.exists():
         return Finding("warn", f"{path} does not exist yet; it is made by the first run of tune")
-    with Store.open_read_only(url) as store:
+    with Store.open_read_only(url, verify_key=verify_key) as store:
         problems = store.check()
         counts = store.counts()
     if problems:

@@ -8,10 +8,9 @@ from typing import Any
 
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.recorded import recorded_studies
-from tilewright.tuner.commands.common import add_options, print_json
+from tilewright.tuner.commands.common import add_options, open_store, print_json
 from tilewright.tuner.report.terminal import print_lines
 from tilewright.tuner.search.export import export_studies
-from tilewright.tuning_db.store import Store
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
         TilewrightError: when there is no database or no trial in it, or the file exists or cannot be written.
 
     """
-    with Store.open_read_only(arguments.db) as store:
+    with open_store(arguments) as store:
         studies = recorded_studies(store)
         if not studies:
             raise TilewrightError(f"{store.name} holds no trials to export; run: tune --arch native --op moe_gemm")

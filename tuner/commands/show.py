@@ -10,7 +10,7 @@ from typing import Any
 
 from tilewright.codegen.ops.registry import find_op
 from tilewright.tuner.campaign.standings import carried_interval, checked, measured_document, right_trials, standings
-from tilewright.tuner.commands.common import add_options, only_one, print_json
+from tilewright.tuner.commands.common import add_options, only_one, open_store, print_json
 from tilewright.tuner.plan.facts import costs_text, probed_text
 from tilewright.tuner.report.terminal import print_lines, print_source
 from tilewright.tuner.report.text import (
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         TilewrightError: when there is no database, or no such kernel.
 
     """
-    with Store.open_read_only(arguments.db) as store:
+    with open_store(arguments) as store:
         if arguments.kernel is not None:
             _show_kernel(store, arguments)
         elif arguments.json:
