@@ -153,6 +153,7 @@ def test_what_a_child_started_ends_with_it(start: Start) -> None:
 
 
 def test_a_forgotten_worker_is_ended_and_frees_what_it_had() -> None:
+    gc.collect()  # of other tests
     before = open_files()
     worker = WorkerProcess("worker_jobs", ["echo"], start_limit_s=START_LIMIT_S)
     worker.wait_until_ready()
@@ -160,7 +161,7 @@ def test_a_forgotten_worker_is_ended_and_frees_what_it_had() -> None:
     del worker
     gc.collect()
     assert not is_running(pid)
-    assert open_files() == before
+    assert open_files() <= before
 
 
 _FORKS = """
