@@ -57,9 +57,9 @@ def find_keys() -> tuple[int, int, int] | None:
     import torch
 
     plain = torch.zeros(2, dtype=torch.float32, device="cpu")
-    integers = torch.zeros((2, 3), dtype=torch.int32)
+    integers = torch.zeros((2, 3), dtype=torch.int32, device="cpu")
     with torch.inference_mode():
-        inference = torch.zeros(1)
+        inference = torch.zeros(1, dtype=torch.float32, device="cpu")
     negative = torch._neg_view(plain)  # noqa: SLF001 - torch makes them elsewhere, too
     others = (negative, plain.to(torch.complex64).conj(), plain.to("meta"))
     try:

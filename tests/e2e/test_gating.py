@@ -25,6 +25,7 @@ MODEL = {
     "norm_topk_prob": True,
     "routed_scaling_factor": 2.5,
     "num_hidden_layers": 2,
+    "first_k_dense_replace": 0,
     "num_attention_heads": 2,
     "vocab_size": 100,
 }
