@@ -12,8 +12,8 @@ import jinja2
 from tilewright import __version__
 from tilewright.codegen.backends.registry import find_backend
 from tilewright.codegen.hardware.archs import Arch
-from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.ops.template import Template
 from tilewright.codegen.recipe.model import ABI_VERSION
 from tilewright.codegen.space import TEMPLATE, Config
 

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from tilewright.codegen.hardware.archs import CPU_ARCHS, Arch, CpuArch
 from tilewright.codegen.numbers.precisions import LOSSLESS, Precision, find_precision
-from tilewright.codegen.ops.base import Arrays, Problem, Template
+from tilewright.codegen.ops.base import Arrays
 from tilewright.codegen.ops.examples import examples_of
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.ops.registry import OPS, find_op
 from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.ops.template import Template
 from tilewright.codegen.space import Config, Space
 from tilewright.runtime.weights.dequantising import dequantise
 from tilewright.runtime.weights.quantising import quantise

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from tilewright.codegen.hardware.archs import GpuArch
-from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.ops.template import Template
 from tilewright.codegen.rendering import render
 from tilewright.codegen.space import Config, Space
 

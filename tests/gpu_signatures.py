@@ -10,10 +10,10 @@ from covering import FULL, covering_rows, covering_values
 from numpy.typing import NDArray
 
 from tilewright.codegen.hardware.archs import GPU_ARCHS, GpuArch
-from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.examples import examples_of
 from tilewright.codegen.ops.registry import OPS, find_op
 from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.ops.template import Template
 from tilewright.codegen.space import Config, Space
 
 WAYS_TO_STORE = (

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.codegen.hardware.archs import native_arch
-from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.runtime import ServeOptions

@@ -3,185 +3,37 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from numpy.typing import NDArray
 
-from tilewright.codegen.backends.base import Entry
 from tilewright.codegen.hardware.archs import Arch
 from tilewright.codegen.models.model_shape import ModelShape
 from tilewright.codegen.models.parts import LeftOut
-from tilewright.codegen.numbers.layouts import RowLayout, WeightLayout
 from tilewright.codegen.numbers.precisions import LOSSLESS, PRECISIONS
-from tilewright.codegen.ops.fields import check, described, help_of, json_of, parts, read, require_names
+from tilewright.codegen.ops.fields import described, help_of, read
 from tilewright.codegen.ops.implementation import Implementation
-from tilewright.codegen.ops.signature import Signature, stable_key
-from tilewright.codegen.recipe.model import Recipe, TensorSpec, packable
+from tilewright.codegen.ops.problem import Problem
+from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.ops.template import Template
+from tilewright.codegen.recipe.model import TensorSpec, packable
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.codegen.space import TEMPLATE, Config, Space, Value
-from tilewright.codegen.work import LaunchWork
 from tilewright.errors import TilewrightError
 
 Phase = Literal["decode", "prefill"]
 Arrays = dict[str, NDArray[Any]]
 """Tensors of one call by name; optional ones that are absent are left out."""
 
-MAX_SIZE = 1 << 20
-"""Largest dynamic size of a problem: tokens, rows, or tokens of a sequence."""
 NOT_ASKED_FOR = "it is none of what was asked for"
 """Why something is left out that could be tuned."""
 SERVED_DTYPE = "bf16"
 """That models are served in where nothing else is said, and kernels do not compute in fp32."""
 
 S = TypeVar("S", bound=Signature)
-P = TypeVar("P", bound="Problem")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A signature with its dynamic sizes and data. Subclassed by every op."""
-
-    signature: Signature
-    size_field: ClassVar[str] = "tokens"
-    """Name of the field that plans pick a kernel by."""
-    given: ClassVar[Mapping[str, int]] = {"tokens": 1}
-    """Fields that ``--problem`` takes beside the signature's, with their values where it does not name them."""
-
-    def __post_init__(self) -> None:
-        check(self, self.signature.op)
-        self.require_possible()
-
-    def require_possible(self) -> None:
-        """Refuse fields that do not go together; each by itself is possible.
-
-        Raises:
-            TilewrightError: names the field.
-
-        """
-
-    @property
-    def size(self) -> int:
-        """The size by which plans pick a kernel."""
-        return int(getattr(self, self.size_field))
-
-    def with_size(self, size: int) -> Self:
-        """The same problem with another dynamic size.
-
-        Raises:
-            TilewrightError: for an impossible size.
-
-        """
-        changes: dict[str, Any] = {self.size_field: size}
-        return replace(self, **changes)
-
-    @property
-    def output_sizes(self) -> Mapping[str, int]:
-        """Sizes by name that no input shows: lengths of outputs that hold as much as the data may need."""
-        return {}
-
-    @property
-    def assumes(self) -> str:
-        """What beside the dynamic size its time depends on, in words; empty where there is nothing to say."""
-        return ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON."""
-        own = {name: getattr(self, name) for name in parts(type(self))}
-        nested = {name: part.to_dict() if isinstance(part, Signature) else str(part) for name, part in own.items()}
-        return {**nested, **json_of(self)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Problem from its JSON form.
-
-        Raises:
-            TilewrightError: for a missing, unknown or impossible field.
-
-        """
-        kinds = parts(cls)
-        names = [each.name for each in fields(cls)]
-        require_names(values, names, names, f"{kinds['signature'].op} problem")
-        nested = {
-            name: (kind.from_dict if issubclass(kind, Signature) else kind.parse)(values[name])
-            for name, kind in kinds.items()
-        }
-        return cls(**{**values, **nested})
-
-    @property
-    def title(self) -> str:
-        """Short name for progress lines."""
-        return f"{self.signature.title} {self.signature.size_name}={self.size:<5d}"
-
-    @property
-    def key(self) -> str:
-        """Identity of the problem, under which its trials are stored."""
-        return stable_key(self.to_dict())
-
-
-def _no_fixed_order(signature: Any, config: Config, arch: Arch) -> None:
-    """Nothing is known of the order of sums."""
-    del signature, config, arch
-
-
-@dataclass(frozen=True)
-class Template(Generic[S]):
-    """One Jinja file and the space of configs that it can render.
-
-    The arch that its functions get is of one of its families: a ``CpuArch`` or a ``GpuArch``.
-    """
-
-    name: str
-    """``op/file`` without suffix, the file lying in templates/."""
-    language: str
-    """``cpp``, ``cuda`` or ``triton``: decides the builder."""
-    families: tuple[str, ...]
-    """Families of archs that it is for."""
-    space: Callable[..., Space]
-    """``space(signature, arch)``; with :attr:`precisions` also ``space(signature, arch, some of them)``."""
-    layout: Callable[[S, Config, Any], WeightLayout | RowLayout | None]
-    """Weight layout that a config's kernel reads; None for an op without packed weights."""
-    recipe: Callable[[S, Config, Any], Recipe]
-    context: Callable[[S, Config, Any], dict[str, Any]]
-    """What the Jinja file needs beside ``signature``, ``config`` and ``arch``."""
-    applies: Callable[[S, Any], bool] = lambda _signature, _arch: True
-    """Whether the algorithm can compute a signature at all; where not, there is no space."""
-    label: tuple[str, ...] = ()
-    """Knobs whose values tell its kernels apart in a table, beside the template's name."""
-    precisions: tuple[str, ...] = ()
-    """That it can read weights in (codegen/numbers/precisions.py); empty: only as the op declares them."""
-    dtypes: tuple[str, ...] = (LOSSLESS,)
-    """Of activations that it computes with."""
-    exclusion: Callable[[str, Any], str | None] = lambda _precision, _arch: None
-    """``exclusion(precision, arch)``: why it cannot read weights in a precision there, in words; None: it can."""
-    order: Callable[[S, Config, Any], str | None] = _no_fixed_order
-    """Name of the order in which a config's kernel adds up. Kernels of one order, whatever their templates, give a
-    token the same bits, on any number of threads and whatever else is in the batch. None: not so, or not known."""
-    entries: Callable[[S, Config, Any], tuple[Entry, ...]] | None = None
-    """What the builder has to know of every entry point, in the order of the recipe's launches; None for ``cpp``."""
-    emulated_problems: Callable[[S, Config, Any], tuple[Problem, ...]] | None = None
-    """``emulated_problems(signature, config, arch)``: small problems of signatures of the same kind, with sizes that
-    divide tiles or not as this one's do, on which an interpreter runs a config; None where none can."""
-    work: Callable[[S, Config, Any, Any], tuple[LaunchWork, ...]] | None = None
-    """``work(signature, config, arch, problem)``: what every launch has to do; None where kernels are only measured."""
-
-    def config(self, signature: S, arch: Any, knobs: Mapping[str, Value]) -> Config:
-        """The config of this template that has ``knobs``, and the default of every knob that they leave out.
-
-        Raises:
-            TilewrightError: when it is no valid config of ``signature`` on ``arch``, with what the nearest one has.
-
-        """
-        own = self.own_space(signature, arch, str(knobs.get("precision", LOSSLESS)))
-        try:
-            return Config.of(self.name, own[own.index_of(knobs)])
-        except TilewrightError as error:
-            raise TilewrightError(f"{self.name}, {signature.describe()}, {arch.name}: {error}") from error
-
-    def own_space(self, signature: S, arch: Any, precision: str) -> Space:
-        """The space of this template alone, its weights in one precision where it knows several."""
-        return self.space(signature, arch, (precision,)) if self.precisions else self.space(signature, arch)
+P = TypeVar("P", bound=Problem)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.codegen.ops.base import Arrays, Problem
+from tilewright.codegen.ops.base import Arrays
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.ops.signature import Signature
 from tilewright.errors import TilewrightError
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tilewright.codegen.space import Value
 
 if TYPE_CHECKING:
-    from tilewright.codegen.ops.base import Template
+    from tilewright.codegen.ops.template import Template
 
 Choice = tuple[str, Mapping[str, Value]]
 """A template's full name, and values of its knobs."""

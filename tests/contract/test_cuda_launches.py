@@ -32,7 +32,13 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 CAPABILITIES = tuple(int(name.removeprefix("sm_")) for name in ARCHS)
-MAPPED = ("sm_90", "sm_100")
+USUAL = {
+    "moe_gemm/triton_persistent": "sm_90",
+    "moe_gemm/triton_split_k": "sm_90",
+    "attention/triton_decode": "sm_80",
+    "gating/triton_fused": "sm_120",
+}
+"""What is tried by default: tensor maps, several launches with a workspace between them, and one of every op."""
 STREAM = 0x5EED0
 SMALL_MAP_BIT = 1 << 21
 """Of a tensor map's second word: Triton 3.7 clears it for small tensors on drivers up to 13.1, on all archs; the fault
@@ -40,14 +46,13 @@ that it works around is one of Blackwell's, so that launches by recipe clear it 
 
 
 def cases() -> list[Case]:
-    """Of each template on each arch; by default of one arch each, and of tensor maps of two."""
     found = []
-    templates = [(op.name, t) for op in OPS.values() for t in op.templates if t.language == "triton"]
-    for number, (op_name, template) in enumerate(templates):
-        here = [name for name in ARCHS if GPU_ARCHS[name].among(template.families)]
-        few = MAPPED if template.name.endswith("persistent") else [here[number % len(here)]]
-        for name in here if FULL else few:
-            found += covering_cases(op_name, template, GPU_ARCHS[name], share=1)
+    for op in OPS.values():
+        for template in (each for each in op.templates if each.language == "triton"):
+            here = [name for name in ARCHS if GPU_ARCHS[name].among(template.families)]
+            usual = [USUAL[template.name]] if template.name in USUAL else []
+            for name in here if FULL else usual:
+                found += covering_cases(op.name, template, GPU_ARCHS[name], share=1)
     return found
 
 

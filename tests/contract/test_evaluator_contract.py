@@ -16,10 +16,11 @@ from evaluation_kernels import KernelMaker, evaluator, needs_compiler, problem
 from tilewright.codegen.backends.registry import Builders
 from tilewright.codegen.hardware.devices import DEVICES
 from tilewright.codegen.numbers.precisions import LOSSLESS
-from tilewright.codegen.ops.base import Problem, Template
 from tilewright.codegen.ops.gating.declaration import Gating
 from tilewright.codegen.ops.gating.signature import GatingSignature
 from tilewright.codegen.ops.gating.triton.templates import TRITON
+from tilewright.codegen.ops.problem import Problem
+from tilewright.codegen.ops.template import Template
 from tilewright.codegen.recipe.model import Argument, Guard, Recipe
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.codegen.space import Config

@@ -18,11 +18,11 @@ from gpu_compiling import nearest, telling_instructions
 from tilewright.codegen.hardware.archs import GPU_ARCHS, GpuArch
 from tilewright.codegen.numbers.precisions import find_precision
 from tilewright.codegen.ops.attention.signature import AttentionSignature
-from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.gating.signature import GatingSignature
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.ops.registry import OPS, find_op
 from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.ops.template import Template
 from tilewright.codegen.space import Config
 
 TABLE: dict[str, dict[str, dict[str, str]]] = json.loads(

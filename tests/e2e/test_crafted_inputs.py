@@ -17,7 +17,7 @@ from naive_kernels import needs_compiler
 from patience import PATIENCE_S
 
 CRAFTED = Path(__file__).parents[1] / "crafted.py"
-COUNT = 3000 if FULL else 40
+COUNT = 3000 if FULL else 20
 
 
 def drawn(folder: Path, first: int, count: int) -> list[dict]:

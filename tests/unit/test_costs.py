@@ -9,7 +9,7 @@ import tuning_db_samples as samples
 
 from tilewright.codegen.hardware.archs import GPU_ARCHS
 from tilewright.codegen.models.shapes import load_model
-from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.errors import TilewrightError

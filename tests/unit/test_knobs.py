@@ -13,10 +13,10 @@ from tuning_db_samples import DEVICE, trial
 from tilewright.codegen.backends.cpp.builder import Compiler, CppBuilder
 from tilewright.codegen.hardware.archs import ARCHS
 from tilewright.codegen.numbers.precisions import LOSSLESS
-from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.moe_gemm.cpu.templates import BLOCKED, INTEGER, STREAM
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.ops.template import Template
 from tilewright.codegen.rendering import render
 from tilewright.codegen.space import Config, Parameter, Space, Value
 from tilewright.errors import TilewrightError

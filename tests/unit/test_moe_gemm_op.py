@@ -19,10 +19,11 @@ from tilewright.codegen.hardware.archs import find_arch
 from tilewright.codegen.models.presets import PRESETS
 from tilewright.codegen.models.shapes import load_model
 from tilewright.codegen.numbers.activations import CLAMPED_LIMIT
-from tilewright.codegen.ops.base import MAX_SIZE, Arrays
+from tilewright.codegen.ops.base import Arrays
 from tilewright.codegen.ops.examples import examples_of
 from tilewright.codegen.ops.moe_gemm.problem import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.ops.problem import MAX_SIZE
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.errors import TilewrightError

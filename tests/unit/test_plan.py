@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tilewright.codegen.backends.cpp.builder import Compiler, CppBuilder
 from tilewright.codegen.hardware.archs import ARCHS
-from tilewright.codegen.ops.base import Problem
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.codegen.space import Config

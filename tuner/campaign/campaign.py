@@ -18,7 +18,8 @@ import optuna
 from tilewright import __version__
 from tilewright.codegen.hardware.archs import Arch
 from tilewright.codegen.numbers.precisions import LOSSLESS
-from tilewright.codegen.ops.base import OpDeclaration, Problem
+from tilewright.codegen.ops.base import OpDeclaration
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.space import Config, Space
 from tilewright.errors import TilewrightError

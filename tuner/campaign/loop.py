@@ -16,7 +16,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 
 from tilewright.codegen.numbers.precisions import LOSSLESS
-from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.space import Config, Space
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.progress import Progress

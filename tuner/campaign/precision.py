@@ -13,7 +13,7 @@ from optuna.study import StudyDirection
 from optuna.trial import create_trial
 
 from tilewright.codegen.numbers.precisions import LOSSLESS
-from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.ops.problem import Problem
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.loop import ProblemResult
 from tilewright.tuner.campaign.variants import PlanConstraint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.space import Space
 from tilewright.tuner.search import Prior
 from tilewright.tuning_db.records import TIMINGS, Outcome, Timing, TrialRecord

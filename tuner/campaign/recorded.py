@@ -11,7 +11,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.ops.registry import find_op
 from tilewright.tuner.report.text import format_shape
 from tilewright.tuner.search.encoding import distribution_of

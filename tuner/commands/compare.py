@@ -9,7 +9,8 @@ from typing import Any
 
 from tilewright.codegen.hardware.archs import find_arch
 from tilewright.codegen.hardware.cpu_info import read_cpu_info
-from tilewright.codegen.ops.base import OpDeclaration, Problem
+from tilewright.codegen.ops.base import OpDeclaration
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.ops.registry import find_op
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.loop import FINAL_RACE

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tilewright.codegen.numbers.precisions import LOSSLESS
-from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.ops.problem import Problem
 from tilewright.tuner.campaign.campaign import Report, Request, SignatureReport
 from tilewright.tuner.campaign.precision import FrontPoint
 from tilewright.tuner.campaign.standings import measured_document

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tilewright.codegen.hardware.devices import Device
-from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.ops.problem import Problem
 from tilewright.tuner.campaign.campaign import KEPT_PER_PROBLEM, Report, Request, SignatureReport
 from tilewright.tuner.campaign.loop import ProblemResult
 from tilewright.tuner.campaign.variants import BuildResult

@@ -12,7 +12,8 @@ from tilewright.codegen.hardware.archs import Arch, find_arch
 from tilewright.codegen.models.model_shape import ModelShape
 from tilewright.codegen.models.shapes import load_model
 from tilewright.codegen.numbers.precisions import LOSSLESS, parse_precisions
-from tilewright.codegen.ops.base import OpDeclaration, Problem
+from tilewright.codegen.ops.base import OpDeclaration
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.ops.registry import OPS, find_op
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.routing.spec import RoutingSpec

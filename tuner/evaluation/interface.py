@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
-from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.ops.problem import Problem
 from tilewright.tuner.evaluation.checking import PrecisionError
 from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation, TimeSpent
 from tilewright.tuner.evaluation.statistics import Ratio

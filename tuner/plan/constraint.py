@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.space import Config
 from tilewright.tuner.campaign.loop import Candidate, ProblemResult, ProblemTuner
 from tilewright.tuner.campaign.variants import BuildResult, PlanConstraint

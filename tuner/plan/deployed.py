@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.workers.channel import Message
 from tilewright.codegen.workers.child import connect, serve

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from tilewright.codegen.ops.base import Problem
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.space import Config
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.loop import ProblemTuner

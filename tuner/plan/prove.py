@@ -15,7 +15,8 @@ from typing import Any
 from tilewright import disks
 from tilewright.codegen.hardware.cpu_info import read_cpu_info
 from tilewright.codegen.numbers.precisions import LOSSLESS
-from tilewright.codegen.ops.base import OpDeclaration, Problem
+from tilewright.codegen.ops.base import OpDeclaration
+from tilewright.codegen.ops.problem import Problem
 from tilewright.temporary import temporary_folder
 from tilewright.tuner.evaluation.cpu.weights import declared_bytes
 from tilewright.tuner.plan.deployed import Deployed, DeployedRaces, RaceLost

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from tilewright.codegen.hardware.devices import Device
-from tilewright.codegen.ops.base import Problem, Template
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.ops.template import Template
 from tilewright.codegen.space import Config
 from tilewright.codegen.work import LaunchWork
 from tilewright.errors import TilewrightError

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from tilewright.codegen.hardware.devices import Device
-from tilewright.codegen.ops.base import OpDeclaration, Problem
+from tilewright.codegen.ops.base import OpDeclaration
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.space import Config
 from tilewright.tuner.prediction.fitted import FITTED
 from tilewright.tuner.prediction.model import Launches, Values, launch_terms, launch_us

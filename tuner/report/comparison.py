@@ -15,8 +15,8 @@ from tilewright.codegen.backends.binaries.facts import EntryFacts
 from tilewright.codegen.backends.registry import find_backend
 from tilewright.codegen.hardware.archs import find_arch
 from tilewright.codegen.hardware.devices import DEVICES
-from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.ops.template import Template
 from tilewright.codegen.rendering import render
 from tilewright.codegen.space import TEMPLATE, Config
 from tilewright.errors import TilewrightError

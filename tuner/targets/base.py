@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 from tilewright.codegen.backends.registry import Builders
 from tilewright.codegen.hardware.archs import Arch
 from tilewright.codegen.models.model_shape import ModelShape
-from tilewright.codegen.ops.base import OpDeclaration, Problem, Template
+from tilewright.codegen.ops.base import OpDeclaration
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.ops.template import Template
 from tilewright.codegen.space import Space
 from tilewright.tuner.evaluation.interface import Evaluator
 from tilewright.tuner.search import Prior

@@ -8,8 +8,10 @@ from typing import Any, ClassVar, Self
 from tilewright.codegen.hardware.archs import GPU_ARCHS, Arch
 from tilewright.codegen.hardware.devices import Device, find_device
 from tilewright.codegen.models.model_shape import ModelShape
-from tilewright.codegen.ops.base import OpDeclaration, Problem, Template
+from tilewright.codegen.ops.base import OpDeclaration
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.ops.template import Template
 from tilewright.codegen.space import Config, Space
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.campaign import Report, Request

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from tilewright.codegen.ops.attention.problem import AttentionProblem
 from tilewright.codegen.ops.attention.signature import AttentionSignature as Attention
-from tilewright.codegen.ops.base import Arrays, Problem
+from tilewright.codegen.ops.base import Arrays
 from tilewright.codegen.ops.examples import OpExamples, Part
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.routing.spec import RoutingSpec
 
 _SIGNATURES = (

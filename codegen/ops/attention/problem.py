@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from tilewright.codegen.ops.attention.signature import AttentionSignature
-from tilewright.codegen.ops.base import MAX_SIZE, Problem
 from tilewright.codegen.ops.fields import Truth, Whole
+from tilewright.codegen.ops.problem import MAX_SIZE, Problem
 from tilewright.codegen.routing.spec import RoutingSpec
 
 DEFAULT_CONTEXT = 2048

@@ -9,11 +9,12 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.codegen.ops.base import Arrays, Problem
+from tilewright.codegen.ops.base import Arrays
 from tilewright.codegen.ops.examples import OpExamples, Part
 from tilewright.codegen.ops.gating.problem import GatingProblem
 from tilewright.codegen.ops.gating.signature import GatingSignature as Gating
 from tilewright.codegen.ops.gating.signature import Order
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.routing.spec import RoutingSpec
 
 _SIGNATURES = (

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
-from tilewright.codegen.ops.base import MAX_SIZE, Problem
 from tilewright.codegen.ops.fields import Truth, Whole
 from tilewright.codegen.ops.gating.signature import GatingSignature
+from tilewright.codegen.ops.problem import MAX_SIZE, Problem
 from tilewright.codegen.routing.spec import RoutingSpec
 
 

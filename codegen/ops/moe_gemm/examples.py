@@ -10,11 +10,12 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.codegen.ops.base import Arrays, Problem
+from tilewright.codegen.ops.base import Arrays
 from tilewright.codegen.ops.examples import OpExamples, Part
 from tilewright.codegen.ops.moe_gemm.problem import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm.signature import Activation, Stage
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature as MoeGemm
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.routing.spec import RoutingSpec
 
 _SIGNATURES = (

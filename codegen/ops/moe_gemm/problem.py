@@ -8,9 +8,9 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import NDArray
 
-from tilewright.codegen.ops.base import MAX_SIZE, Problem
 from tilewright.codegen.ops.fields import Whole, impossible
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.ops.problem import MAX_SIZE, Problem
 from tilewright.codegen.routing.spec import RoutingSpec, TokenOrder, generate_topk_ids, sort_tokens
 from tilewright.errors import TilewrightError
 

@@ -14,7 +14,8 @@ from typing import Any, Self
 
 from tilewright.codegen.hardware.cpu_info import read_cpu_info
 from tilewright.codegen.numbers.precisions import LOSSLESS, WORD_BITS, find_precision
-from tilewright.codegen.ops.base import Arrays, OpDeclaration, Problem
+from tilewright.codegen.ops.base import Arrays, OpDeclaration
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.ops.signature import Signature
 from tilewright.errors import TilewrightError
 from tilewright.runtime.launchers.base import KernelRefused

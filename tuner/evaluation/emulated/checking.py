@@ -10,7 +10,8 @@ from tilewright.codegen.backends.triton.entry import triton_entries
 from tilewright.codegen.hardware.archs import GpuArch
 from tilewright.codegen.numbers.layouts import RowLayout
 from tilewright.codegen.numbers.precisions import find_precision
-from tilewright.codegen.ops.base import Arrays, OpDeclaration, Problem
+from tilewright.codegen.ops.base import Arrays, OpDeclaration
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.ops.signature import Signature, stable_key
 from tilewright.codegen.recipe.model import packable
 from tilewright.codegen.rendering import render

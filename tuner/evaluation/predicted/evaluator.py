@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from tilewright.codegen.hardware.devices import Device
-from tilewright.codegen.ops.base import OpDeclaration, Problem
+from tilewright.codegen.ops.base import OpDeclaration
+from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.ops.signature import Signature
 from tilewright.tuner.evaluation.checking import PrecisionError
 from tilewright.tuner.evaluation.emulated.checking import EmulatedChecker, gpu_precision_error

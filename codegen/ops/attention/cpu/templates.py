@@ -8,8 +8,8 @@ from typing import Any
 
 from tilewright.codegen.hardware.archs import CpuArch
 from tilewright.codegen.ops.attention.signature import AttentionSignature
-from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.implementation import Choice, Implementation
+from tilewright.codegen.ops.template import Template
 from tilewright.codegen.recipe.model import Argument, Launch, Recipe
 from tilewright.codegen.space import Config, Constraint, Parameter, Space
 

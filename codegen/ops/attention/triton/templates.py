@@ -25,8 +25,8 @@ from tilewright.codegen.ops.attention.triton.space import (
     power_of_two,
     prefill_space,
 )
-from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.implementation import Implementation
+from tilewright.codegen.ops.template import Template
 from tilewright.codegen.recipe.model import Argument, Recipe
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.codegen.space import Config

@@ -6,9 +6,9 @@ from functools import lru_cache
 from typing import Any
 
 from tilewright.codegen.hardware.archs import CpuArch
-from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.gating.signature import GatingSignature
 from tilewright.codegen.ops.implementation import Choice, Implementation
+from tilewright.codegen.ops.template import Template
 from tilewright.codegen.recipe.model import Argument, Launch, Recipe
 from tilewright.codegen.space import Config, Constraint, Parameter, Space
 

@@ -9,10 +9,10 @@ from typing import Any
 from tilewright.codegen.backends.triton.entry import EntrySpec
 from tilewright.codegen.backends.triton.launch import EntryLaunch, EntryParameter, Workspace, recipe_of
 from tilewright.codegen.hardware.archs import GpuArch
-from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.gating.problem import GatingProblem
 from tilewright.codegen.ops.gating.signature import GatingSignature
 from tilewright.codegen.ops.implementation import Choice, Implementation
+from tilewright.codegen.ops.template import Template
 from tilewright.codegen.recipe.model import Argument, Recipe
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.codegen.space import Config, Constraint, Parameter, Space, Value

@@ -17,8 +17,8 @@ from tilewright.codegen.numbers.precisions import (
     Precision,
     find_precision,
 )
-from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
+from tilewright.codegen.ops.template import Template
 from tilewright.codegen.recipe.model import Argument, Launch, Recipe, TensorSpec
 from tilewright.codegen.space import Config, Constraint, Parameter, Space
 from tilewright.errors import TilewrightError

@@ -13,7 +13,6 @@ from tilewright.codegen.numbers.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
 from tilewright.codegen.numbers.dtypes import ITEMSIZE
 from tilewright.codegen.numbers.layouts import RowLayout
 from tilewright.codegen.numbers.precisions import GPU_PRECISIONS, Precision, ScaleSpec, find_precision
-from tilewright.codegen.ops.base import Template
 from tilewright.codegen.ops.implementation import Choice, Implementation
 from tilewright.codegen.ops.moe_gemm.problem import MoeGemmProblem
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
@@ -33,6 +32,7 @@ from tilewright.codegen.ops.moe_gemm.triton.space import (
     stored,
 )
 from tilewright.codegen.ops.moe_gemm.triton.work import grouped_work
+from tilewright.codegen.ops.template import Template
 from tilewright.codegen.recipe.model import Argument, Recipe, TensorMap
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.codegen.space import Config
