@@ -11,16 +11,20 @@
 
 from __future__ import annotations
 
-from tilewright.runtime.calls.bind import softmax_topk, sort_tokens
-from tilewright.runtime.notices import TilewrightWarning
-from tilewright.runtime.serve.attention import PagedDecode, VarlenPrefill
-from tilewright.runtime.serve.experts import Experts
-from tilewright.runtime.serve.explanation import Explanation, MemoryReport, MemoryUse
-from tilewright.runtime.serve.functional import grouped_gemm, moe_down, moe_up
-from tilewright.runtime.serve.gate import Gate, Gated
-from tilewright.runtime.serve.gemm import PreparedGemm, prepare
-from tilewright.runtime.serve.options import ServeOptions
-from tilewright.runtime.serve.prepared import PreparedCall, live_prepared
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from tilewright.runtime.calls.bind import softmax_topk, sort_tokens
+    from tilewright.runtime.notices import TilewrightWarning
+    from tilewright.runtime.serve.attention import PagedDecode, VarlenPrefill
+    from tilewright.runtime.serve.experts import Experts
+    from tilewright.runtime.serve.explanation import Explanation, MemoryReport, MemoryUse
+    from tilewright.runtime.serve.functional import grouped_gemm, moe_down, moe_up
+    from tilewright.runtime.serve.gate import Gate, Gated
+    from tilewright.runtime.serve.gemm import PreparedGemm, prepare
+    from tilewright.runtime.serve.options import ServeOptions
+    from tilewright.runtime.serve.prepared import PreparedCall, explain, memory_report
 
 __all__ = [
     "Experts",
@@ -45,14 +49,34 @@ __all__ = [
     "sort_tokens",
 ]
 
+_PLACES: Final = {
+    "Experts": "serve.experts",
+    "Explanation": "serve.explanation",
+    "Gate": "serve.gate",
+    "Gated": "serve.gate",
+    "MemoryReport": "serve.explanation",
+    "MemoryUse": "serve.explanation",
+    "PagedDecode": "serve.attention",
+    "PreparedCall": "serve.prepared",
+    "PreparedGemm": "serve.gemm",
+    "ServeOptions": "serve.options",
+    "TilewrightWarning": "notices",
+    "VarlenPrefill": "serve.attention",
+    "explain": "serve.prepared",
+    "grouped_gemm": "serve.functional",
+    "memory_report": "serve.prepared",
+    "moe_down": "serve.functional",
+    "moe_up": "serve.functional",
+    "prepare": "serve.gemm",
+    "softmax_topk": "calls.bind",
+    "sort_tokens": "calls.bind",
+}
+"""Where each name is: what needs no torch, such as the packing of weights, is imported without it."""
 
-def explain() -> tuple[Explanation, ...]:
-    """What serves each weight that is prepared in this process, sorted by signature."""
-    explanations = [prepared.explain() for prepared in live_prepared()]
-    return tuple(sorted(explanations, key=lambda explanation: explanation.memory.label))
 
-
-def memory_report() -> MemoryReport:
-    """What every weight that is prepared in this process costs in memory, largest first."""
-    uses = [prepared.memory for prepared in live_prepared()]
-    return MemoryReport(tuple(sorted(uses, key=lambda use: (-use.bytes, use.label))))
+def __getattr__(name: str) -> Any:
+    """What ``name`` stands for, imported when it is first asked for."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    return value

@@ -19,7 +19,7 @@ from tilewright.runtime.notices import warn_once
 from tilewright.runtime.ops.base import BoundWeights
 from tilewright.runtime.ops.registry import served_op
 from tilewright.runtime.process_memory import Memory
-from tilewright.runtime.serve.explanation import Explanation, MemoryUse
+from tilewright.runtime.serve.explanation import Explanation, MemoryReport, MemoryUse
 from tilewright.runtime.serve.handles import hold
 from tilewright.runtime.serve.options import ServeOptions
 from tilewright.runtime.serve.plans import Resolution, SizeRange, resolve
@@ -139,8 +139,20 @@ class PreparedCall:
         return f"<{type(self).__name__} {self.signature.describe()}, {len(self._resolution.kernels)} kernels>"
 
 
-def live_prepared() -> list[PreparedCall]:
-    """Everything that is prepared in this process, in no particular order."""
+def explain() -> tuple[Explanation, ...]:
+    """What serves each weight that is prepared in this process, sorted by signature."""
+    explanations = [prepared.explain() for prepared in _prepared()]
+    return tuple(sorted(explanations, key=lambda explanation: explanation.memory.label))
+
+
+def memory_report() -> MemoryReport:
+    """What every weight that is prepared in this process costs in memory, largest first."""
+    uses = [prepared.memory for prepared in _prepared()]
+    return MemoryReport(tuple(sorted(uses, key=lambda use: (-use.bytes, use.label))))
+
+
+def _prepared() -> list[PreparedCall]:
+    """All in this process, in no particular order."""
     with _listing:
         return list(_live)
 

@@ -52,7 +52,21 @@ def bare() -> set[str]:
 
 @pytest.mark.parametrize("package", ["tilewright.runtime", "tilewright.runtime.transformers"])
 def test_importing_the_runtime_loads_nothing_that_only_tuning_needs(package: str, bare: set[str]) -> None:
-    assert forbidden_among(loaded_by(f"import torch, {package}") - bare) == {}
+    assert forbidden_among(loaded_by(f"import torch\nfrom {package} import *") - bare) == {}
+
+
+def test_what_packs_and_loads_kernels_for_the_tuner_needs_no_torch() -> None:
+    """It takes longer to import than all of the command line together."""
+    loaded = loaded_by("import tilewright.tuner.commands.tune, tilewright.tuner.commands.doctor")
+    assert "tilewright.runtime.weights.packing" in loaded
+    assert "torch" not in loaded
+
+
+def test_every_name_of_the_runtime_is_where_it_is_looked_for() -> None:
+    runtime = importlib.import_module("tilewright.runtime")
+    assert all(getattr(runtime, name).__name__ == name for name in runtime.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'expert'"):
+        runtime.expert  # noqa: B018 - the name is what is asked for
 
 
 def test_a_call_loads_nothing_that_only_tuning_needs(bare: set[str]) -> None:

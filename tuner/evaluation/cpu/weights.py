@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tilewright.codegen.hardware.cores import usable_cores
 from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.base import Arrays
 from tilewright.codegen.recipe.model import TensorSpec, packable
-from tilewright.runtime.weights.packing import packed_dtype, packed_shape
+from tilewright.runtime.weights.packing import pack_array, packed_dtype, packed_shape
 from tilewright.tuner.evaluation.cpu.binding import DTYPES
 from tilewright.tuner.evaluation.cpu.shared_memory import Block, SharedRegion, share
 
@@ -34,11 +35,7 @@ def pack(weight: NDArray[np.float32], layout: WeightLayout, out: NDArray[Any]) -
         TilewrightError: when the layout does not suit the weight, or it cannot be quantised.
 
     """
-    import torch
-
-    from tilewright.runtime.calls.bind import pack_weight
-
-    pack_weight(torch.from_numpy(weight), layout, out=torch.from_numpy(out))
+    pack_array(weight, layout, out, usable_cores())
 
 
 def round_weight(weight: NDArray[np.float32], precision: str) -> NDArray[np.float32]:
