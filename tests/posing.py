@@ -1,8 +1,8 @@
 """Torch tensors in this process's memory that say they lie on a CUDA device, for machines without one.
 
-Their ``device``, ``is_cuda``, ``__dlpack_device__`` and torch's DLPack exchange table say ``cuda:N``, and ``data_ptr()`` is
-where their values really are. Torch computes on them as on the CPU; a driver whose device memory is this process's (the
-stand-in) can launch on them. This shows how calls are made, and nothing of what a device computes.
+Their ``device``, ``is_cuda``, ``__dlpack_device__`` and torch's DLPack exchange table say ``cuda:N``, and
+``data_ptr()`` is where their values really are. Torch computes on them as on the CPU; a driver whose device memory is
+this process's (the stand-in) can launch on them. This shows how calls are made, and nothing of what a device computes.
 """
 
 from __future__ import annotations
@@ -95,13 +95,9 @@ def posing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _compute(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``function`` on the CPU; what it gives is posed on the device that it was asked for, or that of its tensors."""
     flat = [each for each in _leaves((args, kwargs)) if isinstance(each, Posed)]
-    asked = kwargs.get("device")
-    where = None if asked is None else torch.device(asked)
-    if where is None:
-        index = flat[0].index if flat else None
-    else:
-        index = (where.index or 0) if where.type == "cuda" else None
-    if where is not None:
+    index = flat[0].index if flat else None
+    if kwargs.get("device") is not None:
+        index = _index(torch.device(kwargs["device"]))
         kwargs = {**kwargs, "device": torch.device("cpu")}
     made = function(*tree_map(values, args), **tree_map(values, kwargs))
     # What is written in place is returned as it was passed: its identity matters to callers.
@@ -116,6 +112,11 @@ def _compute(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         return passed[id(each)] if id(each) in passed else pose(each, index)
 
     return tree_map(posed, made)
+
+
+def _index(device: torch.device) -> int | None:
+    """Of a CUDA device; None of the CPU."""
+    return (device.index or 0) if device.type == "cuda" else None
 
 
 def _leaves(tree: Any) -> list[Any]:
