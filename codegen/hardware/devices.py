@@ -38,9 +38,7 @@ def _letters(name: str) -> str:
 _BY_LETTERS = {
     _letters(name): device for device in PRODUCTS for name in (*device.driver_names, device.name)
 }  # of two that share a spelling, a product's own name counts: it comes last
-_BY_DRIVER_NAME = {
-    (device.arch_name, _letters(name)): device for device in PRODUCTS for name in device.driver_names
-}
+_BY_DRIVER_NAME = {(device.arch_name, _letters(name)): device for device in PRODUCTS for name in device.driver_names}
 _LEAST_MEMORY, _MOST_MEMORY = 0.88, 1.01
 """Share of a product's memory that its driver reports: ECC and the driver itself take up to 9 % of small ones."""
 _GIB = 1 << 30
