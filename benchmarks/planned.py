@@ -14,7 +14,8 @@ from tilewright.codegen.ops.registry import find_op
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.routing.spec import RoutingSpec
 from tilewright.runtime import PreparedCall, ServeOptions
-from tilewright.tuner.evaluation.cpu.binding import DTYPES, outputs_of, shape_of, sizes_of
+from tilewright.tuner.evaluation.cpu.binding import DTYPES
+from tilewright.tuner.evaluation.tensors import outputs_of, shape_of, sizes_of
 
 _ROTATIONS = 4
 

@@ -15,6 +15,7 @@ from tilewright.tuner.signals import Signals
 _COMMANDS = {
     "show": "what is known, for which device, how",
     "compare": "variants side by side",
+    "measure": "prepared kernels raced on the GPU that is here, and plans made from that",
     "cost": "time and money per token of a model, from plans",
     "doctor": "whether this machine can build, measure and store",
     "pack": "one file with plans and their kernels, for deployment",
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None, signals: Signals) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
-    reads = words[:1] and words[0] in _COMMANDS
+    reads = words[:1] and words[0] in _COMMANDS and words[0] != "measure"
     try:
         code = _run(words, signals)
         if sys.stdout is not None:

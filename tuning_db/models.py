@@ -142,6 +142,7 @@ class Trial(Base):
     seed: Mapped[int] = mapped_column(BigInteger)
     search: Mapped[str]
     build_s: Mapped[float]
+    conditions: Mapped[dict[str, Any]]
     created_at: Mapped[float]
 
 

@@ -87,7 +87,8 @@ class TrialRecord:
 
     ``kernel_key`` names the variant that was built, whether or not its bytes were kept. ``error`` is relative to the
     reference; infinite where the output was not finite. A trial that was timed has ``median_us``; ``low_us`` and
-    ``high_us`` bound its confidence interval. ``id`` is given by the database.
+    ``high_us`` bound its confidence interval, and ``conditions`` says what is known of its race: how calls were timed,
+    and a GPU's clocks, power, temperature and reasons to slow down. ``id`` is given by the database.
     """
 
     run_id: str
@@ -112,6 +113,7 @@ class TrialRecord:
     seed: int = 0
     search: str = ""
     build_s: float = 0.0
+    conditions: Document = field(default_factory=dict, repr=False)
     created_at: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from tilewright.errors import TilewrightError
 from tilewright.tuning_db.confined import require_plain_schema
 from tilewright.tuning_db.faults import damaged
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """What this release reads and writes; ``PRAGMA user_version`` of a SQLite file, set by the migrations."""
 
 APPLICATION_ID = int.from_bytes(b"TWdb")
@@ -31,7 +31,7 @@ TABLES: dict[str, frozenset[str]] = {
         "kernel_artifacts": "kernel_key position checksum",
         "trials": (
             "id run_id op signature_key problem_key problem device_key threads template config kernel_key outcome "
-            "timing median_us low_us high_us samples_us error message seed search build_s created_at"
+            "timing median_us low_us high_us samples_us error message seed search build_s conditions created_at"
         ),
         "plans": (
             "id op signature_key signature device_key threads precision error batch_invariant model layout timing "

@@ -29,11 +29,13 @@ from tilewright.runtime.calls import bind as calls
 from tilewright.runtime.calls.bind import CallVariant, bind_call
 from tilewright.runtime.calls.extension import native_for_torch
 from tilewright.runtime.calls.pure import PureCall
-from tilewright.tuner.evaluation.cpu.binding import bind, refusal
+from tilewright.tuner.evaluation.cpu.binding import bind
+from tilewright.tuner.evaluation.cpu.mapping import ALIGNMENT
 from tilewright.tuner.evaluation.cpu.session import Session
 from tilewright.tuner.evaluation.cpu.shared_memory import Block, SharedRegion, share
 from tilewright.tuner.evaluation.emulated.launches import EmulatedBuffer, describe_launches, emulated_workspace_bytes
 from tilewright.tuner.evaluation.outcome import BuiltKernel
+from tilewright.tuner.evaluation.tensors import refusal
 
 TENSORS = (
     TensorSpec("x", "fp32", ("rows", 4)),
@@ -401,7 +403,7 @@ def test_what_only_gpus_can_do_is_refused_when_it_is_bound(part, layer, tmp_path
 )
 def test_the_tuner_judges_a_guard_on_an_address_only_where_it_holds_for_all(guard, known):
     recipe = Recipe(TENSORS, (), "rows", guards=(guard,))
-    refused = refusal(recipe, {"rows": 4, "tokens": 4}, threads=1)
+    refused = refusal(recipe, {"rows": 4, "tokens": 4}, Place(threads=1), ALIGNMENT)
     assert (refused is None) == known
     assert known or "is not known to be a multiple of" in refused
 

@@ -12,6 +12,7 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from patience import wait_until
 
 from tilewright.codegen.backends.cpp.builder import Compiler, CppBuilder
 from tilewright.codegen.hardware.archs import ARCHS
@@ -89,7 +90,9 @@ def store(tmp_path: Path) -> Iterator[Store]:
 class Tuned:
     """A problem's tuner with all that it works with."""
 
-    def __init__(self, store: Store, folder: Path, study: str = "", search: str = "random") -> None:
+    def __init__(
+        self, store: Store, folder: Path, study: str = "", search: str = "random", *, beside: bool = False
+    ) -> None:
         device = DeviceRecord("a-cpu", "a CPU", ARCH.name, {})
         store.put_device(device)
         self.store = store
@@ -103,6 +106,7 @@ class Tuned:
             store=store,
             origin=Origin(self.run, device.key, 2, 5, search, study),
             progress=Progress(None),
+            beside=beside,
         )
 
     def search(self, trials: int, templates: Sequence[str] = ()) -> optuna.Study:
@@ -211,6 +215,34 @@ def test_an_interrupted_batch_does_not_stay_running(store, tmp_path):
     assert study is not None
     assert [t.state for t in study.trials[8:]] == [TrialState.FAIL] * 8
     assert len(store.trials()) == 8
+
+
+def test_where_compilers_disturb_no_races_the_next_batch_is_built_while_one_is_raced(store, tmp_path):
+    tuned = Tuned(store, tmp_path, beside=True)
+    ahead: list[int] = []
+
+    def notice() -> None:
+        wait_until(lambda: len(tuned.builder.built) == 20, "nothing was built beside the race")
+        ahead.append(len(tuned.builder.built) - len(store.trials()))
+
+    tuned.evaluator.in_second_batch = notice
+    study = tuned.search(20)
+    assert ahead == [12, 4], "in its race the second batch has the last four built behind it"
+    assert len(tuned.builder.built) == len(set(tuned.builder.built)) == len(study.trials) == len(store.trials()) == 20
+
+
+def test_an_interruption_gives_up_what_was_built_ahead_as_well(store, tmp_path):
+    tuned = Tuned(store, tmp_path, beside=True)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    tuned.evaluator.in_second_batch = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        tuned.search(24)
+    study = tuned.tuner._study
+    assert study is not None
+    assert [t.state for t in study.trials[8:]] == [TrialState.FAIL] * 16
 
 
 def test_a_storage_that_fails_is_a_sentence_and_loses_nothing_of_ours(store, tmp_path):

@@ -29,11 +29,11 @@ from tilewright.tuner.campaign.precision import FrontPoint, admit, constraint_by
 from tilewright.tuner.campaign.priors import PRIOR_CONFIGS, stored_priors
 from tilewright.tuner.campaign.progress import Progress
 from tilewright.tuner.campaign.standings import resumable
-from tilewright.tuner.campaign.variants import PlanConstraint, VariantBuilder
+from tilewright.tuner.campaign.variants import PlanConstraint, VariantBuilder, Variants
 from tilewright.tuner.evaluation.checking import PrecisionError
 from tilewright.tuner.evaluation.interface import Evaluator
 from tilewright.tuner.plan.constraint import Final, Settled, choose_constraints, kept
-from tilewright.tuner.plan.facts import costs_document
+from tilewright.tuner.plan.facts import conditions_document, costs_document
 from tilewright.tuner.plan.finals import Finals, Probed, Verdict
 from tilewright.tuner.plan.prove import Default, Proof
 from tilewright.tuner.report.text import format_shape
@@ -210,13 +210,13 @@ class Campaign:
 
     def _start_run(self) -> Any:
         self._store.put_device(self._target.device)
-        versions = {
-            "tilewright": __version__,
-            "python": platform.python_version(),
-            "optuna": optuna.__version__,
-            "toolchain": self._request.toolchains,
-        }
+        versions = {"tilewright": __version__, "python": platform.python_version(), **self._versions}
         return self._store.start_run(recorded_command(), versions=versions, host=platform.node())
+
+    @property
+    def _versions(self) -> dict[str, str]:
+        """Of what a run uses beside Python and this package."""
+        return {"optuna": optuna.__version__, "toolchain": self._request.toolchains}
 
     def _tune_signature(
         self, run_id: str, signature: Signature, problems: Sequence[Problem], left: int, deadline: float, report: Report
@@ -245,6 +245,7 @@ class Campaign:
                 store=self._store,
                 origin=origin,
                 progress=self._progress,
+                beside=target.compiles_beside,
             )
             tuners = [make_tuner(problem) for problem in problems]
             mine.results = [tuner.result for tuner in tuners]
@@ -313,7 +314,7 @@ class Campaign:
         constraints: Sequence[PlanConstraint],
         tuners: Sequence[ProblemTuner],
         finals: Finals,
-        variant_builder: VariantBuilder,
+        variant_builder: Variants,
         evaluator: Evaluator,
         run_id: str,
     ) -> None:
@@ -396,10 +397,10 @@ class Campaign:
             precision=precision,
             error=self._error(signature.key, precision).relative,
             batch_invariant=self._request.batch_invariant,
-            facts=costs_document(verdict),
+            facts=costs_document(verdict) | ({"timed": timed} if (timed := conditions_document(verdict)) else {}),
         )
 
-    def _keep(self, variant_builder: VariantBuilder, evaluator: Evaluator, configs: Sequence[Config]) -> None:
+    def _keep(self, variant_builder: Variants, evaluator: Evaluator, configs: Sequence[Config]) -> None:
         """Store kernels, source and bytes, so that they can be served and compared."""
         for built in variant_builder.build(list(dict.fromkeys(configs))):
             if built.path is None:

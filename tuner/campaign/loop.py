@@ -7,6 +7,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +22,7 @@ from tilewright.codegen.space import Config, Space
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.progress import Progress
 from tilewright.tuner.campaign.recorded import attributes_of, finished_trial, state_of, study_attributes, study_title
-from tilewright.tuner.campaign.variants import BuildResult, PlanConstraint, VariantBuilder
+from tilewright.tuner.campaign.variants import BuildResult, PlanConstraint, Variants
 from tilewright.tuner.evaluation.interface import Evaluator
 from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation
 from tilewright.tuner.search import EnumeratedSampler, Prior, config_of, distributions_of, make_sampler, params_of
@@ -149,18 +150,38 @@ class Asked:
     config: Config
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Trials that are being tried, and their builds, which may not be finished yet."""
+
+    asked: Sequence[Asked]
+    built: Future[list[BuildResult]]
+
+
 class ProblemTuner:
-    """Tunes one problem. Batches of variants are built, then checked and raced; never both at once on the CPU."""
+    """Tunes one problem. Batches of variants are built, then checked and raced.
+
+    Args:
+        problem: to tune.
+        variant_builder: builds.
+        evaluator: checks and races.
+        store: keeps every trial.
+        origin: of the trials.
+        progress: told of every batch.
+        beside: whether the next batch is built while one is raced; never where the compilers would disturb the races.
+
+    """
 
     def __init__(
         self,
         problem: Problem,
         *,
-        variant_builder: VariantBuilder,
+        variant_builder: Variants,
         evaluator: Evaluator,
         store: Store,
         origin: Origin,
         progress: Progress,
+        beside: bool = False,
     ) -> None:
         self._problem = problem
         self._variant_builder = variant_builder
@@ -168,6 +189,7 @@ class ProblemTuner:
         self._store = store
         self._origin = origin
         self._progress = progress
+        self._beside = beside
         self.result = ProblemResult(
             problem,
             variant_builder.op.default_for(problem, variant_builder.arch),
@@ -233,19 +255,65 @@ class ProblemTuner:
         sampler = make_sampler(self._origin.search, space, seed=self._origin.seed, budget=trials, priors=priors)
         study = self._study = self._study or self._new_study(space)
         study.sampler = sampler
-        batch_s = 0.0
-        while budget.allows(result.trials, batch_s):
-            asked = self._ask(study, sampler, min(BATCH, budget.trials - result.trials))
-            if not asked:
-                break
-            begin = time.monotonic()
+        pool = ThreadPoolExecutor(1, "building")  # has no thread unless it is given something
+        try:
+            self._search(study, sampler, budget, pool)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # who ends the builders ends what it waits for
+
+    def _search(self, study: optuna.Study, sampler: EnumeratedSampler, budget: Budget, pool: Executor) -> None:
+        batch_s, ahead = 0.0, None
+        while (batch := ahead or self._next_batch(study, sampler, budget, pool, batch_s=batch_s)) is not None:
+            begin, ahead = time.monotonic(), None
             try:
-                self._run_batch(asked, study, budget)
+                built = batch.built.result()
+                if self._beside:
+                    waiting = len(batch.asked)
+                    ahead = self._next_batch(study, sampler, budget, pool, batch_s=batch_s, waiting=waiting)
+                self._run_batch(batch.asked, built, study, budget)
             except BaseException:
-                _give_up(study, asked)
+                _give_up(study, [*batch.asked, *(ahead.asked if ahead else ())])
                 raise
             batch_s = time.monotonic() - begin
-            self._progress.batch_done(result, budget.trials)
+            self._progress.batch_done(self.result, budget.trials)
+
+    def _next_batch(
+        self,
+        study: optuna.Study,
+        sampler: EnumeratedSampler,
+        budget: Budget,
+        pool: Executor,
+        *,
+        batch_s: float,
+        waiting: int = 0,
+    ) -> _Batch | None:
+        """What to try next, being built; None where the budget or the space is exhausted.
+
+        Args:
+            study: that asks.
+            sampler: of it.
+            budget: of the problem.
+            pool: builds, where that goes on beside the races.
+            batch_s: seconds that a batch took.
+            waiting: trials of a batch that was asked for before, and is raced meanwhile.
+
+        """
+        trials = self.result.trials + waiting
+        if not budget.allows(trials, batch_s):
+            return None
+        asked = self._ask(study, sampler, min(BATCH, budget.trials - trials))
+        configs = [each.config for each in asked]
+        if not asked:
+            return None
+        if self._beside:
+            return _Batch(asked, pool.submit(self._build, configs, quiet=True))
+        built: Future[list[BuildResult]] = Future()
+        try:
+            built.set_result(self._build(configs))
+        except BaseException:
+            _give_up(study, asked)
+            raise
+        return _Batch(asked, built)
 
     def _new_study(self, space: Space) -> optuna.Study:
         """A study that knows the trials of earlier runs."""
@@ -293,15 +361,16 @@ class ProblemTuner:
                     study.tell(trial, state=TrialState.PRUNED)
         return asked
 
-    def _build(self, configs: Sequence[Config]) -> list[BuildResult]:
+    def _build(self, configs: Sequence[Config], *, quiet: bool = False) -> list[BuildResult]:
         begin = time.monotonic()
-        built = self._variant_builder.build(configs, self._progress.built)
+        built = self._variant_builder.build(configs, None if quiet else self._progress.built)
         self.build_s += time.monotonic() - begin
         return built
 
-    def _run_batch(self, asked: Sequence[Asked], study: optuna.Study, budget: Budget) -> None:
+    def _run_batch(
+        self, asked: Sequence[Asked], built: Sequence[BuildResult], study: optuna.Study, budget: Budget
+    ) -> None:
         result = self.result
-        built = self._build([each.config for each in asked])
         anchor, best = self._anchor(), result.ranked()[:1]
         again = list({c.config: c for c in [*([anchor] if anchor else []), *best]}.values())
         entrants = [c.kernel for c in again] + [b.kernel for b in built if b.path]
@@ -383,6 +452,7 @@ class ProblemTuner:
                 "high_us": evaluation.high_us,
                 "samples_us": evaluation.samples_us,
                 "error": evaluation.error,
+                "conditions": evaluation.conditions,
             }
         return TrialRecord(
             run_id=self._origin.run_id,

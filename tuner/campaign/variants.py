@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tilewright.codegen.backends.base import Build, Builder, BuiltFile, Entry, Source
 from tilewright.codegen.backends.binaries.facts import EntryFacts
@@ -79,7 +79,38 @@ class BuildResult:
     def kernel(self) -> BuiltKernel:
         """The built kernel; only valid with a path."""
         assert self.path is not None
-        return BuiltKernel(self.variant.key, self.path, self.variant.recipe, self.variant.config, self.facts)
+        return BuiltKernel(self.variant.key, self.path, self.variant.recipe, self.variant.config, self.files)
+
+
+def constraint_of(
+    op: OpDeclaration[Any, Any], signature: Signature, config: Config, arch: Arch, *, batch_invariant: bool
+) -> PlanConstraint | None:
+    """What a config's kernel would share with the others of a plan; see :attr:`Variant.constraint`."""
+    layout = op.layout_key(signature, config, arch)
+    if not batch_invariant:
+        return PlanConstraint(layout)
+    order = op.order_key(signature, config, arch)
+    return None if order is None else PlanConstraint(layout, order)
+
+
+class Variants(Protocol):
+    """Where built kernels of one signature come from."""
+
+    op: OpDeclaration[Any, Any]
+    signature: Signature
+    arch: Arch
+
+    def constraint(self, config: Config) -> PlanConstraint | None:
+        """What the config's kernel would share with the others of a plan; see :attr:`Variant.constraint`."""
+
+    def build(self, configs: Sequence[Config], progress: Callable[[int], None] | None = None) -> list[BuildResult]:
+        """One result for each of ``configs``, in order; ``progress`` gets the number done."""
+
+    def record(self, built: BuildResult, checked: Checked) -> tuple[KernelRecord, list[ArtifactRecord]]:
+        """What the database keeps of a built kernel."""
+
+    def performance_warnings(self, kernel: BuiltKernel) -> tuple[str, ...]:
+        """What speaks against a GPU kernel that was not timed."""
 
 
 class VariantBuilder:
@@ -113,11 +144,7 @@ class VariantBuilder:
 
     def constraint(self, config: Config) -> PlanConstraint | None:
         """What the config's kernel would share with the others of a plan; see :attr:`Variant.constraint`."""
-        layout = self.op.layout_key(self.signature, config, self.arch)
-        if not self._batch_invariant:
-            return PlanConstraint(layout)
-        order = self.op.order_key(self.signature, config, self.arch)
-        return None if order is None else PlanConstraint(layout, order)
+        return constraint_of(self.op, self.signature, config, self.arch, batch_invariant=self._batch_invariant)
 
     def variant(self, config: Config) -> Variant:
         """Render ``config``."""

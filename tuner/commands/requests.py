@@ -72,7 +72,7 @@ def parse_requests(
                 )
     requests = []
     for arch in dict.fromkeys(archs):
-        target = find_target(arch, Wishes(arguments.device, arguments.threads), warn)
+        target = find_target(arch, Wishes(arguments.device, arguments.threads, arguments.predict), warn)
         requests += _of_target(arguments, names, model, target, warn)
     return requests
 
@@ -255,13 +255,19 @@ def _budget(arguments: argparse.Namespace, default: DefaultBudget) -> tuple[int,
     """Trials per problem and seconds in all; a limit that is given lifts the default of the other."""
     if arguments.trials is not None and arguments.trials < 1:
         raise TilewrightError(f"--trials {arguments.trials} is impossible; give at least 1")
-    time_s = None if arguments.time is None else _seconds(arguments.time)
+    time_s = None if arguments.time is None else parse_seconds(arguments.time)
     if arguments.trials is None and time_s is None:
         return default.trials, default.time_s
     return arguments.trials or 2 * ENDLESS_TRIALS, time_s if time_s is not None else math.inf
 
 
-def _seconds(text: str) -> float:
+def parse_seconds(text: str) -> float:
+    """Seconds of a duration such as 90, 90s, 5m or 1h.
+
+    Raises:
+        TilewrightError: for what is none.
+
+    """
     units = {"s": 1.0, "m": 60.0, "h": 3600.0}
     number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
     try:

@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to tune")
     what.add_argument("--arch", required=True, help="native, or archs by name: sm_90,gfx942")
     what.add_argument("--device", metavar="NAME", help="product of a GPU arch: h100-sxm, h200 (default: one per arch)")
+    what.add_argument(
+        "--predict",
+        action="store_true",
+        help="time nothing, though a GPU of that arch is there: compile, predict, and check in the interpreter",
+    )
     what.add_argument("--op", required=True, help=f"{', '.join(OPS)}, several of them, or {ALL_OPS}")
     what.add_argument("--model", help=f"preset name, config.json, or the model's folder (default {DEFAULT_MODEL})")
     what.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from tilewright.codegen.backends.base import BuiltFile
 from tilewright.codegen.backends.binaries.facts import EntryFacts
 from tilewright.codegen.recipe.model import Recipe
 from tilewright.codegen.space import Config
@@ -22,8 +24,13 @@ class BuiltKernel:
     recipe: Recipe
     config: Config = field(default_factory=lambda: Config({}), repr=False)
     """That it was rendered from; what is predicted or emulated depends on it."""
-    facts: tuple[EntryFacts, ...] = field(default=(), repr=False)
-    """Read from the binaries of a GPU kernel, by launch."""
+    files: tuple[BuiltFile, ...] = field(default=(), repr=False)
+    """The artifacts, in the order of the recipe's launches."""
+
+    @property
+    def facts(self) -> tuple[EntryFacts, ...]:
+        """Read from the binaries of a GPU kernel, by launch."""
+        return tuple(file.facts for file in self.files if file.facts is not None)
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ class Evaluation:
     median_us: float | None = None
     low_us: float | None = None
     high_us: float | None = None
+    conditions: dict[str, Any] = field(default_factory=dict, repr=False)
+    """Under which it was timed: what is known of the device's clocks and the like, and how calls were timed."""
 
 
 @dataclass(frozen=True)

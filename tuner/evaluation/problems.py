@@ -12,7 +12,8 @@ import numpy as np
 from tilewright.codegen.ops.base import Arrays, OpDeclaration
 from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.recipe.model import TensorSpec
-from tilewright.tuner.evaluation.cpu.binding import DTYPES, outputs_of, shape_of, sizes_of
+from tilewright.tuner.evaluation.cpu.binding import DTYPES
+from tilewright.tuner.evaluation.tensors import outputs_of, shape_of, sizes_of
 from tilewright.tuner.evaluation.cpu.shared_memory import Block, SharedRegion, share
 
 _REFERENCE_ITEMSIZE = 8

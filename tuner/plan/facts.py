@@ -31,6 +31,18 @@ def costs_document(verdict: Verdict) -> Document:
     return document
 
 
+def conditions_document(verdict: Verdict) -> Document:
+    """How the calls of who serves were timed, where that is known; empty where it is not."""
+    known = [each.evaluation.conditions for each in verdict.chosen if each.evaluation.conditions]
+    if not known:
+        return {}
+    return {
+        "methods": sorted({each["method"] for each in known}),
+        "drivers": sorted({each["driver"] for each in known}),
+        "throttled": sorted({reason for each in known for reason in each["throttled"]}),
+    }
+
+
 def _packed_bytes(layout: WeightLayout | RowLayout | None, dims: Sequence[int]) -> int:
     experts, n, k = dims
     match layout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +27,13 @@ _TUNED_SHARE = 0.5
 """Of the time for the finals, for races at the tuned sizes."""
 _BETWEEN_SHARE = 0.6
 """Of what is left then, for the sizes between."""
-_NOISE_S = 0.5
+NOISE_RACE_S = 0.5
 """Seconds for the race of a kernel against itself."""
 _PROBE_S = 2.5
 """Most seconds for a race between tuned sizes, and for a probe."""
-_MOST_S = 6.0
-_LEAST_S = 0.8
+MOST_RACE_S = 6.0
+LEAST_RACE_S = 0.8
+"""Seconds for a race at a tuned size."""
 _STEPS = 2
 """Races that look for one switch."""
 _ROUNDS = 3
@@ -121,6 +123,8 @@ class Finals:
         copies: of the weights, in as many layouts, that a plan may need.
         until: the moment (monotonic clock) by which all but the probes should be over.
         starts: the op's starting configs, which serve before others that are as fast.
+        finalists: fastest candidates of a problem, with each constraint in question, that are raced at its size.
+        stop_at: the moment after which no further race begins, whatever is left undecided by that.
 
     """
 
@@ -133,6 +137,8 @@ class Finals:
         copies: int,
         until: float,
         starts: Sequence[Config] = (),
+        finalists: int = FINALISTS,
+        stop_at: float = math.inf,
     ) -> None:
         self._make_tuner = make_tuner
         self._evaluator = evaluator
@@ -140,6 +146,8 @@ class Finals:
         self._copies = copies
         self._until = until
         self._starts = starts
+        self._finalists = finalists
+        self._stop_at = stop_at
         self._tuned: list[Raced] = []
 
     def run(self, tuners: Sequence[ProblemTuner], constraints: Sequence[PlanConstraint]) -> Verdict | None:
@@ -147,11 +155,15 @@ class Finals:
         solved = [tuner for tuner in tuners if tuner.result.candidates]
         until = self._share(_TUNED_SHARE)
         for done, tuner in enumerate(solved):
-            contenders = _contenders(tuner, solved, constraints, constraints[: self._copies])
-            raced = self._race(tuner, contenders, until, len(solved) - done, _MOST_S)
+            if time.monotonic() > self._stop_at:
+                self._progress.say(f"{tuner.result.problem.title}  is not raced: the time is over")
+                continue
+            likely = constraints[: self._copies]
+            contenders = _contenders(tuner, solved, constraints, likely, self._finalists)
+            raced = self._race(tuner, contenders, until, len(solved) - done, MOST_RACE_S)
             if raced is not None:
                 best = raced.best.built.kernel
-                noise = self._evaluator.measure_noise(best, raced.problem, budget_s=_NOISE_S)
+                noise = self._evaluator.measure_noise(best, raced.problem, budget_s=NOISE_RACE_S)
                 self._tuned.append(replace(raced, noise=noise))
         self._tuned.sort(key=lambda each: each.size)
         if not self._tuned or not (settled := settle(self._tuned, self._copies)).constraints:
@@ -243,6 +255,8 @@ class Finals:
             for step in range(steps):
                 if (middle := crossing.middle) is None or (step and time.monotonic() > self._until):
                     break
+                if time.monotonic() > self._stop_at:
+                    break
                 tuner = self._make_tuner(grid[0].problem.with_size(middle))
                 both = [below.built.variant.config, above.built.variant.config]
                 races = steps * (len(changes) - done) - step
@@ -259,6 +273,8 @@ class Finals:
         found = []
         todo = [*sizes_between(sizes), 2 * sizes[-1]]
         for done, size in enumerate(todo):
+            if time.monotonic() > self._stop_at:
+                break
             try:
                 problem = tuned[0].problem.with_size(size)
                 raced = self._race(self._make_tuner(problem), winners, until, len(todo) - done, _PROBE_S)
@@ -288,7 +304,7 @@ class Finals:
         note: str = "",
     ) -> Raced | None:
         seconds = (until - time.monotonic()) / races_left
-        raced = race_configs(tuner, configs, min(max(seconds, _LEAST_S), most_s), self._starts)
+        raced = race_configs(tuner, configs, min(max(seconds, LEAST_RACE_S), most_s), self._starts)
         self._progress.raced(tuner.result.problem.title + note, raced)
         return self._with_noise(raced)
 
@@ -306,12 +322,13 @@ def _contenders(
     solved: Sequence[ProblemTuner],
     constraints: Sequence[PlanConstraint],
     likely: Sequence[PlanConstraint],
+    finalists: int,
 ) -> list[Config]:
     """A size's own fastest with each constraint and of all, and the fastest of every other size with each likely one.
 
     Also with one in which this size has none: a plan within it needs a kernel for every size.
     """
-    own = [c.config for constraint in constraints for c in tuner.result.finalists(FINALISTS, constraint)]
+    own = [c.config for constraint in constraints for c in tuner.result.finalists(finalists, constraint)]
     of_all = [c.config for c in tuner.result.finalists(1)]
     shared = [constraint for constraint in constraints if constraint in likely or not tuner.result.ranked(constraint)]
     others = [c.config for constraint in shared for other in solved for c in other.result.finalists(1, constraint)]

@@ -38,6 +38,8 @@ class Wishes:
     """Name of a product of the arch."""
     threads: int | None = None
     """Of a kernel."""
+    predict: bool = False
+    """Whether nothing is to be timed, though the device is there."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Target(ABC):
     """What the last step does, in words."""
     timing: ClassVar[Timing]
     """How its evaluator knows times."""
+    compiles_beside: ClassVar[bool] = False
+    """Whether compilers may run while kernels are timed, without disturbing them."""
 
     def __init__(self, arch: Arch, device: DeviceRecord, threads: int) -> None:
         self.arch = arch

@@ -57,6 +57,8 @@ class CpuTarget(Target):
         del warn
         if wishes.device is not None:
             raise TilewrightError(f"--device is of GPUs; {arch.name} kernels are measured on this machine's CPU")
+        if wishes.predict:
+            raise TilewrightError(f"--predict is of GPUs; {arch.name} kernels are measured on this machine's CPU")
         if not runs_on(arch, read_cpu_info()):
             raise TilewrightError(
                 f"arch {arch.name} does not run on this machine ({read_cpu_info().name}), so nothing could be timed; "

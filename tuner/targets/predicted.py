@@ -12,16 +12,16 @@ from tilewright.codegen.ops.base import OpDeclaration
 from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.ops.template import Template
-from tilewright.codegen.space import Config, Space
+from tilewright.codegen.space import Space
 from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.campaign import Report, Request
 from tilewright.tuner.campaign.progress import Progress
 from tilewright.tuner.commands.predicted_findings import PredictedFindings
 from tilewright.tuner.evaluation.interface import Evaluator
 from tilewright.tuner.evaluation.predicted.evaluator import PredictingEvaluator
-from tilewright.tuner.prediction.space import predict_configs
 from tilewright.tuner.search import Prior
 from tilewright.tuner.targets.base import COMPILING, DefaultBudget, Shown, Target, Wishes
+from tilewright.tuner.targets.gpu import ModelPriors, facts_of
 from tilewright.tuning_db.records import DeviceRecord, Timing
 
 
@@ -33,19 +33,10 @@ class PredictedTarget(Target):
     timing: ClassVar[Timing] = "predicted"
 
     def __init__(self, device: Device) -> None:
-        facts = {
-            "sm_count": device.sm_count,
-            "boost_clock_mhz": device.boost_clock_mhz,
-            "memory_bytes": device.memory_bytes,
-            "bandwidth_gbps": device.bandwidth_gbps,
-            "l2_bytes": device.l2_bytes,
-            "peak_tflops": dict(device.peak_tflops),
-        }
-        record = DeviceRecord(device.key, device.name, device.arch.name, facts)
+        record = DeviceRecord(device.key, device.name, device.arch.name, facts_of(device))
         super().__init__(device.arch, record, threads=0)
         self._gpu = device
-        self._predicted: dict[str, dict[Config, float]] = {}
-        """Microseconds by problem and config: a problem is searched more than once."""
+        self._priors = ModelPriors(device)
 
     @classmethod
     def find(cls, arch: Arch, wishes: Wishes, warn: Callable[[str], None]) -> Self | None:
@@ -64,10 +55,7 @@ class PredictedTarget(Target):
 
     def priors(self, op: OpDeclaration[Any, Any], problem: Problem, space: Space) -> Iterator[Prior]:
         """The model's opinion of every config, from its tile alone."""
-        known = self._predicted.setdefault(problem.key, {})
-        new = [config for config in space if config not in known]
-        known.update(zip(new, predict_configs(op, problem, new, self._gpu).tolist(), strict=True))
-        yield Prior(f"model of {self._gpu.name}", tuple((config, known[config]) for config in space), "predicted")
+        return self._priors.of(op, problem, space)
 
     def lack(self, template: Template[Any]) -> str | None:
         """What predictions are made from."""

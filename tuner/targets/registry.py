@@ -11,7 +11,10 @@ from tilewright.tuner.targets.base import Target, Wishes
 
 _TARGETS: dict[str, tuple[str, ...]] = {
     "cpu": ("tilewright.tuner.targets.cpu:CpuTarget",),
-    "cuda": ("tilewright.tuner.targets.predicted:PredictedTarget",),
+    "cuda": (
+        "tilewright.tuner.targets.device:DeviceTarget",
+        "tilewright.tuner.targets.predicted:PredictedTarget",
+    ),
     "hip": ("tilewright.tuner.targets.predicted:PredictedTarget",),
 }
 """Module and class of the targets of each family; the first that finds a device is taken."""

@@ -4,45 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import random
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from tilewright.codegen.hardware.cpu_info import read_cpu_info
 from tilewright.codegen.numbers.precisions import LOSSLESS, WORD_BITS, find_precision
 from tilewright.codegen.ops.base import Arrays, OpDeclaration
 from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.recipe.resolve import Place
 from tilewright.errors import TilewrightError
 from tilewright.runtime.launchers.base import KernelRefused
 from tilewright.runtime.launchers.host_so import host_layout, require_host
 from tilewright.tuner.evaluation.checking import PrecisionError, compare_precisions
-from tilewright.tuner.evaluation.cpu.binding import refusal
-from tilewright.tuner.evaluation.cpu.kernel_race import KernelRace
-from tilewright.tuner.evaluation.cpu.kernel_runner import KernelRunner, Mode, failed
-from tilewright.tuner.evaluation.cpu.session import KernelFaultError, Session
+from tilewright.tuner.evaluation.contest import Contest
+from tilewright.tuner.evaluation.cpu.kernel_race import KernelTrack
+from tilewright.tuner.evaluation.cpu.kernel_runner import KernelRunner, Mode
+from tilewright.tuner.evaluation.cpu.mapping import ALIGNMENT
+from tilewright.tuner.evaluation.cpu.session import Session
 from tilewright.tuner.evaluation.cpu.shared_memory import huge_pages
 from tilewright.tuner.evaluation.cpu.weights import WeightStore, declared_bytes
-from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation, TimeSpent
+from tilewright.tuner.evaluation.faults import KernelFaultError, failed
+from tilewright.tuner.evaluation.measuring import MeasuringEvaluator
+from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation
 from tilewright.tuner.evaluation.problems import ProblemData, expected_bytes, share_inputs
 from tilewright.tuner.evaluation.racing import RaceRules
 from tilewright.tuner.evaluation.rotation import input_sets, weight_copies
-from tilewright.tuner.evaluation.statistics import MIN_SAMPLES, Ratio, paired_ratio
-from tilewright.tuning_db.records import Checked, Outcome
+from tilewright.tuner.evaluation.tensors import refusal
+from tilewright.tuning_db.records import Outcome
 
 _MEMORY_SHARE = 0.6
 """Of this machine's memory that weights and inputs may take together."""
 _PROBLEM_SHARE = 0.1
 """Of memory for problems that are kept for when they are asked for again."""
-_FINAL_RULES = RaceRules(least_samples=MIN_SAMPLES, overtime=1.0)
-"""Of races that decide, and whose medians are shown."""
 
 
-class CpuEvaluator:
+class CpuEvaluator(MeasuringEvaluator[ProblemData]):
     """Checks and measures kernels of one signature on this machine's CPU, in a worker process.
 
     Weights are made when it is created and inputs when a problem is first seen, all from ``seed``. Not thread-safe: use
@@ -73,16 +71,10 @@ class CpuEvaluator:
         time_limit_s: float = 10.0,
         memory_limit_bytes: int = 1 << 30,
     ) -> None:
-        self._op = op
-        self._signature = signature
-        self._seed = seed
-        self._order = random.Random(seed)
+        cpu = read_cpu_info()
+        super().__init__(op, signature, seed=seed, room_bytes=_PROBLEM_SHARE * cpu.memory_bytes)
         self._deployed = Mode(threads)
         self._checks = (Mode(1), self._deployed, Mode(threads, fork=False))
-        self._spent = TimeSpent()
-        self._verdicts: dict[tuple[str, str], Evaluation] = {}
-        self._problems: dict[str, ProblemData] = {}
-        cpu = read_cpu_info()
         self._cache_bytes = cpu.own_cache_bytes
         self._memory_bytes = cpu.memory_bytes
         tensors = op.tensors(signature)
@@ -106,95 +98,15 @@ class CpuEvaluator:
                 self._awkward = tuple(self._make_data(each, rotate=False) for each in op.awkward_problems(signature))
             undo.pop_all()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         """End the worker and free all memory."""
         self._kernel_runner.close()
-        for data in (*self._awkward, *self._problems.values()):
-            self._session.release(data.regions)
-
-    @property
-    def spent(self) -> TimeSpent:
-        """Wall seconds used so far."""
-        return self._spent
+        self._release_all()
 
     @property
     def worker_pid(self) -> int | None:
         """Process that runs the kernels; None when there is none at the moment."""
         return self._session.worker_pid
-
-    def evaluate(
-        self,
-        kernels: Sequence[BuiltKernel],
-        problem: Problem,
-        *,
-        budget_s: float,
-        finalists: bool = False,
-    ) -> list[Evaluation]:
-        """Check every kernel of ``kernels`` and race those that are right, interleaved; one evaluation each, in order.
-
-        Sample i of every raced kernel comes from the same moment and the same data (unless their weight layouts
-        together exceed the memory), so that :func:`paired_ratio` of two of them is meaningful.
-
-        Args:
-            kernels: kernels of this evaluator's signature.
-            problem: what to measure.
-            budget_s: wall seconds for the race; checking comes on top, and every kernel is timed at least once.
-            finalists: whether each should be timed six times at least, in twice the budget if need be, so that medians
-                have intervals. All checks are made of every kernel.
-
-        Raises:
-            TilewrightError: when the problem does not fit the memory, or no worker can be started.
-
-        """
-        data = self._data(problem)
-        evaluations = [self._check(kernel, data) for kernel in kernels]
-        racers = [index for index, evaluation in enumerate(evaluations) if evaluation.outcome is Outcome.OK]
-        for group in self._kernel_runner.weights.groups([host_layout(kernels[index].recipe) for index in racers]):
-            members = [racers[position] for position in group]
-            raced = self._race(
-                [kernels[index] for index in members],
-                [evaluations[index] for index in members],
-                data,
-                budget_s=budget_s * len(members) / len(racers),
-                rules=_FINAL_RULES if finalists else RaceRules(),
-            )
-            for index, evaluation in zip(members, raced, strict=True):
-                evaluations[index] = evaluation
-        return evaluations
-
-    def checked(self, kernel_key: str) -> Checked:
-        """How far a built kernel was checked so far: here, or not at all."""
-        checks = [verdict.outcome for (key, _), verdict in self._verdicts.items() if key == kernel_key]
-        return "device" if checks and all(each is Outcome.OK for each in checks) else "compiled"
-
-    def measure_noise(self, kernel: BuiltKernel, problem: Problem, *, budget_s: float) -> Ratio:
-        """Race ``kernel`` against itself: what this machine makes of two equal times.
-
-        Raises:
-            TilewrightError: when the kernel is not right, or does not survive.
-
-        """
-        data = self._data(problem)
-        evaluation = self._check(kernel, data)
-        twins = [evaluation, evaluation]
-        if evaluation.outcome is Outcome.OK:
-            twins = self._race(
-                [kernel] * 2, twins, data, budget_s=budget_s, rules=replace(_FINAL_RULES, eliminate=False)
-            )
-        for twin in twins:
-            if twin.outcome is not Outcome.OK:
-                raise TilewrightError(
-                    f"the noise cannot be measured with kernel {kernel.key}, which is no good: {twin.message}"
-                )
-        return paired_ratio(twins[0].samples_us, twins[1].samples_us)
 
     def precision_error(self, problem: Problem, precision: str) -> PrecisionError:
         """What ``precision`` does to the op's output on this problem, with inputs rounded where it rounds them, too.
@@ -205,6 +117,12 @@ class CpuEvaluator:
         """
         data = self._data(problem)
         return compare_precisions(self._reference(data, precision), self._reference(data, LOSSLESS))
+
+    def _release(self, data: ProblemData) -> None:
+        self._session.release(data.regions)
+
+    def _groups(self, kernels: Sequence[BuiltKernel]) -> list[list[int]]:
+        return self._kernel_runner.weights.groups([host_layout(kernel.recipe) for kernel in kernels])
 
     def _race(
         self,
@@ -218,37 +136,26 @@ class CpuEvaluator:
         with self._clock("preparing_s"):
             self._kernel_runner.reserve(kernels, data, self._deployed.threads)
         with self._clock("measuring_s"):
-            kernel_race = KernelRace(self._kernel_runner, kernels, data, self._deployed, self._order)
-            evaluations = kernel_race.run(checked, budget_s=budget_s, rules=rules)
+            track = KernelTrack(self._kernel_runner, kernels, data, self._deployed)
+            contest = Contest(track, [kernel.key for kernel in kernels], self._order)
+            evaluations = contest.run(checked, budget_s=budget_s, rules=rules)
         self._session.forget_programs()
         return evaluations
 
-    def _check(self, kernel: BuiltKernel, data: ProblemData) -> Evaluation:
-        """Whether ``kernel`` is right on the awkward problems and on this one; every problem once per kernel."""
+    def _obstacle(self, kernel: BuiltKernel) -> str | None:
         try:
             require_host(kernel.recipe)
         except KernelRefused as error:
-            return Evaluation(kernel.key, Outcome.REJECTED, str(error))
-        if refused := _refusal(kernel, data, self._deployed.threads):
-            return Evaluation(kernel.key, Outcome.REJECTED, f"a guard refuses the problem: {refused}")
-        evaluation = Evaluation(kernel.key, Outcome.OK)
-        for each in (*self._awkward, data):
-            self._reference(each, kernel.recipe.precision)
-        for checked, modes in (*((awkward, self._checks) for awkward in self._awkward), (data, (self._deployed,))):
-            if _refusal(kernel, checked, self._deployed.threads):
-                continue  # The runtime falls back there.
-            identity = (kernel.key, checked.problem.key)
-            if identity not in self._verdicts:
-                self._verdicts[identity] = self._check_on(kernel, checked, modes)
-            evaluation = self._verdicts[identity]
-            if evaluation.outcome is not Outcome.OK:
-                break
-        return evaluation
+            return str(error)
+        return None
 
-    def _check_on(self, kernel: BuiltKernel, data: ProblemData, modes: Sequence[Mode]) -> Evaluation:
+    def _refusal(self, kernel: BuiltKernel, data: ProblemData) -> str | None:
+        return _refusal(kernel, data, self._deployed.threads)
+
+    def _check_on(self, kernel: BuiltKernel, data: ProblemData, *, awkward: bool) -> Evaluation:
         where = f"{kernel.recipe.size_name}={data.problem.size}"
         errors = []
-        for mode in modes:
+        for mode in self._checks if awkward else (self._deployed,):
             if _refusal(kernel, data, mode.threads):
                 continue
             with self._clock("preparing_s"):
@@ -259,19 +166,6 @@ class CpuEvaluator:
                 except KernelFaultError as fault:
                     return failed(kernel.key, fault, f"{where}, {mode}")
         return Evaluation(kernel.key, Outcome.OK, error=max(errors))
-
-    def _data(self, problem: Problem) -> ProblemData:
-        """Data of a problem to measure; what was used least recently makes room."""
-        key = problem.key
-        data = self._problems.pop(key, None)
-        if data is None:
-            with self._clock("preparing_s"):
-                data = self._make_data(problem, rotate=True)
-        room = _PROBLEM_SHARE * self._memory_bytes - data.nbytes
-        while self._problems and sum(other.nbytes for other in self._problems.values()) > room:
-            self._session.release(self._problems.pop(next(iter(self._problems))).regions)
-        self._problems[key] = data
-        return data
 
     def _make_data(self, problem: Problem, *, rotate: bool) -> ProblemData:
         """Inputs, outputs and reference; with ``rotate``, enough sets of them to exceed the cache."""
@@ -285,6 +179,9 @@ class CpuEvaluator:
         others = (self._op.inputs(problem, self._seed + index) for index in range(1, sets))
         shared = tuple(share_inputs(self._op, problem, inputs) for inputs in itertools.chain((first,), others))
         return ProblemData(problem, shared, {})
+
+    def _prepare_reference(self, data: ProblemData, precision: str) -> None:
+        self._reference(data, precision)
 
     def _reference(self, data: ProblemData, precision: str) -> Arrays:
         """What must come out in ``precision``."""
@@ -304,17 +201,8 @@ class CpuEvaluator:
                 "raise --tp or --ep, or tune on a machine with more memory"
             )
 
-    @contextlib.contextmanager
-    def _clock(self, purpose: str) -> Iterator[None]:
-        """Count the time inside towards ``purpose``, a field of :class:`TimeSpent`."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            elapsed_s = time.perf_counter() - begin
-            self._spent = replace(self._spent, **{purpose: getattr(self._spent, purpose) + elapsed_s})
-
 
 def _refusal(kernel: BuiltKernel, data: ProblemData, threads: int) -> str | None:
     """Why a guard of ``kernel`` refuses the problem; None when none does."""
-    return next((why for inputs in data.sets if (why := refusal(kernel.recipe, inputs.sizes, threads))), None)
+    place = Place(threads=threads)
+    return next((why for inputs in data.sets if (why := refusal(kernel.recipe, inputs.sizes, place, ALIGNMENT))), None)

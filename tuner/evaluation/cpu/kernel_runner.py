@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from tilewright.codegen.recipe.resolve import Place, workspace_bytes
 from tilewright.runtime.launchers.host_so import host_layout
 from tilewright.tuner.evaluation.checking import compare_all
+from tilewright.tuner.evaluation.contest import survived
 from tilewright.tuner.evaluation.cpu.binding import bind
-from tilewright.tuner.evaluation.cpu.session import KernelFaultError, Program, Session
+from tilewright.tuner.evaluation.cpu.session import Program, Session
 from tilewright.tuner.evaluation.cpu.shared_memory import Block, SharedRegion
 from tilewright.tuner.evaluation.cpu.weights import WeightStore
-from tilewright.tuner.evaluation.outcome import BuiltKernel, Evaluation
+from tilewright.tuner.evaluation.faults import KernelFaultError
+from tilewright.tuner.evaluation.outcome import BuiltKernel
 from tilewright.tuner.evaluation.problems import ProblemData
 from tilewright.tuning_db.records import Outcome
-
-CRASHES_TO_BLAME = 2
-"""A first crash may be what an earlier kernel, or another process, did to the worker."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,7 @@ class KernelRunner:
             KernelFaultError: when it fails (crashes: twice), or the result is wrong.
 
         """
-        for _ in range(CRASHES_TO_BLAME - 1):
-            try:
-                return self._checked_run(kernel, data, mode)
-            except KernelFaultError as fault:
-                if fault.outcome is not Outcome.CRASHED:
-                    raise
-        return self._checked_run(kernel, data, mode)
+        return survived(lambda: self._checked_run(kernel, data, mode))
 
     def close(self) -> None:
         """End the worker and free weights and workspace."""
@@ -115,8 +108,3 @@ class KernelRunner:
             raise RuntimeError("a program was made before its workspace was reserved")
         nbytes = workspace_bytes(kernel.recipe, data.sets[set_index].sizes, Place(threads=mode.threads))
         return Block(self._workspace, nbytes)
-
-
-def failed(kernel_key: str, fault: KernelFaultError, when: str) -> Evaluation:
-    """Evaluation of a kernel that did not get through; ``when`` says where that was."""
-    return Evaluation(kernel_key, fault.outcome, f"{fault} ({when})", fault.error)

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tilewright.codegen.workers.channel import Message
-from tilewright.codegen.workers.process import WorkerHungError, WorkerLostError
 from tilewright.errors import TilewrightError
-from tilewright.tuner.evaluation.cpu.measuring_process import MeasuringProcess, openmp_library
+from tilewright.tuner.evaluation.cpu.openmp import openmp_library
 from tilewright.tuner.evaluation.cpu.shared_memory import Block, Pointer, SharedRegion
+from tilewright.tuner.evaluation.faults import KernelFaultError
+from tilewright.tuner.evaluation.measuring_process import MeasuringProcess
+from tilewright.tuner.evaluation.worker_session import TRUSTED_LIMIT_S, WorkerSession
 from tilewright.tuning_db.records import Outcome
 
-_TRUSTED_LIMIT_S = 120.0
-"""For requests that run nothing of a kernel's."""
-_STARTS = 5
-"""Attempts to start a worker."""
 _THREAD_BYTES = 16 << 20
 """Of address space that a thread's stack takes out of the memory limit."""
 
@@ -48,21 +46,7 @@ class Program:
         return pointed | {*self.poison, *self.zero}
 
 
-class KernelFaultError(Exception):
-    """A kernel, or the worker that ran it, failed.
-
-    ``program`` is the call to blame: None when the worker died while it ran no kernel. ``error`` is that of a wrong
-    result, relative to the reference.
-    """
-
-    def __init__(self, outcome: Outcome, reason: str, program: Program | None, error: float | None = None) -> None:
-        super().__init__(reason)
-        self.outcome = outcome
-        self.program = program
-        self.error = error
-
-
-class Session:
+class Session(WorkerSession):
     """Runs programs in a worker process; one that died is replaced at the next request.
 
     Args:
@@ -76,6 +60,7 @@ class Session:
     """
 
     def __init__(self, *, threads: int, time_limit_s: float, memory_limit_bytes: int) -> None:
+        super().__init__()
         self._openmp = openmp_library()
         self._time_limit_s = time_limit_s
         self._memory_limit_bytes = memory_limit_bytes + threads * _THREAD_BYTES
@@ -83,12 +68,7 @@ class Session:
         self._mapped: set[int] = set()
         self._kernels: dict[Path, int] = {}
         self._programs: dict[Program, int] = {}
-        self._worker: MeasuringProcess | None = self._start_worker()
-
-    @property
-    def worker_pid(self) -> int | None:
-        """Of the worker; None when there is none at the moment."""
-        return self._worker.pid if self._worker else None
+        self._worker = self._start_worker()
 
     def run(self, programs: Sequence[Program], *, warm_up: Program | None = None) -> list[int]:
         """Call each program in turn; nanoseconds of each call. ``warm_up`` is called once before all, untimed.
@@ -103,7 +83,7 @@ class Session:
         request["warm_up"] = None if warm_up is None else self._prepare(warm_up)
         answer = self._request(request, self._time_limit_s)
         if "failed" in answer:
-            program = self._blamed(answer["failed"])
+            program = self._program(answer["failed"])
             raise KernelFaultError(Outcome.WRONG, f"returned the error code {answer['code']}", program)
         times_ns = answer.get("times_ns")
         if not isinstance(times_ns, list) or [type(t) for t in times_ns] != [int] * len(programs):
@@ -123,10 +103,6 @@ class Session:
                 self._mapped.discard(region.id)
                 self._tell({"do": "unmap", "region": region.id})
             region.close()
-
-    def close(self) -> None:
-        """End the worker."""
-        self._drop_worker()
 
     def _prepare(self, program: Program) -> int:
         """Number of ``program`` in the worker, which has been told all about it."""
@@ -150,7 +126,7 @@ class Session:
             "poison": [_span(block) for block in program.poison],
             "zero": [_span(block) for block in program.zero],
         }
-        answer = self._request(definition, _TRUSTED_LIMIT_S)
+        answer = self._request(definition, TRUSTED_LIMIT_S)
         if "error" in answer:
             raise KernelFaultError(Outcome.REJECTED, f"has no such entry: {answer['error']}", program)
         self._programs[program] = number
@@ -183,7 +159,7 @@ class Session:
         self._mapped.add(region.id)
 
     def _trusted_request(self, message: Message, descriptors: Sequence[int] = ()) -> None:
-        answer = self._request(message, _TRUSTED_LIMIT_S, descriptors)
+        answer = self._request(message, TRUSTED_LIMIT_S, descriptors)
         if "error" in answer:
             raise TilewrightError(
                 f"the measuring process cannot {message['do']} memory ({answer['error']}); "
@@ -196,35 +172,15 @@ class Session:
             with contextlib.suppress(KernelFaultError):
                 self._trusted_request(message)
 
-    def _request(self, message: Message, limit_s: float, descriptors: Sequence[int] = ()) -> Message:
-        if self._worker is None:
-            self._worker = self._start_worker()
-        try:
-            return self._worker.request(message, limit_s=limit_s, descriptors=descriptors)
-        except WorkerLostError as error:
-            outcome = Outcome.TIMED_OUT if isinstance(error, WorkerHungError) else Outcome.CRASHED
-            program = self._blamed(self._worker.program)
-            self._drop_worker()
-            raise KernelFaultError(outcome, str(error), program) from error
+    def _new_worker(self) -> MeasuringProcess:
+        return MeasuringProcess(
+            "tilewright.tuner.evaluation.cpu.worker", [self._openmp, self._memory_limit_bytes]
+        )
 
-    def _start_worker(self) -> MeasuringProcess:
-        """Start a worker, again when it is killed from outside (for its memory, say) before it is ready."""
-        for attempt in range(_STARTS):
-            try:
-                return MeasuringProcess(self._openmp, self._memory_limit_bytes)
-            except WorkerLostError as error:
-                if isinstance(error, WorkerHungError) or attempt == _STARTS - 1:
-                    raise TilewrightError(f"the measuring process did not start: {error}") from error
-        raise AssertionError
-
-    def _blamed(self, number: int) -> Program | None:
+    def _program(self, number: int) -> Program | None:
         return next((program for program, known in self._programs.items() if known == number), None)
 
-    def _drop_worker(self) -> None:
-        """End the worker and forget what it knew."""
-        if self._worker is not None:
-            self._worker.close()
-        self._worker = None
+    def _forget(self) -> None:
         self._mapped.clear()
         self._kernels.clear()
         self._programs.clear()

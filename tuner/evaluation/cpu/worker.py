@@ -20,10 +20,9 @@ from typing import Any
 from tilewright.codegen.recipe.host import Host
 from tilewright.codegen.workers.channel import Message
 from tilewright.codegen.workers.child import connect, serve
+from tilewright.tuner.evaluation.begun import Begun
 from tilewright.tuner.evaluation.cpu.mapping import ALIGNMENT, GuardedMapping, round_up
 
-PROGRESS_BYTES = 16
-"""Two int64 in a shared file: calls begun so far, and the program that was begun last."""
 LOG_BYTES = 1 << 20
 """Limit on what kernels may print, or write to any file."""
 _POISON = 0xFF
@@ -59,8 +58,8 @@ class _Program:
 class Worker:
     """State of the worker process, changed by the parent's messages."""
 
-    def __init__(self, progress_fd: int, openmp: str, memory_limit_bytes: int) -> None:
-        self._progress = (ctypes.c_int64 * 2).from_buffer(mmap.mmap(progress_fd, PROGRESS_BYTES))
+    def __init__(self, begun_fd: int, openmp: str, memory_limit_bytes: int) -> None:
+        self._begun = Begun(begun_fd)
         # The library that the runtime takes it from; global, as torch loads it.
         self._fork = ctypes.cast(ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL).GOMP_parallel, ctypes.c_void_p).value
         self._memory_limit_bytes = memory_limit_bytes
@@ -134,20 +133,15 @@ class Worker:
         times_ns = []
         with self._limited_memory():
             if warm_up is not None:
-                self._begin(warm_up)
+                self._begun.begin(warm_up)
                 self._programs[warm_up].run()
             for program in programs:
-                self._begin(program.number)
+                self._begun.begin(program.number)
                 elapsed_ns, code = program.run()
                 if code:
                     return {"failed": program.number, "code": code}
                 times_ns.append(elapsed_ns)
         return {"times_ns": times_ns}
-
-    def _begin(self, number: int) -> None:
-        """Tell the parent what runs now, so that it knows whom to blame."""
-        self._progress[1] = number
-        self._progress[0] += 1
 
     def _limited_memory(self) -> _MemoryLimit:
         return _MemoryLimit(self._memory_limit_bytes)
@@ -175,9 +169,9 @@ def _address_of(values: ctypes.Array[Any]) -> ctypes.c_void_p:
 
 def main() -> None:
     """Serve the parent until it closes the connection. Arguments: a descriptor, a library, a limit."""
-    channel, (progress_fd, openmp, memory_limit_bytes) = connect(file_bytes=LOG_BYTES)
+    channel, (begun_fd, openmp, memory_limit_bytes) = connect(file_bytes=LOG_BYTES)
     gc.disable()
-    serve(channel, Worker(int(progress_fd), openmp, int(memory_limit_bytes)).handle)
+    serve(channel, Worker(int(begun_fd), openmp, int(memory_limit_bytes)).handle)
 
 
 if __name__ == "__main__":

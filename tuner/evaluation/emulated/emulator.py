@@ -25,9 +25,9 @@ from tilewright.tuner.evaluation.emulated.launches import (
     EmulatedBuffer,
     describe_launches,
     emulated_workspace_bytes,
-    shape_of,
     sizes_of,
 )
+from tilewright.tuner.evaluation.tensors import shape_of
 
 _START_LIMIT_S = 120.0
 

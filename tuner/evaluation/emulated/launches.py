@@ -8,17 +8,15 @@ from typing import Any
 
 from tilewright.codegen.backends.triton.entry import EntrySpec
 from tilewright.codegen.ops.base import Arrays
-from tilewright.codegen.recipe.model import Recipe, TensorSpec
+from tilewright.codegen.recipe.model import Recipe
 from tilewright.codegen.recipe.resolve import Place, ResolvedArgument, ResolvedLaunch, resolve, workspace_bytes
 from tilewright.errors import TilewrightError
+from tilewright.tuner.evaluation.tensors import SOMEWHERE
 
 EMULATED_SM_COUNT = 3
 """Multiprocessors that persistent kernels see: few, so that every program goes through several tiles."""
 
 EMULATED_PLACE = Place(threads=1, sm_count=EMULATED_SM_COUNT)
-
-_SOMEWHERE = 1 << 20
-"""In place of addresses, which only the interpreter's process knows: aligned as a GPU's allocations are."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,6 @@ def sizes_of(recipe: Recipe, tensors: Arrays) -> dict[str, int]:
             lengths = zip(spec.dims, tensors[spec.name].shape, strict=True)
             sizes.update({dim: length for dim, length in lengths if isinstance(dim, str)})
     return sizes
-
-
-def shape_of(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """Shape of a tensor for ``sizes``."""
-    return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims)
 
 
 def emulated_workspace_bytes(recipe: Recipe, sizes: Mapping[str, int]) -> int:
@@ -70,7 +63,7 @@ def describe_launches(
         TilewrightError: when the recipe cannot be evaluated for these sizes, or a guard of it refuses them.
 
     """
-    call = resolve(recipe, sizes, dict.fromkeys(buffers, _SOMEWHERE), EMULATED_PLACE)
+    call = resolve(recipe, sizes, dict.fromkeys(buffers, SOMEWHERE), EMULATED_PLACE)
     if call.refusals:
         raise TilewrightError(f"a guard refuses the problem: {call.refusals[0]}")
     parts: dict[str, set[int]] = {name: {buffer.nbytes} for name, buffer in buffers.items()}
