@@ -150,7 +150,13 @@ FAULTS: dict[str, tuple[str, Mapping[str, Any], Outcome, str]] = {
     ),
 }
 """What the kernel's entry is called, what its maker is told, and what becomes of it."""
-KINDS = {"hangs": "hang", "stray": "illegal_access", "crash": "crash", "memry": "out_of_memory", "wrong": "wrong_element"}
+KINDS = {
+    "hangs": "hang",
+    "stray": "illegal_access",
+    "crash": "crash",
+    "memry": "out_of_memory",
+    "wrong": "wrong_element",
+}
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +261,7 @@ def test_a_device_that_cannot_be_opened_is_a_sentence(driver: ExecutingDriver) -
 
 def test_weights_beyond_the_device_are_refused(driver: ExecutingDriver) -> None:
     (device,) = present_devices(Driver(str(driver.path)))
-    with pytest.raises(TilewrightError, match="is too large for stand-in of sm_90: weights take .*; raise --tp"):
+    with pytest.raises(TilewrightError, match=r"is too large for stand-in of sm_90: weights take .*; raise --tp"):
         DeviceEvaluator(OP, replace(SIGNATURE, n=1 << 10, k=1 << 10), device, ARCH)
 
 
@@ -280,7 +286,7 @@ class _InThisProcess:
         os.close(self._begun.fd)
 
 
-def _record_nothing(self: Stopwatch, work: object) -> None:
+def _record_nothing(*_: object) -> None:
     raise DriverError("cuStreamBeginCapture: not supported", 801)
 
 

@@ -30,7 +30,6 @@ from tilewright.runtime.calls.bind import CallVariant, bind_call
 from tilewright.runtime.calls.extension import native_for_torch
 from tilewright.runtime.calls.pure import PureCall
 from tilewright.tuner.evaluation.cpu.binding import bind
-from tilewright.tuner.evaluation.cpu.mapping import ALIGNMENT
 from tilewright.tuner.evaluation.cpu.session import Session
 from tilewright.tuner.evaluation.cpu.shared_memory import Block, SharedRegion, share
 from tilewright.tuner.evaluation.emulated.launches import EmulatedBuffer, describe_launches, emulated_workspace_bytes

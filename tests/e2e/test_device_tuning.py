@@ -141,7 +141,9 @@ def test_it_says_how_good_the_prediction_was(measured: tuple[Path, dict[str, Any
     with Store.open_read_only(database) as store:
         for size in TOKENS:
             trials = [trial for trial in store.trials() if trial.problem["tokens"] == size]
-            times = {key: {t.kernel_key: t.median_us for t in trials if t.timing == key} for key in ("predicted", "measured")}
+            times = {
+                key: {t.kernel_key: t.median_us for t in trials if t.timing == key} for key in ("predicted", "measured")
+            }
             both = set(times["predicted"]) & set(times["measured"])
             assert told[size]["kernels"] == len(both) > 2
             first = min(both, key=lambda key: times["predicted"][key] or math.inf)

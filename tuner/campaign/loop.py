@@ -250,7 +250,6 @@ class ProblemTuner:
             TilewrightError: when the problem does not fit the memory, or the study's storage fails.
 
         """
-        result = self.result
         trials = min(budget.trials, len(space))
         sampler = make_sampler(self._origin.search, space, seed=self._origin.seed, budget=trials, priors=priors)
         study = self._study = self._study or self._new_study(space)

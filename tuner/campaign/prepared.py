@@ -100,8 +100,7 @@ def _prepared(store: Store, arch: Arch, plans: Sequence[PlanRecord]) -> Prepared
     op = find_op(first.op)
     signature = op.signature_from_dict(first.signature)
     kernels = {
-        kernel.key: kernel
-        for kernel in store.kernels(op=first.op, signature_key=first.signature_key, arch=arch.name)
+        kernel.key: kernel for kernel in store.kernels(op=first.op, signature_key=first.signature_key, arch=arch.name)
     }
     sizes = {entry.tuned_size for plan in plans for entry in plan.entries}
     predicted: dict[str, dict[str, float]] = {}

@@ -55,7 +55,7 @@ class Remeasurement(Campaign):
     def _tune_signature(
         self, run_id: str, signature: Signature, problems: Sequence[Problem], left: int, deadline: float, report: Report
     ) -> SignatureReport:
-        """Race the stored kernels at all sizes; ``left`` problems, these included, share the time until ``deadline``."""
+        """Race the stored kernels at all sizes; ``left`` problems, these among them, share the time to ``deadline``."""
         mine, target = SignatureReport(signature), self._target
         self._progress.say(format_shape(signature.to_dict()))
         if time.monotonic() > deadline:

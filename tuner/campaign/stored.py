@@ -13,9 +13,9 @@ from tilewright.codegen.ops.base import OpDeclaration
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.recipe.model import Recipe
 from tilewright.codegen.space import Config
+from tilewright.errors import TilewrightError
 from tilewright.tuner.campaign.variants import BuildResult, PlanConstraint, Variant, constraint_of
 from tilewright.tuner.evaluation.outcome import BuiltKernel
-from tilewright.tuning_db.integrity import DamagedDatabase
 from tilewright.tuning_db.records import ArtifactRecord, Checked, KernelRecord
 from tilewright.tuning_db.store import Store
 
@@ -62,7 +62,7 @@ class StoredVariants:
         return constraint_of(self.op, self.signature, config, self.arch, batch_invariant=self._batch_invariant)
 
     def build(self, configs: Sequence[Config], progress: Callable[[int], None] | None = None) -> list[BuildResult]:
-        """Put the binaries of ``configs`` where a driver can load them; what is not stored, or damaged, is not there."""
+        """Put the binaries of ``configs`` where a driver can load them; what is not stored, or damaged, has no path."""
         results = []
         for done, config in enumerate(configs, start=1):
             if config not in self._built:
@@ -84,25 +84,33 @@ class StoredVariants:
         return ()
 
     def _unpack(self, config: Config) -> BuildResult:
-        language = self.op.template(config).language
-        constraint = self.constraint(config)
         kernel = self._kernels.get(config)
         if kernel is None:
-            recipe = self.op.template(config).recipe(self.signature, config, self.arch)
-            return BuildResult(Variant(config, language, "", (), recipe, "", constraint), None, "is not stored", 0.0)
-        recipe = Recipe.from_dict(kernel.recipe)
-        variant = Variant(config, language, kernel.source, (), recipe, kernel.key, constraint)
+            return self._missing(config, "is not stored")
+        try:
+            recipe = Recipe.from_dict(kernel.recipe)
+            artifacts = [self._artifact(launch.artifact) for launch in recipe.launches]
+        except TilewrightError as error:
+            return self._missing(config, str(error))
         folder = self._folder / kernel.key
         folder.mkdir(exist_ok=True)
         files = []
-        for index, launch in enumerate(recipe.launches):
-            try:
-                artifact = self._store.artifact(launch.artifact)
-            except DamagedDatabase as error:
-                return BuildResult(variant, None, str(error), 0.0, rejected=True)
-            if artifact is None:
-                return BuildResult(variant, None, "its binary is missing in the database", 0.0, rejected=True)
+        for index, artifact in enumerate(artifacts):
             path = folder / f"{index}.{artifact.kind}"
             path.write_bytes(artifact.data)
             files.append(BuiltFile(path, artifact.kind))
+        language, constraint = self.op.template(config).language, self.constraint(config)
+        variant = Variant(config, language, kernel.source, (), recipe, kernel.key, constraint)
         return BuildResult(variant, folder, "", 0.0, tuple(files))
+
+    def _artifact(self, checksum: str) -> ArtifactRecord:
+        artifact = self._store.artifact(checksum)
+        if artifact is None:
+            raise TilewrightError(f"its binary {checksum[:16]} is missing in the database; tune again")
+        return artifact
+
+    def _missing(self, config: Config, why: str) -> BuildResult:
+        template = self.op.template(config)
+        recipe = template.recipe(self.signature, config, self.arch)
+        variant = Variant(config, template.language, "", (), recipe, "", self.constraint(config))
+        return BuildResult(variant, None, why, 0.0)

@@ -45,7 +45,10 @@ def add_parser(subparsers: Any) -> None:
         help=f"kernels predicted fastest that are raced at each size, beside the default (default {DEFAULT_TOP})",
     )
     parser.add_argument(
-        "--time", default=DEFAULT_TIME, metavar="T", help=f"after which no race begins: 90, 90s, 5m (default {DEFAULT_TIME})"
+        "--time",
+        default=DEFAULT_TIME,
+        metavar="T",
+        help=f"after which no race begins: 90, 90s, 5m (default {DEFAULT_TIME})",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument(

@@ -193,7 +193,9 @@ def _predicted(found: Sequence[Quality]) -> list[str]:
         return []
     regret = math.exp(sum(math.log1p(each.regret) for each in found) / len(found)) - 1
     ranks = [each.rank_correlation for each in found if each.rank_correlation is not None]
-    text = f"prediction: at {len(found)} sizes its first choice is slower than the fastest by {regret:.1%} in the mean, "
+    text = (
+        f"prediction: at {len(found)} sizes its first choice is slower than the fastest by {regret:.1%} in the mean, "
+    )
     text += f"{max(each.regret for each in found):.1%} at the most"
     if ranks:
         text += f"; its order agrees by {sum(ranks) / len(ranks):.2f} in the mean (Spearman, 1: the same)"

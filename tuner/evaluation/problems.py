@@ -13,8 +13,8 @@ from tilewright.codegen.ops.base import Arrays, OpDeclaration
 from tilewright.codegen.ops.problem import Problem
 from tilewright.codegen.recipe.model import TensorSpec
 from tilewright.tuner.evaluation.cpu.binding import DTYPES
-from tilewright.tuner.evaluation.tensors import outputs_of, shape_of, sizes_of
 from tilewright.tuner.evaluation.cpu.shared_memory import Block, SharedRegion, share
+from tilewright.tuner.evaluation.tensors import outputs_of, shape_of, sizes_of
 
 _REFERENCE_ITEMSIZE = 8
 

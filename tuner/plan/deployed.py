@@ -24,8 +24,8 @@ from tilewright.codegen.workers.child import connect, serve
 from tilewright.codegen.workers.process import WorkerLostError, WorkerProcess
 from tilewright.directories import KEY_VARIABLE
 from tilewright.tuner.evaluation.cpu.binding import DTYPES
-from tilewright.tuner.evaluation.tensors import outputs_of, shape_of, sizes_of
 from tilewright.tuner.evaluation.statistics import MIN_SAMPLES, Interval, Ratio, median_interval, paired_ratio
+from tilewright.tuner.evaluation.tensors import outputs_of, shape_of, sizes_of
 from tilewright.tuner.plan.decide import replaces
 
 _ROUNDS = 25

@@ -44,7 +44,7 @@ def _spearman(left: NDArray[np.float64], right: NDArray[np.float64]) -> float | 
     ranks = [_ranks(left), _ranks(right)]
     if any(np.ptp(each) == 0 for each in ranks):
         return None
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -65,8 +65,9 @@ class DeviceTarget(Target):
         return DeviceEvaluator(op, signature, self.present, arch, precisions=precisions, seed=seed)
 
     def priors(self, op: OpDeclaration[Any, Any], problem: Problem, space: Space) -> Iterator[Prior]:
-        """The model's opinion of every config."""
-        return self._priors.of(op, problem, space)
+        """The model's opinion of every config, where it has one of all templates."""
+        if all(template.work is not None for template in op.templates_on(self.arch)):
+            yield from self._priors.of(op, problem, space)
 
     def begin(self, progress: Progress) -> None:
         """Say what is measured on."""

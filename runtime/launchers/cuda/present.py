@@ -1,4 +1,4 @@
-"""Which devices are there, as their driver describes them; asked without a context, so that nothing is taken of them."""
+"""Which devices are there, as their driver describes them; asked without a context, so that none of them is used."""
 
 from __future__ import annotations
 

@@ -9,8 +9,9 @@ from typing import Any, Final
 
 from tilewright.runtime.launchers.cuda.driver import Driver, DriverError
 
-_NON_BLOCKING: Final = 1
-"""``CU_STREAM_NON_BLOCKING``: it does not wait for the default stream."""
+_WAITS_FOR_COPIES: Final = 0
+"""``CU_STREAM_DEFAULT``: its work waits for what the default stream was given before, copies to the device above all,
+which return before the last part has arrived."""
 _TIMED_EVENT: Final = 0
 _THREAD_LOCAL: Final = 1
 """``CU_STREAM_CAPTURE_MODE_THREAD_LOCAL``: other threads may do what a capture forbids."""
@@ -61,7 +62,7 @@ class Stopwatch:
         driver.load(_FUNCTIONS)
         self._driver = driver
         stream, begin, end = c_void_p(), c_void_p(), c_void_p()
-        driver.call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
+        driver.call("cuStreamCreate", ctypes.byref(stream), _WAITS_FOR_COPIES)
         for event in (begin, end):
             driver.call("cuEventCreate", ctypes.byref(event), _TIMED_EVENT)
         self.stream = stream.value or 0

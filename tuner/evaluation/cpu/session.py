@@ -173,9 +173,7 @@ class Session(WorkerSession):
                 self._trusted_request(message)
 
     def _new_worker(self) -> MeasuringProcess:
-        return MeasuringProcess(
-            "tilewright.tuner.evaluation.cpu.worker", [self._openmp, self._memory_limit_bytes]
-        )
+        return MeasuringProcess("tilewright.tuner.evaluation.cpu.worker", [self._openmp, self._memory_limit_bytes])
 
     def _program(self, number: int) -> Program | None:
         return next((program for program, known in self._programs.items() if known == number), None)

@@ -88,7 +88,9 @@ class DeviceEvaluator(MeasuringEvaluator[DeviceProblem]):
         tensors = op.tensors(signature)
         elements = declared_elements(tensors)
         # Floats as references read them, and the same once more as the device does.
-        self._refuse_if_too_large("weights", 2 * ITEMSIZE[LOSSLESS] * elements, ITEMSIZE[op.lossless(signature)] * elements)
+        self._refuse_if_too_large(
+            "weights", 2 * ITEMSIZE[LOSSLESS] * elements, ITEMSIZE[op.lossless(signature)] * elements
+        )
         declared = find_precision(op.lossless(signature)).bits
         bits = [declared if name == LOSSLESS else find_precision(name).bits for name in precisions]
         self._stored_share = min(bits) / declared

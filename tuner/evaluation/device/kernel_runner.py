@@ -73,9 +73,8 @@ class DeviceRunner:
         if kernel.key not in self._recipes:
             kinds = {file.kind for file in kernel.files}
             if kinds != {"cubin"}:
-                raise KernelRefused(
-                    f"kernel {kernel.key} has {' and '.join(sorted(kinds)) or 'no'} artifacts; a CUDA driver loads cubin"
-                )
+                found = " and ".join(sorted(kinds)) or "no"
+                raise KernelRefused(f"kernel {kernel.key} has {found} artifacts; a CUDA driver loads cubin")
             if not isinstance(kernel.recipe.weight_layout, RowLayout | None):
                 raise KernelRefused(f"kernel {kernel.key} reads weights in panels, which are of CPUs")
             self._recipes[kernel.key] = self._built(kernel)

@@ -1,8 +1,8 @@
 """The worker process: has a context of the device, keeps its memory, launches and takes times. It judges nothing.
 
-It knows no tensors and no recipes, only buffers (memory of the device between two guards), kernels (entries of binaries)
-and programs (resolved launches), each under a number that the parent chose. Bytes travel through a file that both sides
-map. Whatever a kernel does to this process or to its context costs the parent a restart.
+It knows no tensors and no recipes, only buffers (memory of the device between two guards), kernels (entries of
+binaries) and programs (resolved launches), each under a number that the parent chose. Bytes travel through a file that
+both sides map. Whatever a kernel does to this process or to its context costs the parent a restart.
 """
 
 from __future__ import annotations
