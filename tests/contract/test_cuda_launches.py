@@ -117,11 +117,11 @@ def test_a_launch_by_recipe_is_the_one_that_triton_makes(case: Case, cuda: Stand
     assert case.template.entries is not None
     specs = triton_entries(case.template.entries(case.signature, case.config, case.arch))
     for launches in calls(kernel.recipe, device.sm_count):
-        for spec, launch in zip(specs, launches, strict=True):
+        for spec, launch, stored_launch in zip(specs, launches, kernel.recipe.launches, strict=True):
             blocks = launch.cluster[0] if launch.cluster else 1
             needs = Needs(launch.shared_memory_bytes, blocks)
             loaded = CudaKernel(driver, device, kernel.artifacts[launch.artifact], launch.entry, needs)
-            loaded.require(launch)
+            loaded.require(stored_launch)
             before = len(cuda.launches)
             loaded.launch(launch, STREAM)
             with driver.current(device):

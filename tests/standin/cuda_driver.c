@@ -141,6 +141,15 @@ CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *out) {
     *out = capturing ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE;
     return CUDA_SUCCESS;
 }
+CUresult cuMemsetD8Async(CUdeviceptr at, unsigned char value, size_t bytes, CUstream stream) {
+    if (!current) return RULE(no_context);
+    memset((void *)at, value, bytes);
+    return CUDA_SUCCESS;
+}
+CUresult cuDeviceTotalMem(size_t *out, CUdevice device) {
+    *out = 80ull << 30;
+    return CUDA_SUCCESS;
+}
 CUresult cuPointerGetAttribute(void *out, CUpointer_attribute which, CUdeviceptr pointer) {
     *(CUdeviceptr *)out = pointer;
     return CUDA_SUCCESS;
@@ -385,6 +394,9 @@ CUresult cuGetProcAddress_v2(const char *name, void **out, int wanted, cuuint64_
     static void *self;
     Dl_info mine;
     if (!self && dladdr((void *)cuGetProcAddress_v2, &mine)) self = dlopen(mine.dli_fname, RTLD_NOW | RTLD_NOLOAD);
+    char versioned[128];
+    snprintf(versioned, sizeof versioned, "%s_v2", name);
     *out = wanted > version ? NULL : dlsym(self, name);
+    if (!*out && wanted <= version) *out = dlsym(self, versioned);
     return *out ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
 }
