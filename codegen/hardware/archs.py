@@ -98,7 +98,7 @@ def _cuda(
     clusters: bool = False,
     tensor_memory_columns: int = 0,
 ) -> GpuArch:
-    """An NVIDIA arch: registers, block size and what the system reserves are the same from 8.0 to 12.0."""
+    """An NVIDIA arch: registers, block size and what the system reserves are the same from 8.0 to 12.1."""
     return GpuArch(
         f"sm_{capability}",
         "cuda",
@@ -225,15 +225,18 @@ GPU_ARCHS: dict[str, GpuArch] = {
             )
             for capability in (100, 103)
         ),
-        _cuda(
-            120,
-            capabilities="async_copy fp8_mma tma tma_gather warp_specialize dot_scaled",
-            mma={**_HMMA, "fp8_e4m3": "QMMA", "mxfp4": "QMMA", "nvfp4": "OMMA"},
-            smem_kib=100,
-            threads=1536,
-            blocks=24,
-            suffix="a",
-            clusters=True,
+        *(
+            _cuda(
+                capability,
+                capabilities="async_copy fp8_mma tma tma_gather warp_specialize dot_scaled",
+                mma={**_HMMA, "fp8_e4m3": "QMMA", "mxfp4": "QMMA", "nvfp4": "OMMA"},
+                smem_kib=100,
+                threads=1536,
+                blocks=24,
+                suffix="a",
+                clusters=True,
+            )
+            for capability in (120, 121)
         ),
         _cdna("gfx942", capabilities="fp8_mma fp8_fnuz", mma=_MFMA, lds_kib=64),
         _cdna("gfx950", capabilities="async_copy fp8_mma dot_scaled", mma={**_MFMA, "mxfp4": "v_mfma"}, lds_kib=160),

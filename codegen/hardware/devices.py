@@ -1,202 +1,203 @@
-"""GPU products, as data with sources: what predictions, waves and rooflines are computed from.
+"""Which GPU is meant, and which is there: a product found by its name, or by what its driver says of itself.
 
-Peaks are dense (no structured sparsity), in TFLOP/s (TOP/s for int8), with sums in fp32. ``boost_clock_mhz`` is the
-clock to which these peaks belong; where a vendor calls another clock "boost", ours is derived from the bf16 peak.
+A product decides which plans are served and what predictions are made from, so none is ever taken for another: a name
+that is not known is refused, and a device that is there without being in the table (another product, a slice of one by
+MIG, a virtual one) gets a description of its own, from its driver's attributes, under a key of its own.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+import math
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 
 from tilewright.codegen.hardware.archs import GPU_ARCHS, GpuArch
+from tilewright.codegen.hardware.products import PRODUCTS, Device, slug
 from tilewright.errors import TilewrightError
+
+__all__ = [
+    "DEVICES",
+    "Device",
+    "DriverFacts",
+    "default_device",
+    "describe_device",
+    "device_key",
+    "find_device",
+    "match_device",
+]
+
+DEVICES: dict[str, Device] = {device.key: device for device in PRODUCTS}
+"""By key."""
+
+
+def _letters(name: str) -> str:
+    """A name as it is compared: whoever sold it, spaces, hyphens and capitals do not count."""
+    return slug(name.strip().removeprefix("NVIDIA ").removeprefix("AMD ")).replace("-", "")
+
+
+_BY_LETTERS = {
+    _letters(name): device for device in PRODUCTS for name in (*device.driver_names, device.name)
+}  # of two that share a spelling, a product's own name counts: it comes last
+_BY_DRIVER_NAME = {(device.arch_name, _letters(name)): device for device in PRODUCTS for name in device.driver_names}
+_LEAST_MEMORY, _MOST_MEMORY = 0.88, 1.01
+"""Share of a product's memory that its driver reports: ECC and the driver itself take up to 9 % of small ones."""
+_GIB = 1 << 30
+_LARGE_GIB = 32
 
 
 @dataclass(frozen=True)
-class Device:
-    """One product of an arch. What a multiprocessor holds is the arch's."""
+class DriverFacts:
+    """What the driver says of an NVIDIA device that is there; 0 where it does not say."""
 
     name: str
-    arch_name: str
+    """As ``cuDeviceGetName`` gives it."""
+    capability: tuple[int, int]
     sm_count: int
-    """Multiprocessors that are enabled: SMs, or CUs."""
-    boost_clock_mhz: int
     memory_bytes: int
-    bandwidth_gbps: float
-    """Peak of the device memory, in GB/s (10^9)."""
-    l2_bytes: int
-    peak_tflops: Mapping[str, float]
-    """By type of the operands of the matrix unit; ``fp32`` is the peak without it."""
-    sources: Mapping[str, str]
-    """Where each field is from, by field; what is not named is from ``sources["*"]``."""
-
-    @property
-    def key(self) -> str:
-        """Identifies the product, in commands and in the database: ``h100-sxm``."""
-        return _slug(self.name)
-
-    @property
-    def arch(self) -> GpuArch:
-        """Arch that it executes."""
-        return GPU_ARCHS[self.arch_name]
-
-    def source(self, field: str) -> str:
-        """Where ``field`` is from."""
-        return self.sources.get(field, self.sources["*"])
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _matrix(bf16: float, **others: float) -> dict[str, float]:
-    """Peaks of a device whose bf16 and fp16 are equally fast."""
-    return {"fp16": bf16, "bf16": bf16, **others}
-
-
-_MIB = 1 << 20
-_GIB = 1 << 30
-_A100 = "NVIDIA A100 Tensor Core GPU Architecture whitepaper (V1.0), tables 1 and 4"
-_A100_SHEET = "NVIDIA A100 Tensor Core GPU datasheet (2021), specifications"
-_GA102 = "NVIDIA Ampere GA102 GPU Architecture whitepaper (V2.1), appendix A"
-_ADA = "NVIDIA Ada GPU Architecture whitepaper (V2.1), appendix A"
-_L40S_SHEET = "NVIDIA L40S datasheet (2023), specifications"
-_HOPPER = "NVIDIA H100 Tensor Core GPU Architecture whitepaper (V1.04), tables 2 and 3"
-_H100_SHEET = "NVIDIA H100 Tensor Core GPU datasheet (2024), specifications; its sparse peaks halved"
-_H200_SHEET = "NVIDIA H200 Tensor Core GPU datasheet (2024), specifications; its sparse peaks halved"
-_BLACKWELL = "NVIDIA Blackwell Architecture technical brief (2024), table of systems; its sparse peaks halved"
-_ULTRA = "NVIDIA HGX and GB300 NVL72 product pages (2025), specifications divided by GPUs; sparse peaks halved"
-_ULTRA_FP4 = "NVIDIA technical blog 'Inside NVIDIA Blackwell Ultra' (2025), dense NVFP4"
-_DEVICE_QUERY = "as devices report themselves (cudaGetDeviceProperties), published by Chips and Cheese (2025)"
-_DEVICE_REPORTS = "as devices report themselves (cudaGetDeviceProperties), from logs published by their users"
-_RTX_BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture whitepaper (V1.1), appendix A"
-_RTX_PRO = "NVIDIA RTX PRO Blackwell GPU Architecture whitepaper (V1.0), appendix A"
-_CDNA3 = "AMD CDNA 3 white paper (2023) and AMD Instinct MI300X data sheet"
-_CDNA4 = "AMD CDNA 4 white paper (2025) and AMD Instinct MI355X data sheet"
-_DERIVED_CLOCK = "derived: the bf16 peak over multiprocessors and operations per clock of one"
-
-_A100_PEAK = _matrix(312.0, tf32=156.0, int8=624.0, fp32=19.5)
-_HOPPER_PEAK = _matrix(989.4, fp8_e4m3=1978.9, int8=1978.9, tf32=494.7, fp32=66.9)
-_B200_PEAK = _matrix(2250.0, fp8_e4m3=4500.0, mxfp4=9000.0, nvfp4=9000.0, int8=4500.0, tf32=1125.0, fp32=75.0)
-_GB200_PEAK = _matrix(2500.0, fp8_e4m3=5000.0, mxfp4=10000.0, nvfp4=10000.0, int8=5000.0, tf32=1250.0, fp32=80.0)
-_A100_SOURCES = {"*": _A100, "memory_bytes": _A100_SHEET, "bandwidth_gbps": _A100_SHEET}
-_HOPPER_SOURCES = {"*": _H100_SHEET, "sm_count": _HOPPER, "l2_bytes": _HOPPER, "boost_clock_mhz": _DERIVED_CLOCK}
-
-_DEVICES = (
-    Device("A100 SXM 80GB", "sm_80", 108, 1410, 80 * _GIB, 2039, 40 * _MIB, _A100_PEAK, _A100_SOURCES),
-    Device("A100 SXM 40GB", "sm_80", 108, 1410, 40 * _GIB, 1555, 40 * _MIB, _A100_PEAK, _A100_SOURCES),
-    Device("A100 PCIe 80GB", "sm_80", 108, 1410, 80 * _GIB, 1935, 40 * _MIB, _A100_PEAK, _A100_SOURCES),
-    Device("A100 PCIe 40GB", "sm_80", 108, 1410, 40 * _GIB, 1555, 40 * _MIB, _A100_PEAK, _A100_SOURCES),
-    Device(
-        *("A10", "sm_86", 72, 1695, 24 * _GIB, 600, 6 * _MIB),
-        _matrix(125.0, tf32=62.5, int8=250.0, fp32=31.2),
-        {"*": "NVIDIA A10 datasheet (2021), specifications", "l2_bytes": _GA102, "sm_count": _GA102},
-    ),
-    Device(
-        *("RTX 3090", "sm_86", 82, 1695, 24 * _GIB, 936, 6 * _MIB),
-        _matrix(71.0, tf32=35.6, int8=284.0, fp32=35.6),
-        {"*": _GA102},
-    ),
-    Device(
-        *("L40S", "sm_89", 142, 2520, 48 * _GIB, 864, 96 * _MIB),
-        _matrix(362.1, fp8_e4m3=733.0, int8=733.0, tf32=183.2, fp32=91.6),
-        {"*": _L40S_SHEET, "sm_count": _ADA, "l2_bytes": _ADA, "boost_clock_mhz": _ADA},
-    ),
-    Device(
-        *("RTX 4090", "sm_89", 128, 2520, 24 * _GIB, 1008, 72 * _MIB),
-        _matrix(165.2, fp8_e4m3=330.3, int8=660.6, tf32=82.6, fp32=82.6),
-        {"*": _ADA},
-    ),
-    Device("H100 SXM", "sm_90", 132, 1830, 80 * _GIB, 3350, 50 * _MIB, _HOPPER_PEAK, _HOPPER_SOURCES),
-    Device(
-        *("H100 PCIe", "sm_90", 114, 1620, 80 * _GIB, 2039, 50 * _MIB),
-        _matrix(756.0, fp8_e4m3=1513.0, int8=1513.0, tf32=378.0, fp32=51.2),
-        {"*": _HOPPER, "boost_clock_mhz": _DERIVED_CLOCK},
-    ),
-    Device(
-        *("H200", "sm_90", 132, 1830, 141 * 10**9, 4800, 50 * _MIB),
-        _HOPPER_PEAK,
-        {**_HOPPER_SOURCES, "memory_bytes": _H200_SHEET, "bandwidth_gbps": _H200_SHEET, "peak_tflops": _H200_SHEET},
-    ),
-    Device(
-        *("B200", "sm_100", 148, 1856, 180 * 10**9, 8000, 126 * _MIB),
-        _B200_PEAK,
-        {"*": _BLACKWELL, "sm_count": _DEVICE_QUERY, "l2_bytes": _DEVICE_QUERY, "boost_clock_mhz": _DERIVED_CLOCK},
-    ),
-    Device(
-        *("GB200", "sm_100", 152, 2008, 186 * 10**9, 8000, 126 * _MIB),
-        _GB200_PEAK,
-        {"*": _BLACKWELL, "sm_count": _DEVICE_REPORTS, "l2_bytes": _DEVICE_REPORTS, "boost_clock_mhz": _DERIVED_CLOCK},
-    ),
-    Device(
-        *("B300", "sm_103", 148, 1856, 270 * 10**9, 8000, 126 * _MIB),
-        {**_B200_PEAK, "mxfp4": 13500.0, "nvfp4": 13500.0, "int8": 150.0},
-        {"*": _ULTRA, "sm_count": _DEVICE_REPORTS, "l2_bytes": _DEVICE_REPORTS, "boost_clock_mhz": _DERIVED_CLOCK},
-    ),
-    Device(
-        *("GB300", "sm_103", 152, 2008, 279 * 10**9, 8000, 126 * _MIB),
-        {**_GB200_PEAK, "mxfp4": 15000.0, "nvfp4": 15000.0, "int8": 165.0},
-        {
-            "*": _ULTRA,
-            "peak_tflops": _ULTRA_FP4,
-            "sm_count": _DEVICE_REPORTS,
-            "l2_bytes": _DEVICE_REPORTS,
-            "boost_clock_mhz": _DERIVED_CLOCK,
-        },
-    ),
-    Device(
-        *("RTX PRO 6000 Blackwell", "sm_120", 188, 2617, 96 * _GIB, 1792, 128 * _MIB),
-        _matrix(503.8, fp8_e4m3=1007.6, mxfp4=2015.2, nvfp4=2015.2, int8=1007.6, tf32=251.9, fp32=126.0),
-        {"*": _RTX_PRO},
-    ),
-    Device(
-        *("RTX 5090", "sm_120", 170, 2407, 32 * _GIB, 1792, 96 * _MIB),
-        _matrix(209.5, fp8_e4m3=419.0, mxfp4=1676.0, nvfp4=1676.0, int8=838.0, tf32=104.8, fp32=104.8),
-        {"*": _RTX_BLACKWELL},
-    ),
-    Device(
-        *("MI300X", "gfx942", 304, 2100, 192 * 10**9, 5300, 32 * _MIB),
-        _matrix(1307.4, fp8_e4m3=2614.9, int8=2614.9, tf32=653.7, fp32=163.4),
-        {"*": _CDNA3},
-    ),
-    Device(
-        *("MI355X", "gfx950", 256, 2400, 288 * 10**9, 8000, 32 * _MIB),
-        _matrix(2516.6, fp8_e4m3=5033.2, mxfp4=10066.3, int8=5033.2, fp32=157.3),
-        {"*": _CDNA4},
-    ),
-)
-
-DEVICES: dict[str, Device] = {device.key: device for device in _DEVICES}
-_BY_LETTERS = {key.replace("-", ""): device for key, device in DEVICES.items()}
-"""By key; the first of an arch stands for it where no device is named."""
+    clock_khz: int = 0
+    """Highest of the multiprocessors."""
+    memory_clock_khz: int = 0
+    memory_bus_bits: int = 0
+    l2_bytes: int = 0
 
 
 def default_device(arch: GpuArch) -> Device:
     """The device that is meant where only the arch is named."""
-    return next(device for device in DEVICES.values() if device.arch_name == arch.name)
+    return next(device for device in PRODUCTS if device.arch_name == arch.name)
 
 
-def find_device(name: str | None, arch: GpuArch, warn: Callable[[str], None]) -> Device:
-    """Device of ``arch`` by name or key; with no name, the arch's default.
-
-    An unknown device is taken for the arch's default one, and ``warn`` told so.
+def find_device(name: str | None, arch: GpuArch) -> Device:
+    """Device of ``arch`` by its name, its key, or what its driver calls it; with no name, the arch's default.
 
     Raises:
-        TilewrightError: for a device that is known to have another arch.
+        TilewrightError: for a device that is not in the table, or that has another arch.
 
     """
-    default = default_device(arch)
     if name is None:
-        return default
-    device = _BY_LETTERS.get(_slug(name.removeprefix("NVIDIA ").removeprefix("AMD ")).replace("-", ""))
+        return default_device(arch)
+    device = _BY_LETTERS.get(_letters(name))
     if device is None:
-        known = ", ".join(d.key for d in DEVICES.values() if d.arch_name == arch.name)
-        warn(f"device {name!r} is not known, so {default.name} stands for {arch.name}; known of that arch: {known}")
-        return default
+        near = _nearest(name, arch)
+        known = ", ".join(each.key for each in PRODUCTS if each.arch_name == arch.name)
+        raise TilewrightError(
+            f"device {name!r} is not known; the nearest name is {near.key} ({near.arch_name}), and those of "
+            f"{arch.name} are {known}"
+        )
     if device.arch_name != arch.name:
         raise TilewrightError(
             f"device {device.name} is {device.arch_name}, not {arch.name}; use --arch {device.arch_name}"
         )
     return device
+
+
+def _nearest(name: str, arch: GpuArch) -> Device:
+    """The product whose name is most like ``name``; of two that are nearly as much like it, that of ``arch``."""
+
+    def likeness(letters: str) -> float:
+        own = _BY_LETTERS[letters].arch_name == arch.name
+        return SequenceMatcher(None, _letters(name), letters).ratio() + own / 10
+
+    return _BY_LETTERS[max(_BY_LETTERS, key=likeness)]
+
+
+def match_device(name: str, capability: tuple[int, int], sm_count: int, memory_bytes: int) -> Device | None:
+    """The product that a device is; None where it is none of the table, and for a part of one.
+
+    Args:
+        name: as its driver gives it: ``NVIDIA H100 80GB HBM3``.
+        capability: major and minor of its compute capability.
+        sm_count: its multiprocessors. Slices by MIG have fewer.
+        memory_bytes: all of its memory. Slices, and cards with other memory chips, have less or more.
+
+    """
+    device = _BY_DRIVER_NAME.get((_arch_name(capability), _letters(name)))
+    if device is None or device.sm_count != sm_count:
+        return None
+    return device if _LEAST_MEMORY <= memory_bytes / device.memory_bytes <= _MOST_MEMORY else None
+
+
+def device_key(name: str, capability: tuple[int, int], sm_count: int, memory_bytes: int) -> str:
+    """Key of a device that is there: its product's, or one that no product has."""
+    device = match_device(name, capability, sm_count, memory_bytes)
+    return slug(_own_name(name, sm_count, memory_bytes)) if device is None else device.key
+
+
+def describe_device(facts: DriverFacts) -> Device:
+    """What is known of a device that is there: its product, or what follows from its driver's attributes.
+
+    The attributes tell multiprocessors, clocks, memory and its bus. Operations per clock of a multiprocessor are those
+    of a product of the arch (GeForce cards have fewer); each figure says in ``sources`` where it is from.
+
+    Raises:
+        TilewrightError: when it is of an arch that nothing is generated for.
+
+    """
+    device = match_device(facts.name, facts.capability, facts.sm_count, facts.memory_bytes)
+    return device or _derived(facts)
+
+
+def _derived(facts: DriverFacts) -> Device:
+    arch = GPU_ARCHS.get(_arch_name(facts.capability))
+    if arch is None:
+        known = ", ".join(each.name for each in GPU_ARCHS.values() if each.family == "cuda")
+        raise TilewrightError(
+            f"{facts.name} is {_arch_name(facts.capability)}, for which nothing is generated; supported are {known}"
+        )
+    like = _alike(facts.name, arch)
+    sources = {"*": "its driver's attributes"}
+    clock_mhz, l2_bytes = facts.clock_khz // 1000, facts.l2_bytes
+    bandwidth_gbps = 2 * facts.memory_clock_khz * facts.memory_bus_bits / 8 / 1e6  # both edges of a clock carry data
+    if not clock_mhz:
+        clock_mhz = like.boost_clock_mhz
+        sources["boost_clock_mhz"] = f"assumed: its driver does not say, and {like.name} has it"
+    if not l2_bytes:
+        l2_bytes = like.l2_bytes * facts.sm_count // like.sm_count
+        sources["l2_bytes"] = f"assumed: its driver does not say, and {like.name} has as much for a multiprocessor"
+    if not bandwidth_gbps:
+        bandwidth_gbps = like.bandwidth_gbps * facts.sm_count / like.sm_count
+        sources["bandwidth_gbps"] = (
+            f"assumed: its driver does not say, and {like.name} has as much for a multiprocessor"
+        )
+    share = facts.sm_count * clock_mhz / (like.sm_count * like.boost_clock_mhz)
+    sources["peak_tflops"] = f"derived: multiprocessors and clock, with operations per clock as on {like.name}"
+    return Device(
+        _own_name(facts.name, facts.sm_count, facts.memory_bytes),
+        arch.name,
+        facts.sm_count,
+        clock_mhz,
+        facts.memory_bytes,
+        bandwidth_gbps,
+        l2_bytes,
+        {dtype: share * peak for dtype, peak in like.peak_tflops.items()},
+        sources,
+    )
+
+
+def _alike(name: str, arch: GpuArch) -> Device:
+    """The product of ``arch`` whose multiprocessors a device that is in no table most likely has."""
+    of_arch = [device for device in PRODUCTS if device.arch_name == arch.name]
+    return next((each for each in of_arch if _is_geforce(name) == _is_geforce(*each.driver_names)), of_arch[0])
+
+
+def _is_geforce(*names: str) -> bool:
+    return any("GeForce" in name for name in names)
+
+
+def _own_name(name: str, sm_count: int, memory_bytes: int) -> str:
+    """Name of a device that is in no table; slices of one product differ in it."""
+    return f"{name.strip().removeprefix('NVIDIA ')} ({sm_count} SMs, {_nominal_gib(memory_bytes):g} GiB)"
+
+
+def _nominal_gib(memory_bytes: int) -> float:
+    """Memory as it is sold, so that a key does not change with what a driver or ECC keep of it.
+
+    They keep up to 9 % of small memories and less of large ones, which are sold in smaller steps.
+    """
+    gib = max(memory_bytes, 1) / _GIB
+    steps = 4 if gib < _LARGE_GIB else 8
+    step = 2.0 ** math.floor(math.log2(gib)) / steps
+    return math.ceil(gib / step) * step
+
+
+def _arch_name(capability: tuple[int, int]) -> str:
+    return f"sm_{capability[0]}{capability[1]}"

@@ -52,6 +52,7 @@ def test_this_machines_cpu_takes_as_many_threads_as_are_wished() -> None:
         (native_arch().name, Wishes(threads=1 << 20), "so give at most "),
         ("sm_90", Wishes(threads=1), "--threads is of CPU kernels; leave it out for sm_90"),
         ("sm_100", Wishes(device="h200"), "device H200 is sm_90, not sm_100"),
+        ("sm_90", Wishes(device="H300"), r"device 'H300' is not known; the nearest name is h800-sxm \(sm_90\)"),
     ],
 )
 def test_a_wish_that_cannot_be_granted_is_one_sentence(arch: str, wishes: Wishes, complaint: str) -> None:

@@ -52,7 +52,8 @@ class PredictedTarget(Target):
         """The product that is named, or the arch's usual one."""
         if wishes.threads is not None:
             raise TilewrightError(f"--threads is of CPU kernels; leave it out for {arch.name}")
-        return cls(find_device(wishes.device, GPU_ARCHS[arch.name], warn))
+        del warn
+        return cls(find_device(wishes.device, GPU_ARCHS[arch.name]))
 
     def evaluator(
         self, op: OpDeclaration[Any, Any], signature: Signature, precisions: Sequence[str], seed: int
