@@ -44,7 +44,7 @@ POISON = 0xFF
 def cases() -> list[Case]:
     """With ``TILEWRIGHT_FULL=1`` all."""
     every = launched_cases()
-    return every if FULL else list({case.op: case for case in reversed(every)}.values())
+    return every if FULL else list({case.op: case for case in every}.values())
 
 
 def on_device(data: bytes) -> Posed:
