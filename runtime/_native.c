@@ -6,6 +6,8 @@
 #include <stdbool.h>
 
 #include "native/bound_call.h"
+#include "native/cuda_call.h"
+#include "native/cuda_workspaces.h"
 #include "native/host.h"
 #include "native/norm.h"
 #include "native/pack.h"
@@ -30,6 +32,16 @@ static PyObject *setup_torch(PyObject *Py_UNUSED(module), PyObject *args) {
     if (!PyArg_ParseTuple(args, "O!O!OO", &PyType_Type, &tensor_type, &PyType_Type, &parameter_type, &capsule,
                           &is_grad_enabled) ||
         tw_tensors_setup(tensor_type, parameter_type, capsule, is_grad_enabled) != 0) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *add_tensor_type(PyObject *Py_UNUSED(module), PyObject *args) {
+    PyObject *type, *capsule;
+    int is_torch;
+    if (!PyArg_ParseTuple(args, "O!Op", &PyType_Type, &type, &capsule, &is_torch) ||
+        tw_tensors_add(type, capsule, is_torch) != 0) {
         return NULL;
     }
     Py_RETURN_NONE;
@@ -160,6 +172,8 @@ static PyMethodDef functions[] = {
      "set_pool(GOMP_parallel, omp_get_num_threads), by addresses: install the thread pool of this process."},
     {"setup_torch", setup_torch, METH_VARARGS,
      "setup_torch(Tensor, Parameter, Tensor.__dlpack_c_exchange_api__, is_grad_enabled): before any call with tensors."},
+    {"add_tensor_type", add_tensor_type, METH_VARARGS,
+     "add_tensor_type(type, its __dlpack_c_exchange_api__, is_torch): read tensors of a further type, after setup_torch."},
     {"set_tensor_keys", set_tensor_keys, METH_VARARGS,
      "set_tensor_keys(tensor_in_object, keys_in_tensor, keys): where the dispatch keys of tensors lie, and those of plain "
      "ones; else each tensor is asked whether it is plain."},
@@ -179,14 +193,22 @@ static struct PyModuleDef module = {
     PyModuleDef_HEAD_INIT, "_native", "Calls, packing, routing and norms in C.", -1, functions, NULL, NULL, NULL, NULL,
 };
 
+/* Adds a type that was just made, if it was. */
+static int add_type(PyObject *module, const char *name, PyObject *type) {
+    int failed = type == NULL || PyModule_AddObjectRef(module, name, type) != 0;
+    Py_XDECREF(type);
+    return failed ? -1 : 0;
+}
+
 PyMODINIT_FUNC PyInit__native(void) {
     PyObject *self = PyModule_Create(&module);
-    PyObject *type = self == NULL ? NULL : tw_bound_call_type();
-    if (type == NULL || PyModule_AddObjectRef(self, "BoundCall", type) != 0) {
-        Py_XDECREF(type);
-        Py_XDECREF(self);
+    if (self == NULL) {
         return NULL;
     }
-    Py_DECREF(type);
+    if (add_type(self, "BoundCall", tw_bound_call_type()) != 0 || add_type(self, "CudaCall", tw_cuda_call_type()) != 0 ||
+        add_type(self, "Workspaces", tw_cuda_workspaces_type()) != 0) {
+        Py_DECREF(self);
+        return NULL;
+    }
     return self;
 }

@@ -1,4 +1,4 @@
-"""The stand-in of the CUDA driver (tests/standin/cuda_driver.c): built once, opened as the real one is."""
+"""The stand-in of the CUDA driver (tests/standin): built once, opened as the real one is."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-
-import pytest
+from typing import Any
 
 FOLDER = Path(__file__).parent / "standin"
 RULES = {each["rule"]: each for each in json.loads((FOLDER / "rules.json").read_text())}
 SM_COUNTS = {80: 108, 90: 132, 100: 148, 120: 188}
+"""Of a product of each compute capability."""
+MOST_LAUNCHES = 256
+"""That the library remembers."""
 
 
 class Launched(ctypes.Structure):
@@ -53,17 +55,56 @@ class StandIn:
         self._library = ctypes.CDLL(str(path))
         self._library.standin_launch.restype = ctypes.POINTER(Launched)
         self._library.standin_broken.restype = ctypes.c_char_p
+        self._library.standin_image_bytes.restype = ctypes.c_size_t
+        self._library.standin_furnish.argtypes = (ctypes.c_size_t, ctypes.c_int, ctypes.c_char_p)
 
-    def begin(self, capabilities: Sequence[int], version: int = 13000) -> None:
-        """Have these devices from now on, and forget all launches."""
+    def begin(
+        self,
+        capabilities: Sequence[int],
+        version: int = 13000,
+        *,
+        sm_count: int | None = None,
+        memory_bytes: int = 1 << 30,
+        l2_bytes: int = 1 << 20,
+        name: str = "",
+    ) -> None:
+        """Have these devices from now on, and forget all launches, allocations and streams.
+
+        Args:
+            capabilities: compute capability of each, 90 of 9.0.
+            version: of the driver, 13000 of 13.0.
+            sm_count: multiprocessors of each; None: as a product has them.
+            memory_bytes: of each.
+            l2_bytes: of each one's cache.
+            name: of each; empty: one that no product has.
+
+        """
         numbers = (ctypes.c_int * len(capabilities))(*capabilities)
-        counts = (ctypes.c_int * len(capabilities))(*(SM_COUNTS[each] for each in capabilities))
+        counts = (ctypes.c_int * len(capabilities))(*(sm_count or SM_COUNTS[each] for each in capabilities))
+        self._library.standin_furnish(memory_bytes, l2_bytes, name.encode())
         self._library.standin_begin(numbers, counts, len(capabilities), version)
+
+    def image_bytes(self, image: bytes) -> int:
+        """Length of a cubin as the library reads it, which is not told; 0 for what is none."""
+        length: int = self._library.standin_image_bytes(image)
+        return length
+
+    def execute_with(self, execute: Any, find: Any) -> None:
+        """Have launches carried out by ``execute``, on memory that ``find`` knows, too; None: not at all."""
+        self._library.standin_execute_with(execute, find)
+
+    def extent(self, pointer: int) -> tuple[int, int] | None:
+        """Address and bytes of the memory that ``pointer`` lies in; None where there is none."""
+        base, nbytes = ctypes.c_uint64(), ctypes.c_size_t()
+        found = self._library.standin_extent(ctypes.c_uint64(pointer), ctypes.byref(base), ctypes.byref(nbytes))
+        return (base.value, nbytes.value) if found else None
 
     @property
     def launches(self) -> list[Launched]:
-        """All since the last beginning, in order."""
-        found = (self._library.standin_launch(index) for index in range(self._library.standin_launches()))
+        """All since the last beginning, in order; of many, the last ones."""
+        count = self._library.standin_launches()
+        first = max(0, count - MOST_LAUNCHES)
+        found = (self._library.standin_launch(index) for index in range(first, count))
         return [Launched.from_buffer_copy(each.contents) for each in found]
 
     @property
@@ -80,6 +121,8 @@ class StandIn:
 @functools.cache
 def standin() -> StandIn:
     """The stand-in of this process; skips where it cannot be built."""
+    import pytest  # children that launch do without it
+
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         pytest.skip("there is no C compiler to build the stand-in of the CUDA driver with")
@@ -93,7 +136,9 @@ def standin() -> StandIn:
     (folder / "rules.h").write_text(head + "\n".join(made) + "\n")
     # The name under which Triton looks for the driver, too.
     library = folder / "libcuda.so.1"
-    command = [compiler, "-std=gnu11", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unused-parameter"]
-    command += [f"-I{folder}", f"-I{include}", "-Wl,-soname,libcuda.so.1", "-o", str(library)]
-    subprocess.run([*command, str(FOLDER / "cuda_driver.c"), "-ldl"], check=True)
+    command = [compiler, "-std=gnu11", "-D_GNU_SOURCE", "-O1", "-shared", "-fPIC"]
+    command += ["-Wall", "-Werror", "-Wno-unused-parameter"]
+    command += [f"-I{folder}", f"-I{include}", f'-DTESTS="{FOLDER.parent}"', "-Wl,-soname,libcuda.so.1"]
+    command += ["-o", str(library), *map(str, sorted(FOLDER.glob("*.c"))), "-ldl", "-lpthread"]
+    subprocess.run(command, check=True)
     return StandIn(library)

@@ -21,6 +21,15 @@ WAYS_TO_STORE = (
     *("fp8_e4m3_block128", "fp8_e4m3_token", "fp8_e4m3_tensor"),
 )
 """A precision for every way in which a template's text goes through weights and activations."""
+LAUNCHED_ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
+"""That launches are tested for: a capability of every family of instructions."""
+_USUAL = {
+    "moe_gemm/triton_persistent": "sm_90",
+    "moe_gemm/triton_split_k": "sm_90",
+    "attention/triton_decode": "sm_80",
+    "gating/triton_fused": "sm_120",
+}
+"""What is launched by default: tensor maps, several launches with a workspace between them, and one of every op."""
 
 
 def space_of(op_name: str, template: Template[Any], signature: Signature, arch: GpuArch) -> Space | None:
@@ -127,3 +136,15 @@ def _archs(template: Template[Any]) -> list[GpuArch]:
     """One arch of a family tells: what is emulated is the source."""
     named = (GPU_ARCHS[name] for name in ("sm_100", "gfx950"))
     return [arch for arch in named if arch.family in template.families]
+
+
+def launched_cases() -> list[Case]:
+    """A kernel of every op; with ``TILEWRIGHT_FULL=1`` covering ones of every template and arch."""
+    found = []
+    for op in OPS.values():
+        for template in (each for each in op.templates if each.language == "triton"):
+            here = [name for name in LAUNCHED_ARCHS if GPU_ARCHS[name].among(template.families)]
+            usual = [_USUAL[template.name]] if template.name in _USUAL else []
+            for name in here if FULL else usual:
+                found += covering_cases(op.name, template, GPU_ARCHS[name], share=1)
+    return found

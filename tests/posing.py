@@ -7,6 +7,8 @@ this process's (the stand-in) can launch on them. This shows how calls are made,
 
 from __future__ import annotations
 
+import ctypes
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+
+from tilewright.runtime.calls.exchange import ExchangeTable, exchange_table
+from tilewright.runtime.calls.extension import native_for_torch
+from tilewright.runtime.torch import readable
 
 _storages: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 """Tensors that pose, by an arbitrary key: whoever launches may touch their storages while they live."""
@@ -85,11 +91,32 @@ def extents() -> list[tuple[int, int]]:
 
 @contextmanager
 def posing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Within it torch makes tensors on ``cuda:N``, and moves them there and back: they are posed ones."""
+    """Within it torch makes tensors on ``cuda:N``, and moves them there and back: they are posed ones.
+
+    Calls of the runtime take them as torch's own.
+    """
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
+    let_calls_take_them(monkeypatch)
     with _Factories(), _Moves():
         yield
+
+
+def let_calls_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have calls of the runtime take posed tensors as torch's own, though their class computes by itself."""
+    monkeypatch.setattr(readable, "_OWN_KINDS", (Tensor, torch.nn.Parameter, Posed))
+    if (native := native_for_torch()) is not None:
+        native.add_tensor_type(Posed, Posed.__dlpack_c_exchange_api__, True)
+
+
+@contextmanager
+def on_stream(handle: int) -> Iterator[None]:
+    """Within it the stream with this handle is the one on which this thread works with posed tensors; else 0 is."""
+    before, _thread.stream = getattr(_thread, "stream", 0), handle
+    try:
+        yield
+    finally:
+        _thread.stream = before
 
 
 def _compute(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -180,3 +207,28 @@ def _moved(tensor: Tensor, to: torch.device) -> Tensor:
 
 def _is_parameter(tensor: Tensor) -> bool:
     return isinstance(tensor, torch.nn.Parameter)
+
+
+@ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p))
+def _current_stream(device_type: int, device_id: int, out: Any) -> int:
+    del device_type, device_id
+    out[0] = getattr(_thread, "stream", 0) or None
+    return 0
+
+
+def _posed_exchange() -> object:
+    """That of torch's own tensors, but for the stream: a torch without CUDA throws where it is asked for one."""
+    given = exchange_table(Tensor)
+    assert given is not None
+    table = ExchangeTable.from_buffer_copy(given)
+    table.current_work_stream = ctypes.cast(_current_stream, ctypes.c_void_p).value
+    _kept.append(table)
+    new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    return new(("PyCapsule_New", ctypes.pythonapi))(ctypes.addressof(table), _CAPSULE, None)
+
+
+_CAPSULE = b"dlpack_exchange_api"
+_kept: list[object] = []
+_thread = threading.local()
+if exchange_table(Tensor) is not None:
+    Posed.__dlpack_c_exchange_api__ = _posed_exchange()

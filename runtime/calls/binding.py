@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from tilewright.codegen.hardware.cpu_info import read_cpu_info
 from tilewright.codegen.recipe.expressions import parsed
-from tilewright.codegen.recipe.model import THREADS, Recipe, TensorSpec
+from tilewright.codegen.recipe.model import Recipe, TensorSpec
+from tilewright.codegen.recipe.resolve import Place
 from tilewright.codegen.recipe.validity import validate
 from tilewright.errors import TilewrightError
 from tilewright.runtime.launchers.host_so import require_host
@@ -23,6 +25,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
+    "fp8_e4m3": torch.float8_e4m3fn,
     "int64": torch.int64,
     "int32": torch.int32,
     "int8": torch.int8,
@@ -55,8 +58,30 @@ class CallVariant:
     owner: object = None
 
 
-@dataclass(frozen=True)
-class Binding:
+class Variant(Protocol):
+    """What serves dynamic sizes up to ``max_size`` (None: all larger ones)."""
+
+    @property
+    def max_size(self) -> int | None:
+        """The largest size."""
+        ...
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """Of the kernel; None, or without launches: the fallback serves these sizes."""
+        ...
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Tensors of the recipe that have another name in the binding."""
+        ...
+
+
+V = TypeVar("V", bound=Variant)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Binding(ABC, Generic[V]):
     """One signature bound to its weights and kernels.
 
     ``name`` begins every message. ``bound`` maps tensor names to what was passed once: a tensor, an address, or None
@@ -70,16 +95,14 @@ class Binding:
     name: str
     tensors: tuple[TensorSpec, ...]
     bound: Mapping[str, Tensor | int | None]
-    variants: tuple[CallVariant, ...]
+    variants: tuple[V, ...]
+    """In the order in which sizes pick them."""
     size_name: str
-    threads: int
     fallback: Callable[..., None]
     addresses: Mapping[str, int] = field(init=False, repr=False)
     """Of the bound tensors; 0 for an absent one."""
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise TilewrightError(f"{self.name}: threads is {self.threads}; at least 1 is needed")
         if unknown := set(self.bound) - {spec.name for spec in self.tensors}:
             raise TilewrightError(f"{self.name}: it has no tensor {min(unknown)!r} to bind")
         addresses = {spec.name: self._bound_address(spec) for spec in self.tensors if spec.name in self.bound}
@@ -89,26 +112,36 @@ class Binding:
         if absent := [self.positional[i].name for i in self.outputs if self.positional[i].optional]:
             raise TilewrightError(f"{self.name}: the output {absent[0]} cannot be optional")
         for spec in self.tensors:
-            if _CHECKED_DTYPE.get(spec.values, spec.dtype) != spec.dtype or spec.dtype not in TORCH_DTYPES:
-                raise TilewrightError(f"{self.name}: {spec.name} of {spec.dtype} cannot be checked as {spec.values!r}")
-            if spec.values == "offsets" and not (
-                len(spec.dims) == 1 and isinstance(spec.dims[0], int) and spec.dims[0] > 0
-            ):
-                raise TilewrightError(f"{self.name}: the offsets {spec.name} need a constant length")
-            if spec.values == "logits" and not (spec.dims and isinstance(spec.dims[-1], int) and spec.dims[-1] > 0):
-                raise TilewrightError(f"{self.name}: the rows of logits in {spec.name} need a constant length")
-            if spec.values == "rising" and len(spec.dims) != 1:
-                raise TilewrightError(
-                    f"{self.name}: {spec.name} has {len(spec.dims)} dimensions; values rise along one"
-                )
-            if spec.values == "pages":
-                self._require_lengths(spec)
+            self._require_checkable(spec)
         required = {dim for spec in self.positional if not spec.optional for dim in spec.dims}
-        if unset := [s for s in (*self.symbols, self.size_name) if s not in required and s != THREADS]:
+        if unset := [s for s in (*self.symbols, self.size_name) if s not in required and s not in self.place.names]:
             raise TilewrightError(f"{self.name}: no tensor of a call tells the size {unset[0]!r}")
         for variant in self.variants:
             if variant.recipe is not None:
                 self._require_callable(variant, variant.recipe)
+
+    @property
+    @abstractmethod
+    def place(self) -> Place:
+        """What recipes may ask of where calls run."""
+
+    @property
+    @abstractmethod
+    def where(self) -> str:
+        """Where tensors have to lie, as messages say it: "on the CPU"."""
+
+    @abstractmethod
+    def lies_here(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies where calls run."""
+
+    @abstractmethod
+    def require_launches(self, variant: V, recipe: Recipe) -> None:
+        """Refuse a kernel that is not launched as calls of this binding are.
+
+        Raises:
+            TilewrightError: says what is launched otherwise.
+
+        """
 
     @cached_property
     def positional(self) -> tuple[TensorSpec, ...]:
@@ -122,18 +155,13 @@ class Binding:
 
     @cached_property
     def symbols(self) -> tuple[str, ...]:
-        """Size names in order of first appearance, then ``threads``."""
+        """Size names in order of first appearance, then what is known of the place."""
         sizes = dict.fromkeys(dim for spec in self.positional for dim in spec.dims if isinstance(dim, str))
-        return (*sizes, THREADS)
+        return (*sizes, *self.place.names)
 
-    def variant_for(self, size: int) -> CallVariant | None:
+    def variant_for(self, size: int) -> V | None:
         """The first variant that serves ``size``; None when there is none."""
         return next((v for v in self.variants if v.max_size is None or size <= v.max_size), None)
-
-    @cached_property
-    def most_workspace_bytes(self) -> int:
-        """What a call may ask for: a part of the machine's memory, since the system promises more than there is."""
-        return read_cpu_info().memory_bytes // _WORKSPACE_SHARE
 
     def program(self, text: str) -> tuple[int, ...]:
         """Reverse Polish code of an expression over :attr:`symbols`."""
@@ -152,12 +180,27 @@ class Binding:
             raise TilewrightError(
                 f"{self.name}: {spec.name} {odd or 'has the negative bit set'}; expected a plain tensor"
             )
-        if tensor.device.type != "cpu" or tensor.dtype != expected or not tensor.is_contiguous():
+        if not self.lies_here(tensor) or tensor.dtype != expected or not tensor.is_contiguous():
             raise TilewrightError(
                 f"{self.name}: {spec.name} is {tensor.dtype} on {tensor.device} with strides {list(tensor.stride())}; "
-                f"expected contiguous {expected} on the CPU"
+                f"expected contiguous {expected} {self.where}"
             )
         return tensor.data_ptr()
+
+    def _require_checkable(self, spec: TensorSpec) -> None:
+        """What is checked of a tensor's values can be."""
+        if _CHECKED_DTYPE.get(spec.values, spec.dtype) != spec.dtype or spec.dtype not in TORCH_DTYPES:
+            raise TilewrightError(f"{self.name}: {spec.name} of {spec.dtype} cannot be checked as {spec.values!r}")
+        if spec.values == "offsets" and not (
+            len(spec.dims) == 1 and isinstance(spec.dims[0], int) and spec.dims[0] > 0
+        ):
+            raise TilewrightError(f"{self.name}: the offsets {spec.name} need a constant length")
+        if spec.values == "logits" and not (spec.dims and isinstance(spec.dims[-1], int) and spec.dims[-1] > 0):
+            raise TilewrightError(f"{self.name}: the rows of logits in {spec.name} need a constant length")
+        if spec.values == "rising" and len(spec.dims) != 1:
+            raise TilewrightError(f"{self.name}: {spec.name} has {len(spec.dims)} dimensions; values rise along one")
+        if spec.values == "pages":
+            self._require_lengths(spec)
 
     def _require_lengths(self, table: TensorSpec) -> None:
         lengths = next((spec for spec in self.positional if spec.name == table.lengths), None)
@@ -167,17 +210,13 @@ class Binding:
                 f"{self.name}: the pages in {table.name} need lengths of its rows among the tensors, and a page size"
             )
 
-    def _require_callable(self, variant: CallVariant, recipe: Recipe) -> None:
-        """The recipe is one that a CPU calls, and all that it reads is known to a call."""
+    def _require_callable(self, variant: V, recipe: Recipe) -> None:
+        """The recipe is one that is called here, and all that it reads is known to a call."""
         try:
             validate(recipe)
-            require_host(recipe)
+            self.require_launches(variant, recipe)
         except TilewrightError as error:
             raise TilewrightError(f"{self.name}: {error}") from error
-        if len(variant.entries) != len(recipe.launches):
-            raise TilewrightError(
-                f"{self.name}: a kernel has {len(recipe.launches)} launches and {len(variant.entries)} entries"
-            )
         names = {spec.name for spec in self.tensors}
         if unknown := [each.name for each in recipe.tensors if variant.aliases.get(each.name, each.name) not in names]:
             raise TilewrightError(f"{self.name}: a kernel takes {unknown[0]!r}, which is no tensor of the call")
@@ -185,24 +224,43 @@ class Binding:
             raise TilewrightError(f"{self.name}: a kernel reads the size {unset[0]!r}, which no tensor of a call tells")
 
 
-def make_binding(
-    tensors: Sequence[TensorSpec],
-    bound: Mapping[str, Any],
-    variants: Sequence[CallVariant],
-    *,
-    size_name: str,
-    threads: int | None,
-    fallback: Callable[..., None],
-    name: str,
-) -> Binding:
-    """Binding with variants in the order in which sizes pick them, and ``threads`` from torch when None."""
-    ordered = sorted(variants, key=lambda v: float("inf") if v.max_size is None else v.max_size)
-    return Binding(
-        name=name,
-        tensors=tuple(tensors),
-        bound=dict(bound),
-        variants=tuple(ordered),
-        size_name=size_name,
-        threads=torch.get_num_threads() if threads is None else threads,
-        fallback=fallback,
-    )
+@dataclass(frozen=True, kw_only=True)
+class HostBinding(Binding[CallVariant]):
+    """Kernels that the CPU calls, on up to ``threads`` threads."""
+
+    threads: int
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise TilewrightError(f"{self.name}: threads is {self.threads}; at least 1 is needed")
+        super().__post_init__()
+
+    @cached_property
+    def place(self) -> Place:
+        """A CPU, which has threads."""
+        return Place(threads=self.threads)
+
+    @property
+    def where(self) -> str:
+        """See :class:`Binding`."""
+        return "on the CPU"
+
+    def lies_here(self, tensor: Tensor) -> bool:
+        """See :class:`Binding`."""
+        return tensor.device.type == "cpu"
+
+    def require_launches(self, variant: CallVariant, recipe: Recipe) -> None:
+        """See :class:`Binding`."""
+        require_host(recipe)
+        if len(variant.entries) != len(recipe.launches):
+            raise TilewrightError(f"a kernel has {len(recipe.launches)} launches and {len(variant.entries)} entries")
+
+    @cached_property
+    def most_workspace_bytes(self) -> int:
+        """What a call may ask for: a part of the machine's memory, since the system promises more than there is."""
+        return read_cpu_info().memory_bytes // _WORKSPACE_SHARE
+
+
+def in_order(variants: Iterable[V]) -> tuple[V, ...]:
+    """Variants in the order in which sizes pick them."""
+    return tuple(sorted(variants, key=lambda v: float("inf") if v.max_size is None else v.max_size))

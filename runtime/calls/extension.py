@@ -6,11 +6,15 @@ import ctypes
 import importlib
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tilewright.runtime.launchers.openmp import pool
+
+if TYPE_CHECKING:
+    import torch
 
 _TENSOR_BYTES = 192
 """What torch's own tensor takes at the least, since 1.13; its keys are in it."""
@@ -44,8 +48,29 @@ def native_for_torch() -> ModuleType | None:
     return native
 
 
-def find_keys() -> tuple[int, int, int] | None:
-    """Where torch keeps the dispatch keys of a tensor, and those that a plain one of the CPU may have.
+@cache
+def native_for_device(index: int) -> ModuleType | None:
+    """The extension, ready to read torch tensors on a CUDA device as well."""
+    import torch
+
+    native = native_for_torch()
+    if native is not None and torch.cuda.is_available():
+        native.set_tensor_keys(*(find_keys(torch.device("cuda", index)) or (0, 0, 0)))
+    return native
+
+
+def know_type(kind: type) -> None:
+    """Have the extension read arrays of a library other than torch, where that offers the DLPack exchange in C."""
+    native, exchange = native_for_torch(), getattr(kind, "__dlpack_c_exchange_api__", None)
+    if native is not None and exchange is not None and kind not in _asked_for:
+        _asked_for.add(kind)
+        # Where there is no room for one more, or no table of version 1, the Python call reads them.
+        with suppress(ImportError):
+            native.add_tensor_type(kind, exchange, False)
+
+
+def find_keys(device: torch.device | None = None) -> tuple[int, int, int] | None:
+    """Where torch keeps the dispatch keys of a tensor, and those of plain ones on the CPU and on ``device``.
 
     That is no part of torch's interface, so it is looked for among tensors whose keys torch tells, and None where they
     are not found at one place in all of them. Nothing beyond the objects themselves is read.
@@ -60,11 +85,12 @@ def find_keys() -> tuple[int, int, int] | None:
     integers = torch.zeros((2, 3), dtype=torch.int32, device="cpu")
     with torch.inference_mode():
         inference = torch.zeros(1, dtype=torch.float32, device="cpu")
+    there = torch.zeros(1, dtype=torch.float32, device=device or "cpu")
     negative = torch._neg_view(plain)  # noqa: SLF001 - torch makes them elsewhere, too
     others = (negative, plain.to(torch.complex64).conj(), plain.to("meta"))
     try:
         keys_of: Any = torch._C._dispatch_keys  # noqa: SLF001 - guarded: where it is gone, tensors are asked
-        keys = {each: int(keys_of(each).raw_repr()) for each in (plain, integers, inference, *others)}
+        keys = {each: int(keys_of(each).raw_repr()) for each in (plain, integers, inference, there, *others)}
         held = {each: int(each._cdata) for each in keys}  # noqa: SLF001 - likewise
     except (AttributeError, RuntimeError, TypeError):
         return None
@@ -78,7 +104,10 @@ def find_keys() -> tuple[int, int, int] | None:
 
     in_object = places({each: id(each) for each in keys}, held, torch.Tensor.__basicsize__)
     in_tensor = places(held, keys, _TENSOR_BYTES)
-    allowed = keys[plain] | keys[integers] | keys[inference]
+    allowed = keys[plain] | keys[integers] | keys[inference] | keys[there]
     if len(in_object) != 1 or len(in_tensor) != 1 or any(keys[each] & ~allowed == 0 for each in others):
         return None
     return in_object[0], in_tensor[0], allowed
+
+
+_asked_for: set[type] = set()

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, Protocol
 
-from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.numbers.layouts import RowLayout, WeightLayout
 from tilewright.codegen.recipe.model import Recipe
 from tilewright.errors import TilewrightError
 
@@ -43,7 +43,7 @@ class Launcher(ABC):
         """
 
     @abstractmethod
-    def weight_layout(self, recipe: Recipe) -> WeightLayout | None:
+    def weight_layout(self, recipe: Recipe) -> WeightLayout | RowLayout | None:
         """The layout in which a kernel takes its weight; None: as the op declares it.
 
         Raises:

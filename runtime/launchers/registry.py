@@ -7,7 +7,10 @@ from functools import cache
 
 from tilewright.runtime.launchers.base import KernelRefused, Launcher
 
-_LAUNCHERS = {"host_so": "tilewright.runtime.launchers.host_so:HostLauncher"}
+_LAUNCHERS = {
+    "host_so": "tilewright.runtime.launchers.host_so:HostLauncher",
+    "cubin": "tilewright.runtime.launchers.cuda.launcher:CudaLauncher",
+}
 """Module and class of each kind's launcher."""
 
 
@@ -21,7 +24,7 @@ def find_launcher(kind: str) -> Launcher:
     """
     if kind not in _LAUNCHERS:
         raise KernelRefused(
-            f"nothing here launches {kind!r} artifacts, only {', '.join(_LAUNCHERS)}; tune for this CPU"
+            f"nothing here launches {kind!r} artifacts, only {', '.join(_LAUNCHERS)}; tune for this machine"
         )
     module, _, name = _LAUNCHERS[kind].partition(":")
     launcher: Launcher = getattr(importlib.import_module(module), name)()

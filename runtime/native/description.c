@@ -90,13 +90,86 @@ static int parse_tensor(tw_description *description, PyObject *tuple, tw_tensor_
     return PyErr_Occurred() ? -1 : parse_program(description, bound, &rule->bound);
 }
 
-static int parse_launch(tw_description *description, PyObject *tuple, tw_launch *launch) {
-    unsigned long long entry;
-    PyObject *arguments;
-    if (!PyArg_ParseTuple(tuple, "KO", &entry, &arguments)) {
+static int parse_map(tw_description *description, PyObject *tuple, tw_map **made) {
+    unsigned long long element_bytes;
+    PyObject *shape, *box;
+    if (tuple == Py_None) {
+        return 0;
+    }
+    tw_map *map = *made = allocate(description, 1, sizeof(tw_map));
+    if (map == NULL || !PyArg_ParseTuple(tuple, "OOKiii", &shape, &box, &element_bytes, &map->data_type, &map->swizzle,
+                                         &map->l2_promotion)) {
         return -1;
     }
-    launch->entry = (tw_entry)(uintptr_t)entry;
+    map->element_bytes = element_bytes;
+    if ((map->rank = length_of(shape, TW_MAX_MAP_RANK)) < 0 || length_of(box, TW_MAX_MAP_RANK) != map->rank) {
+        if (!PyErr_Occurred()) {
+            PyErr_SetString(PyExc_ValueError, "a tensor map has another box than shape");
+        }
+        return -1;
+    }
+    for (int i = 0; i < map->rank; i++) {
+        if (parse_program(description, PyTuple_GET_ITEM(shape, i), &map->shape[i]) != 0) {
+            return -1;
+        }
+        map->box[i] = (uint32_t)PyLong_AsUnsignedLong(PyTuple_GET_ITEM(box, i));
+    }
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static int parse_attributes(PyObject *tuple, tw_grid *grid) {
+    if ((grid->attribute_count = length_of(tuple, TW_MAX_ATTRIBUTES)) < 0) {
+        return -1;
+    }
+    for (int i = 0; i < grid->attribute_count; i++) {
+        tw_launch_attribute *attribute = &grid->attributes[i];
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(tuple, i), "IIII", &attribute->id, &attribute->value[0],
+                              &attribute->value[1], &attribute->value[2])) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static int parse_grid(tw_description *description, PyObject *tuple, tw_grid **made) {
+    PyObject *programs, *attributes, *parameters;
+    if (tuple == Py_None) {
+        return 0;
+    }
+    tw_grid *grid = *made = allocate(description, 1, sizeof(tw_grid));
+    if (grid == NULL || !PyArg_ParseTuple(tuple, "OIiOO", &programs, &grid->shared_bytes, &grid->hidden, &attributes,
+                                          &parameters)) {
+        return -1;
+    }
+    if (length_of(programs, 6) != 6) {
+        if (!PyErr_Occurred()) {
+            PyErr_SetString(PyExc_ValueError, "a grid and its blocks have three dimensions each");
+        }
+        return -1;
+    }
+    for (int i = 0; i < 3; i++) {
+        if (parse_program(description, PyTuple_GET_ITEM(programs, i), &grid->blocks[i]) != 0 ||
+            parse_program(description, PyTuple_GET_ITEM(programs, 3 + i), &grid->threads[i]) != 0) {
+            return -1;
+        }
+    }
+    if ((grid->parameter_count = length_of(parameters, TW_MAX_PARAMETERS)) < 0) {
+        return -1;
+    }
+    for (int i = 0; i < grid->parameter_count; i++) {
+        grid->parameter_bytes[i] = (uint8_t)PyLong_AsUnsignedLong(PyTuple_GET_ITEM(parameters, i));
+    }
+    return PyErr_Occurred() ? -1 : parse_attributes(attributes, grid);
+}
+
+static int parse_launch(tw_description *description, PyObject *tuple, tw_launch *launch) {
+    unsigned long long entry;
+    PyObject *arguments, *grid;
+    if (!PyArg_ParseTuple(tuple, "KOO", &entry, &arguments, &grid) ||
+        parse_grid(description, grid, &launch->grid) != 0) {
+        return -1;
+    }
+    launch->entry = (uintptr_t)entry;
     if ((launch->argument_count = length_of(arguments, TW_MAX_ARGUMENTS)) < 0) {
         return -1;
     }
@@ -104,9 +177,10 @@ static int parse_launch(tw_description *description, PyObject *tuple, tw_launch 
         tw_argument *argument = &launch->arguments[i];
         int kind;
         long long value;
-        PyObject *program;
-        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(arguments, i), "iLO", &kind, &value, &program) ||
-            parse_program(description, program, &argument->program) != 0) {
+        PyObject *program, *map;
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(arguments, i), "iLOO", &kind, &value, &program, &map) ||
+            parse_program(description, program, &argument->program) != 0 ||
+            parse_map(description, map, &argument->map) != 0) {
             return -1;
         }
         argument->kind = (tw_argument_kind)kind;
@@ -206,11 +280,13 @@ static int parse_outputs(tw_description *description, PyObject *tuple) {
 
 int tw_description_parse(tw_description *description, PyObject *tuple) {
     PyObject *outputs, *tensors, *ranges, *variants;
-    if (!PyArg_ParseTuple(tuple, "iiiOiLOOO", &description->symbol_count, &description->dynamic_symbol,
-                          &description->threads_symbol, &outputs, &description->threads,
-                          &description->most_workspace_bytes, &tensors, &ranges, &variants)) {
+    long long place_value;
+    if (!PyArg_ParseTuple(tuple, "iiiOLiiLOOO", &description->symbol_count, &description->dynamic_symbol,
+                          &description->place_symbol, &outputs, &place_value, &description->device_type,
+                          &description->device_id, &description->most_workspace_bytes, &tensors, &ranges, &variants)) {
         return -1;
     }
+    description->place_value = place_value;
     if (description->symbol_count > TW_MAX_SYMBOLS) {
         PyErr_Format(PyExc_ValueError, "a binding has %d sizes; at most %d are possible", description->symbol_count,
                      TW_MAX_SYMBOLS);

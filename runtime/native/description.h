@@ -6,10 +6,11 @@
 #include <Python.h>
 #include <stdbool.h>
 
-#include "host.h"
+#include "cuda_driver.h"
 #include "program.h"
 
 enum { TW_MAX_TENSORS = 16, TW_MAX_DIMS = 6, TW_MAX_SYMBOLS = 16, TW_MAX_ARGUMENTS = 32 };
+enum { TW_MAX_PARAMETERS = 96, TW_MAX_MAP_RANK = 5, TW_MAX_ATTRIBUTES = 4 };
 
 /* What a guard may read: the sizes, then the address of each tensor, then that of the workspace. */
 enum { TW_MAX_GUARD_SYMBOLS = TW_MAX_SYMBOLS + TW_MAX_TENSORS + 1 };
@@ -34,16 +35,40 @@ typedef struct {
     uintptr_t begin, end;
 } tw_range;
 
+/* A tensor map that a GPU's entry takes in place of an address, slowest dimension first, and the last that was made. */
+typedef struct {
+    int rank, data_type, swizzle, l2_promotion;
+    uint64_t element_bytes;
+    tw_program shape[TW_MAX_MAP_RANK];
+    uint32_t box[TW_MAX_MAP_RANK];
+    bool made;
+    int64_t made_at, made_shape[TW_MAX_MAP_RANK];
+    tw_tensor_map last;
+} tw_map;
+
 typedef struct {
     tw_argument_kind kind;
     int64_t value;      /* position of a tensor, or an address */
     tw_program program; /* of TW_SIZE the value, else an offset in bytes; empty: 0 */
+    tw_map *map;        /* NULL: none */
 } tw_argument;
 
+/* How an entry of a GPU is launched. */
 typedef struct {
-    tw_entry entry;
+    tw_program blocks[3], threads[3];
+    uint32_t shared_bytes;
+    int hidden; /* trailing null pointers */
+    int attribute_count;
+    tw_launch_attribute attributes[TW_MAX_ATTRIBUTES];
+    int parameter_count;
+    uint8_t parameter_bytes[TW_MAX_PARAMETERS]; /* what the entry takes */
+} tw_grid;
+
+typedef struct {
+    uintptr_t entry; /* a tw_entry, or a GPU's function */
     int argument_count;
     tw_argument arguments[TW_MAX_ARGUMENTS];
+    tw_grid *grid; /* NULL: the CPU calls it */
 } tw_launch;
 
 typedef struct {
@@ -66,9 +91,11 @@ typedef struct {
 
 typedef struct {
     int tensor_count, symbol_count, variant_count, range_count;
-    int dynamic_symbol, threads_symbol;
+    int dynamic_symbol;
+    int place_symbol; /* that of the CPU's threads, or of the device's multiprocessors */
+    int64_t place_value;
+    int32_t device_type, device_id; /* DLPack's */
     int output_count, outputs[TW_MAX_TENSORS]; /* positions */
-    int32_t threads;
     long long most_workspace_bytes;
     tw_tensor_rule tensors[TW_MAX_TENSORS];
     tw_range ranges[TW_MAX_TENSORS];

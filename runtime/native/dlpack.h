@@ -7,7 +7,7 @@
 #define TW_DLPACK_MAJOR 1
 #define TW_DLPACK_CAPSULE "dlpack_exchange_api"
 
-enum { kDLCPU = 1 };
+enum { kDLCPU = 1, kDLCUDA = 2 };
 enum { kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4 };
 
 typedef struct {
@@ -36,7 +36,7 @@ typedef struct {
     uint64_t byte_offset;
 } DLTensor;
 
-/* The function table behind `__dlpack_c_exchange_api__`. Only one entry is called; the others keep their places. */
+/* The function table behind `__dlpack_c_exchange_api__`. Two entries are called; the others keep their places. */
 typedef struct DLPackExchangeAPI {
     DLPackVersion version;
     struct DLPackExchangeAPI *prev_api;
@@ -44,7 +44,7 @@ typedef struct DLPackExchangeAPI {
     void (*managed_tensor_from_py_object_no_sync)(void);
     void (*managed_tensor_to_py_object_no_sync)(void);
     int (*dltensor_from_py_object_no_sync)(void *py_object, DLTensor *out);
-    void (*current_work_stream)(void);
+    int (*current_work_stream)(int32_t device_type, int32_t device_id, void **out);
 } DLPackExchangeAPI;
 
 #endif

@@ -1,21 +1,40 @@
 #include "tensors.h"
 
-static PyTypeObject *plain_tensor, *plain_parameter;
+enum { MOST_TYPES = 16, OWN_TYPES = 2 };
+
+/* Torch's tensor, its parameter, then others. */
+static tw_tensor_type types[MOST_TYPES];
+static int type_count;
 static PyObject *grad_enabled, *requires_grad, *is_neg;
 static Py_ssize_t tensor_at, keys_at;
 static uint64_t plain_keys; /* 0: where they lie is not known */
-static int (*read_dltensor)(void *, DLTensor *);
 
-int tw_tensors_setup(PyObject *tensor_type, PyObject *parameter_type, PyObject *capsule, PyObject *is_grad_enabled) {
+/* The table of version 1; NULL with an exception where there is none. */
+static const DLPackExchangeAPI *table_of(PyObject *capsule) {
     const DLPackExchangeAPI *api = PyCapsule_GetPointer(capsule, TW_DLPACK_CAPSULE);
     if (api == NULL) {
-        return -1;
+        return NULL;
     }
     while (api != NULL && api->version.major != TW_DLPACK_MAJOR) {
         api = api->prev_api;
     }
     if (api == NULL || api->dltensor_from_py_object_no_sync == NULL) {
-        PyErr_SetString(PyExc_ImportError, "torch offers no DLPack exchange of version 1");
+        PyErr_SetString(PyExc_ImportError, "the library offers no DLPack exchange of version 1");
+        return NULL;
+    }
+    return api;
+}
+
+static void set_type(tw_tensor_type *entry, PyObject *type, const DLPackExchangeAPI *api, bool is_torch, bool has_keys) {
+    PyTypeObject *before = entry->type;
+    *entry = (tw_tensor_type){(PyTypeObject *)Py_NewRef(type), api->dltensor_from_py_object_no_sync,
+                              api->current_work_stream, is_torch, has_keys};
+    Py_XDECREF(before);
+}
+
+int tw_tensors_setup(PyObject *tensor_type, PyObject *parameter_type, PyObject *capsule, PyObject *is_grad_enabled) {
+    const DLPackExchangeAPI *api = table_of(capsule);
+    if (api == NULL) {
         return -1;
     }
     if (requires_grad == NULL && (requires_grad = PyUnicode_InternFromString("requires_grad")) == NULL) {
@@ -26,10 +45,28 @@ int tw_tensors_setup(PyObject *tensor_type, PyObject *parameter_type, PyObject *
         return -1;
     }
     Py_XSETREF(is_neg, method);
-    read_dltensor = api->dltensor_from_py_object_no_sync;
-    Py_XSETREF(plain_tensor, (PyTypeObject *)Py_NewRef(tensor_type));
-    Py_XSETREF(plain_parameter, (PyTypeObject *)Py_NewRef(parameter_type));
+    set_type(&types[0], tensor_type, api, true, true);
+    set_type(&types[1], parameter_type, api, true, true);
+    type_count = type_count < OWN_TYPES ? OWN_TYPES : type_count;
     Py_XSETREF(grad_enabled, Py_NewRef(is_grad_enabled));
+    return 0;
+}
+
+int tw_tensors_add(PyObject *type, PyObject *capsule, bool is_torch) {
+    const DLPackExchangeAPI *api = table_of(capsule);
+    if (api == NULL) {
+        return -1;
+    }
+    int at = 0;
+    while (at < type_count && (PyObject *)types[at].type != type) {
+        at++;
+    }
+    if (type_count < OWN_TYPES || at == MOST_TYPES) {
+        PyErr_SetString(PyExc_ImportError, "torch's tensors come first, and there are few others");
+        return -1;
+    }
+    set_type(&types[at], type, api, is_torch, at < OWN_TYPES);
+    type_count = at == type_count ? at + 1 : type_count;
     return 0;
 }
 
@@ -41,8 +78,11 @@ void tw_tensors_keys(Py_ssize_t tensor_in_object, Py_ssize_t keys_in_tensor, uin
 
 /* Whether the memory holds the values. Of a view with the negative bit it holds their negatives, which DLPack does not
  * tell; asking torch takes 0.1 us, so that its keys are read where it is known where they lie. */
-static bool holds_its_values(PyObject *tensor) {
-    if (plain_keys != 0) {
+static bool holds_its_values(const tw_tensor_type *type, PyObject *tensor) {
+    if (!type->is_torch) {
+        return true;
+    }
+    if (plain_keys != 0 && type->has_keys) {
         const char *held = *(const char *const *)((const char *)tensor + tensor_at);
         return (*(const uint64_t *)(held + keys_at) & ~plain_keys) == 0;
     }
@@ -51,16 +91,20 @@ static bool holds_its_values(PyObject *tensor) {
     return answer == Py_False;
 }
 
-bool tw_read_tensor(PyObject *object, DLTensor *tensor) {
-    if (!Py_IS_TYPE(object, plain_tensor) && !Py_IS_TYPE(object, plain_parameter)) {
-        return false;
+const tw_tensor_type *tw_read_tensor(PyObject *object, DLTensor *tensor) {
+    const tw_tensor_type *type = types, *end = types + type_count;
+    while (type < end && !Py_IS_TYPE(object, type->type)) {
+        type++;
     }
-    if (!holds_its_values(object) || read_dltensor(object, tensor) != 0) {
+    if (type == end) {
+        return NULL;
+    }
+    if (!holds_its_values(type, object) || type->read(object, tensor) != 0) {
         PyErr_Clear();
-        return false;
+        return NULL;
     }
     tensor->data = (char *)tensor->data + tensor->byte_offset;
-    return true;
+    return type;
 }
 
 bool tw_needs_grad(PyObject *const *tensors, Py_ssize_t count) {

@@ -13,7 +13,7 @@ from functools import partial
 
 from tilewright.codegen.hardware.archs import ARCHS, runs_on
 from tilewright.codegen.hardware.cpu_info import read_cpu_info
-from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.numbers.layouts import RowLayout, WeightLayout
 from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.recipe.model import ABI_VERSION, FORMAT_VERSION, Recipe, packable
@@ -241,13 +241,16 @@ def _load_kernel(reader: Reader, key: str, signature: Signature) -> LoadedKernel
         raise KernelRefused(
             f"kernel {key[:16]} launches {strange[0]!r:.20}, which is none of its artifacts; tune again"
         )
-    _require_packable(recipe, launcher.weight_layout(recipe))
+    layout = launcher.weight_layout(recipe)
+    if isinstance(layout, RowLayout):
+        raise KernelRefused(f"kernel {key[:16]} takes its weight in the layout {layout.key}, which only GPUs read")
+    _require_packable(recipe, layout)
     artifacts = {
         checksum: launcher.load(checksum, partial(reader.artifact, checksum))
         for checksum in dict.fromkeys(launch.artifact for launch in recipe.launches)
     }
     entries = tuple(artifacts[launch.artifact].entry_address(launch.entry) for launch in recipe.launches)
-    return LoadedKernel(record, recipe, launcher.weight_layout(recipe), entries, tuple(artifacts.values()))
+    return LoadedKernel(record, recipe, layout, entries, tuple(artifacts.values()))
 
 
 def _require_packable(recipe: Recipe, layout: WeightLayout | None) -> None:

@@ -48,18 +48,6 @@ def resolved(tensor: Tensor) -> Tensor:
     return tensor.resolve_conj().resolve_neg()
 
 
-def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements may lie at one address: what is written to one is read from the other."""
-    reach = 1
-    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if length <= 1:
-            continue
-        if stride < reach:
-            return tensor.numel() > 0
-        reach = stride * (length - 1) + reach
-    return False
-
-
 def _computes_by_itself(tensor: Tensor) -> bool:
     """Whether its class says what operators do (as those of torch.compile and of quantised weights), or it is empty."""
     plain: Any = Tensor.__torch_dispatch__

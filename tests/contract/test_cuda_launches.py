@@ -7,62 +7,28 @@ is the one that the binary was compiled for, and no more. All cases of a coverin
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from awkward import Case
-from covering import FULL
 from cuda_standin import Launched, StandIn, standin
-from gpu_signatures import covering_cases
+from gpu_signatures import LAUNCHED_ARCHS, launched_cases
+from stored_kernels import stored
 from triton_launcher import active, launch_as_triton_does
 
-from tilewright.codegen.backends.triton.builder import TritonBuilder
-from tilewright.codegen.backends.triton.entry import triton_entries
-from tilewright.codegen.hardware.archs import GPU_ARCHS
-from tilewright.codegen.ops.registry import OPS, find_op
 from tilewright.codegen.recipe.model import Recipe
 from tilewright.codegen.recipe.resolve import Place, ResolvedLaunch, resolve
 from tilewright.codegen.rendering import render
 from tilewright.runtime.launchers.cuda.driver import Driver
 from tilewright.runtime.launchers.cuda.kernel import CudaKernel, Needs
-from tilewright.tuner.campaign.variants import VariantBuilder
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
-CAPABILITIES = tuple(int(name.removeprefix("sm_")) for name in ARCHS)
-USUAL = {
-    "moe_gemm/triton_persistent": "sm_90",
-    "moe_gemm/triton_split_k": "sm_90",
-    "attention/triton_decode": "sm_80",
-    "gating/triton_fused": "sm_120",
-}
-"""What is tried by default: tensor maps, several launches with a workspace between them, and one of every op."""
+CAPABILITIES = tuple(int(name.removeprefix("sm_")) for name in LAUNCHED_ARCHS)
 STREAM = 0x5EED0
 SMALL_MAP_BIT = 1 << 21
 """Of a tensor map's second word: Triton 3.7 clears it for small tensors on drivers up to 13.1, on all archs; the fault
 that it works around is one of Blackwell's, so that launches by recipe clear it there alone, up to 13.3."""
-
-
-def cases() -> list[Case]:
-    found = []
-    for op in OPS.values():
-        for template in (each for each in op.templates if each.language == "triton"):
-            here = [name for name in ARCHS if GPU_ARCHS[name].among(template.families)]
-            usual = [USUAL[template.name]] if template.name in USUAL else []
-            for name in here if FULL else usual:
-                found += covering_cases(op.name, template, GPU_ARCHS[name], share=1)
-    return found
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What the tuner stores of a kernel."""
-
-    recipe: Recipe
-    artifacts: dict[str, bytes]
-    source: str
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +37,6 @@ def cuda(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
     made.begin(CAPABILITIES)
     with active(made, tmp_path_factory.mktemp("triton")):
         yield made
-
-
-def stored(case: Case, folder: Path) -> Stored:
-    with TritonBuilder(case.arch, folder) as builder:
-        variants = VariantBuilder(find_op(case.op), case.signature, case.arch, {"triton": builder})
-        (built,) = variants.build([case.config])
-        if built.path is None:
-            pytest.skip(f"a config that the compiler has no binary for: {built.message}")
-        record, artifacts = variants.record(built, "compiled")
-    return Stored(Recipe.from_dict(record.recipe), {each.checksum: each.data for each in artifacts}, record.source)
 
 
 def calls(recipe: Recipe, sm_count: int) -> Iterator[tuple[ResolvedLaunch, ...]]:
@@ -106,22 +62,20 @@ def compared(mine: Launched, theirs: Launched, maps: list[int]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize("case", launched_cases(), ids=str)
 def test_a_launch_by_recipe_is_the_one_that_triton_makes(case: Case, cuda: StandIn, tmp_path: Path) -> None:
     cuda.begin(CAPABILITIES)
     driver = Driver(str(cuda.path))
-    device = driver.device(ARCHS.index(case.arch.name))
-    kernel = stored(case, tmp_path)
+    device = driver.device(LAUNCHED_ARCHS.index(case.arch.name))
+    kernel = stored(case)
     source = tmp_path / "kernel.py"
     source.write_text(render(case.template, case.signature, case.config, case.arch))
-    assert case.template.entries is not None
-    specs = triton_entries(case.template.entries(case.signature, case.config, case.arch))
     for launches in calls(kernel.recipe, device.sm_count):
-        for spec, launch in zip(specs, launches, strict=True):
+        for spec, launch, stored_launch in zip(kernel.entries, launches, kernel.recipe.launches, strict=True):
             blocks = launch.cluster[0] if launch.cluster else 1
             needs = Needs(launch.shared_memory_bytes, blocks)
             loaded = CudaKernel(driver, device, kernel.artifacts[launch.artifact], launch.entry, needs)
-            loaded.require(launch)
+            loaded.require(stored_launch)
             before = len(cuda.launches)
             loaded.launch(launch, STREAM)
             with driver.current(device):

@@ -216,7 +216,7 @@ def test_both_call_layers_pass_what_the_recipe_says(recorder, layer, recipe, siz
     recorder.forget()
     warnings: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tilewright.runtime.calls.pure.warn_once", warnings.append)
+        patch.setattr("tilewright.runtime.calls.checked.warn_once", warnings.append)
         assert call(x, y, extra, out) is out
     if went_to_torch:
         assert recorder.calls() == []

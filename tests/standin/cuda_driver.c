@@ -1,58 +1,36 @@
-/* A CUDA driver without a device, for tests. It reads cubins, keeps to the rules of the real one (rules.json: each is
- * refused by its name), and records what was launched, byte for byte. It runs nothing, and knows nothing of time.
+/* A CUDA driver without a device, for tests: devices, modules, tensor maps and launches. It reads cubins, keeps to the
+ * rules of the real one (rules.json: each is refused by its name), and records what was launched, byte for byte.
+ * Where it is asked to (executing.c), the source that a binary was compiled from is run in its place.
  *
  * What it shows is that a launch is the one that a binary was compiled for; never that the binary is right. */
-#define _GNU_SOURCE
-#include <cuda.h>
 #include <dlfcn.h>
 #include <elf.h>
-#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "rules.h" /* RULE(name): the result of a rule, having noted its name; made of rules.json */
+#include "standin.h"
 
-enum { MOST_DEVICES = 8, MOST_PARAMETERS = 96, PARAMETER_BANK = 4096, MOST_LAUNCHES = 256, MOST_ENTRIES = 8 };
 enum { USUAL_SMEM = 48 << 10, RESERVED_SMEM = 1 << 10, REGISTER_FILE = 65536, EM_CUDA_ = 190 };
 /* Attributes of .nv.info sections, as read off cuobjdump: see codegen/backends/binaries/cubin.py. */
 enum { NV_REGISTERS = 0x2f, NV_PARAMETER = 0x17, NV_BANK_BYTES = 0x19, NV_BLOCK = 0x10, NV_CLUSTER = 0x3d };
 
-struct CUctx_st {
-    int device;
-};
-struct CUfunc_st {
-    char name[128];
-    int device, registers, static_smem, most_dynamic_smem, parameter_count, bank_bytes;
-    unsigned block[3], cluster[3];
-    bool any_cluster;
-    unsigned offsets[MOST_PARAMETERS], sizes[MOST_PARAMETERS];
-};
-struct CUmod_st {
-    int count;
-    struct CUfunc_st entries[MOST_ENTRIES];
-};
-
-/* Of one launch; tests/cuda_standin.py has the same structure. */
-typedef struct {
-    char name[128];
-    int device, bank_bytes, cooperative, programmatic, spread;
-    unsigned grid[3], block[3], cluster[3], dynamic_smem;
-    void *stream;
-    unsigned char bank[PARAMETER_BANK], written[PARAMETER_BANK];
-} launched;
-
 static struct CUctx_st contexts[MOST_DEVICES];
 static int capabilities[MOST_DEVICES], sm_counts[MOST_DEVICES], device_count, version = 13000;
-static __thread CUcontext current;
+static size_t device_bytes = 1ul << 30;
+static int l2_bytes = 1 << 20;
+static char device_name[256];
+__thread CUcontext current;
 static launched launches[MOST_LAUNCHES];
 static int launch_count, capturing;
-static const char *broken = "";
+static char broken[512];
+CUresult lost;
 
 CUresult standin_break(CUresult result, const char *rule) {
-    broken = rule;
+    snprintf(broken, sizeof broken, "%s", rule);
     return result;
 }
+void standin_lose(CUresult result, const char *why) { lost = standin_break(result, why); }
 
 /* ---- for tests ---- */
 void standin_begin(const int *capability, const int *sms, int count, int driver_version) {
@@ -64,16 +42,27 @@ void standin_begin(const int *capability, const int *sms, int count, int driver_
         contexts[i].device = i;
     }
     current = NULL;
+    lost = CUDA_SUCCESS;
     launch_count = capturing = 0;
-    broken = "";
+    broken[0] = 0;
+    standin_forget_memory(device_bytes);
+    standin_forget_streams();
+}
+void standin_furnish(size_t memory, int l2, const char *name) {
+    device_bytes = memory;
+    l2_bytes = l2;
+    snprintf(device_name, sizeof device_name, "%s", name);
 }
 int standin_launches(void) { return launch_count; }
-const launched *standin_launch(int index) { return &launches[index]; }
+const launched *standin_launch(int index) { return &launches[index % MOST_LAUNCHES]; }
 const char *standin_broken(void) { return broken; }
 void standin_capture(int on) { capturing = on; }
 
 /* ---- devices and contexts ---- */
-CUresult cuInit(unsigned flags) { return device_count ? CUDA_SUCCESS : CUDA_ERROR_NO_DEVICE; }
+CUresult cuInit(unsigned flags) {
+    if (!device_count) standin_attach(); /* a child of the process that has the devices */
+    return device_count ? CUDA_SUCCESS : CUDA_ERROR_NO_DEVICE;
+}
 CUresult cuDriverGetVersion(int *out) {
     *out = version;
     return CUDA_SUCCESS;
@@ -88,7 +77,8 @@ CUresult cuDeviceGet(CUdevice *out, int index) {
     return CUDA_SUCCESS;
 }
 CUresult cuDeviceGetName(char *out, int bytes, CUdevice device) {
-    snprintf(out, bytes, "stand-in of sm_%d", capabilities[device]);
+    if (device_name[0]) snprintf(out, bytes, "%s", device_name);
+    else snprintf(out, bytes, "stand-in of sm_%d", capabilities[device]);
     return CUDA_SUCCESS;
 }
 static int smem_per_block(int device) {
@@ -109,8 +99,23 @@ CUresult cuDeviceGetAttribute(int *out, CUdevice_attribute which, CUdevice devic
     case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK: *out = REGISTER_FILE; break;
     case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *out = smem_per_block(device) + RESERVED_SMEM; break;
     case CU_DEVICE_ATTRIBUTE_WARP_SIZE: *out = 32; break;
+    case CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: *out = l2_bytes; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK: *out = 1024; break;
+    case CU_DEVICE_ATTRIBUTE_CLOCK_RATE: case CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE: *out = 1000000; break;
+    case CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH: *out = 1024; break;
     default: *out = 1;
     }
+    return CUDA_SUCCESS;
+}
+CUresult cuDeviceTotalMem_v2(size_t *out, CUdevice device) {
+    if (device < 0 || device >= device_count) return RULE(device);
+    *out = device_bytes;
+    return CUDA_SUCCESS;
+}
+CUresult cuDeviceGetUuid_v2(CUuuid *out, CUdevice device) {
+    if (device < 0 || device >= device_count) return RULE(device);
+    memcpy(out->bytes, "stand-in of a GP", sizeof out->bytes);
+    out->bytes[sizeof out->bytes - 1] = (char)('0' + device);
     return CUDA_SUCCESS;
 }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *out, CUdevice device) {
@@ -127,7 +132,7 @@ CUresult cuCtxSetCurrent(CUcontext context) {
     return CUDA_SUCCESS;
 }
 CUresult cuCtxGetDevice(CUdevice *out) {
-    if (!current) return RULE(no_context);
+    REQUIRE_CONTEXT();
     *out = current->device;
     return CUDA_SUCCESS;
 }
@@ -137,8 +142,9 @@ CUresult cuCtxGetLimit(size_t *out, CUlimit limit) {
 }
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_SUCCESS; }
 CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *out) {
-    if (!current) return RULE(no_context);
-    *out = capturing ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE;
+    REQUIRE_CONTEXT();
+    bool active = capturing || standin_captures(stream);
+    *out = active ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE;
     return CUDA_SUCCESS;
 }
 CUresult cuPointerGetAttribute(void *out, CUpointer_attribute which, CUdeviceptr pointer) {
@@ -146,8 +152,18 @@ CUresult cuPointerGetAttribute(void *out, CUpointer_attribute which, CUdeviceptr
     return CUDA_SUCCESS;
 }
 CUresult cuGetErrorName(CUresult code, const char **out) {
-    *out = code ? "stand-in" : "CUDA_SUCCESS";
-    return CUDA_SUCCESS;
+#define NAME(code) case code: *out = #code; return CUDA_SUCCESS
+    switch (code) {
+    NAME(CUDA_SUCCESS); NAME(CUDA_ERROR_INVALID_VALUE); NAME(CUDA_ERROR_OUT_OF_MEMORY); NAME(CUDA_ERROR_NO_DEVICE);
+    NAME(CUDA_ERROR_INVALID_DEVICE); NAME(CUDA_ERROR_INVALID_IMAGE); NAME(CUDA_ERROR_INVALID_CONTEXT);
+    NAME(CUDA_ERROR_NO_BINARY_FOR_GPU); NAME(CUDA_ERROR_INVALID_HANDLE); NAME(CUDA_ERROR_NOT_FOUND);
+    NAME(CUDA_ERROR_NOT_READY); NAME(CUDA_ERROR_ILLEGAL_ADDRESS); NAME(CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES);
+    NAME(CUDA_ERROR_LAUNCH_FAILED); NAME(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    NAME(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED); NAME(CUDA_ERROR_INVALID_CLUSTER_SIZE); NAME(CUDA_ERROR_UNKNOWN);
+    NAME(CUDA_ERROR_ILLEGAL_STATE);
+    default: return CUDA_ERROR_INVALID_VALUE;
+    }
+#undef NAME
 }
 CUresult cuGetErrorString(CUresult code, const char **out) {
     *out = code ? broken : "no error";
@@ -220,18 +236,38 @@ static bool runs_on(const Elf64_Ehdr *header, int capability) {
     return arch == capability || (!letter && arch / 10 == capability / 10 && arch < capability);
 }
 
-CUresult cuModuleLoadData(CUmodule *out, const void *bytes) {
+/* How long an image is: the driver is told its address alone. 0: it is no cubin. */
+size_t standin_image_bytes(const void *bytes) {
     const Elf64_Ehdr *header = bytes;
-    if (!current) return RULE(no_context);
-    if (memcmp(header->e_ident, ELFMAG, SELFMAG) || header->e_machine != EM_CUDA_) return RULE(image);
+    if (memcmp(header->e_ident, ELFMAG, SELFMAG) || header->e_ident[EI_CLASS] != ELFCLASS64) return 0;
+    if (header->e_machine != EM_CUDA_ || !header->e_shnum || !header->e_shoff) return 0;
+    const Elf64_Shdr *sections = (const void *)((const char *)bytes + header->e_shoff);
+    size_t end = header->e_shoff + header->e_shnum * sizeof *sections;
+    size_t programs = header->e_phoff + header->e_phnum * sizeof(Elf64_Phdr);
+    if (programs > end) end = programs;
+    for (int i = 0; i < header->e_shnum; i++) {
+        size_t after = sections[i].sh_offset + sections[i].sh_size;
+        if (sections[i].sh_type != SHT_NOBITS && after > end) end = after;
+    }
+    return end;
+}
+
+CUresult cuModuleLoadData(CUmodule *out, const void *bytes) {
+    REQUIRE_CONTEXT();
+    const Elf64_Ehdr *header = bytes;
+    size_t image_bytes = standin_image_bytes(bytes);
+    if (!image_bytes) return RULE(image);
     if (!runs_on(header, capabilities[current->device])) return RULE(arch);
     const Elf64_Shdr *sections = (const void *)((const char *)bytes + header->e_shoff);
     const char *names = (const char *)bytes + sections[header->e_shstrndx].sh_offset;
     image from = {bytes, sections, names, header->e_shnum};
     const Elf64_Shdr *table = find(&from, ".symtab");
+    if (!table) return RULE(image);
     const Elf64_Sym *symbols = (const void *)(from.bytes + table->sh_offset);
     const char *strings = from.bytes + from.sections[table->sh_link].sh_offset;
     CUmodule module = calloc(1, sizeof *module);
+    module->image = memcpy(malloc(image_bytes), bytes, image_bytes);
+    module->image_bytes = image_bytes;
     for (unsigned i = 0; i < table->sh_size / sizeof *symbols && module->count < MOST_ENTRIES; i++) {
         const char *name = strings + symbols[i].st_name;
         char section[192];
@@ -241,6 +277,7 @@ CUresult cuModuleLoadData(CUmodule *out, const void *bytes) {
         CUfunction entry = &module->entries[module->count++];
         snprintf(entry->name, sizeof entry->name, "%s", name);
         entry->device = current->device;
+        entry->module = module;
         entry->most_dynamic_smem = USUAL_SMEM;
         read_entry(&from, info, entry);
         read_registers(&from, i, entry);
@@ -253,6 +290,7 @@ CUresult cuModuleLoadData(CUmodule *out, const void *bytes) {
     return CUDA_SUCCESS;
 }
 CUresult cuModuleGetFunction(CUfunction *out, CUmodule module, const char *name) {
+    REQUIRE_CONTEXT();
     for (int i = 0; i < module->count; i++)
         if (!strcmp(module->entries[i].name, name)) {
             *out = &module->entries[i];
@@ -261,6 +299,8 @@ CUresult cuModuleGetFunction(CUfunction *out, CUmodule module, const char *name)
     return RULE(entry);
 }
 CUresult cuModuleUnload(CUmodule module) {
+    if (lost) return lost;
+    free(module->image);
     free(module);
     return CUDA_SUCCESS;
 }
@@ -271,6 +311,7 @@ CUresult cuFuncGetParamInfo(CUfunction entry, size_t index, size_t *offset, size
     return CUDA_SUCCESS;
 }
 CUresult cuFuncGetAttribute(int *out, CUfunction_attribute which, CUfunction entry) {
+    if (lost) return lost;
     switch (which) {
     case CU_FUNC_ATTRIBUTE_NUM_REGS: *out = entry->registers; break;
     case CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES: *out = entry->static_smem; break;
@@ -281,6 +322,7 @@ CUresult cuFuncGetAttribute(int *out, CUfunction_attribute which, CUfunction ent
     return CUDA_SUCCESS;
 }
 CUresult cuFuncSetAttribute(CUfunction entry, CUfunction_attribute which, int value) {
+    if (lost) return lost;
     if (which == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) {
         if (value + entry->static_smem > smem_per_block(entry->device)) return RULE(smem_limit);
         entry->most_dynamic_smem = value;
@@ -328,7 +370,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
 
 /* ---- launches ---- */
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction entry, void **parameters, void **extra) {
-    if (!current) return RULE(no_context);
+    REQUIRE_CONTEXT();
     if (entry->device != current->device) return RULE(other_device);
     unsigned threads = config->blockDimX * config->blockDimY * config->blockDimZ;
     unsigned block[3] = {config->blockDimX, config->blockDimY, config->blockDimZ};
@@ -376,8 +418,10 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction entry, void *
         memset(made.written + entry->offsets[i], 1, entry->sizes[i]);
     }
     snprintf(made.name, sizeof made.name, "%s", entry->name);
-    launches[launch_count++ % MOST_LAUNCHES] = made;
-    return CUDA_SUCCESS;
+    if (standin_executes() && !standin_is_stream(made.stream)) return RULE(stream);
+    launches[__atomic_fetch_add(&launch_count, 1, __ATOMIC_RELAXED) % MOST_LAUNCHES] = made;
+    /* Of a graph that others record nothing is known but that it runs nothing yet. */
+    return standin_executes() && !capturing ? standin_enqueue(&made, entry) : CUDA_SUCCESS;
 }
 
 CUresult cuGetProcAddress_v2(const char *name, void **out, int wanted, cuuint64_t flags,
@@ -385,6 +429,16 @@ CUresult cuGetProcAddress_v2(const char *name, void **out, int wanted, cuuint64_
     static void *self;
     Dl_info mine;
     if (!self && dladdr((void *)cuGetProcAddress_v2, &mine)) self = dlopen(mine.dli_fname, RTLD_NOW | RTLD_NOLOAD);
-    *out = wanted > version ? NULL : dlsym(self, name);
-    return *out ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+    *out = NULL;
+    if (wanted > version) return RULE(version);
+    /* Functions are asked for by their base names, and found in the newest form that the asked version has. */
+    size_t length = strlen(name);
+    bool has_version = length > 3 && name[length - 3] == '_' && name[length - 2] == 'v';
+    bool older = !strcmp(name, "cuEventElapsedTime") && wanted < 12080;
+    char newest[128];
+    snprintf(newest, sizeof newest, "%s_v2", name);
+    if (!has_version && !older) *out = dlsym(self, newest);
+    if (!has_version && !*out) *out = dlsym(self, name);
+    if (status) *status = *out ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
+    return CUDA_SUCCESS; /* found or not, as the driver's documentation says */
 }

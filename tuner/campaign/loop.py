@@ -267,8 +267,7 @@ class ProblemTuner:
             try:
                 built = batch.built.result()
                 if self._beside:
-                    waiting = len(batch.asked)
-                    ahead = self._next_batch(study, sampler, budget, pool, batch_s=batch_s, waiting=waiting)
+                    ahead = self._next_batch(study, sampler, budget, pool, batch_s=batch_s, waiting=batch.asked)
                 self._run_batch(batch.asked, built, study, budget)
             except BaseException:
                 _give_up(study, [*batch.asked, *(ahead.asked if ahead else ())])
@@ -284,7 +283,7 @@ class ProblemTuner:
         pool: Executor,
         *,
         batch_s: float,
-        waiting: int = 0,
+        waiting: Sequence[Asked] = (),
     ) -> _Batch | None:
         """What to try next, being built; None where the budget or the space is exhausted.
 
@@ -297,10 +296,10 @@ class ProblemTuner:
             waiting: trials of a batch that was asked for before, and is raced meanwhile.
 
         """
-        trials = self.result.trials + waiting
+        trials = self.result.trials + len(waiting)
         if not budget.allows(trials, batch_s):
             return None
-        asked = self._ask(study, sampler, min(BATCH, budget.trials - trials))
+        asked = self._ask(study, sampler, min(BATCH, budget.trials - trials), waiting)
         configs = [each.config for each in asked]
         if not asked:
             return None
@@ -333,13 +332,16 @@ class ProblemTuner:
                 study.add_trial(finished_trial(trial, told.time_us, params, self._distributions))
         return study
 
-    def _ask(self, study: optuna.Study, sampler: EnumeratedSampler, count: int) -> list[Asked]:
+    def _ask(
+        self, study: optuna.Study, sampler: EnumeratedSampler, count: int, waiting: Sequence[Asked]
+    ) -> list[Asked]:
         """Up to ``count`` trials: the default and the op's starting configs where they have not been tried, and others.
 
+        ``waiting`` were asked before, and are not finished.
         Fewer where the space is exhausted. Whoever enqueues a trial in a study that is watched gets it tried, too.
         """
         space = sampler.space
-        tried = {trial.config for trial in self.result.told}
+        tried = {trial.config for trial in self.result.told} | {each.config for each in waiting}
         op, signature, arch = self._variant_builder.op, self._variant_builder.signature, self._variant_builder.arch
         precisions = next((p.values for p in space.parameters if p.name == "precision"), (LOSSLESS,))
         starts = op.starting_configs(signature, arch, [str(name) for name in precisions if name is not None])

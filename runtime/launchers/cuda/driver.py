@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
 from typing import Any, Final
 
 from tilewright.errors import TilewrightError
+from tilewright.runtime.locks import fork_safe_lock
 
 DRIVER_VARIABLE: Final = "TILEWRIGHT_CUDA_DRIVER"
 """Environment variable: path of the driver's library, where it is not to be found by its name."""
@@ -58,6 +59,7 @@ _FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
     "cuDeviceGet": (POINTER(c_int), c_int),
     "cuDeviceGetName": (c_char_p, c_int, c_int),
     "cuDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
+    "cuDeviceTotalMem": (POINTER(c_size_t), c_int),
     "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
     "cuCtxGetCurrent": (POINTER(c_void_p),),
     "cuCtxSetCurrent": (c_void_p,),
@@ -82,9 +84,31 @@ _FUNCTIONS: Final[dict[str, tuple[Any, ...]]] = {
         c_int,
     ),
     "cuStreamIsCapturing": (c_void_p, POINTER(c_int)),
+    "cuMemsetD8Async": (c_uint64, c_ubyte, c_size_t, c_void_p),
     "cuGetErrorName": (c_int, POINTER(c_char_p)),
     "cuGetErrorString": (c_int, POINTER(c_char_p)),
 }
+
+
+def library_name() -> str:
+    """Name or path of the driver's library: ``$TILEWRIGHT_CUDA_DRIVER``, or what systems call it."""
+    return os.environ.get(DRIVER_VARIABLE) or _LIBRARY
+
+
+def find_driver() -> Driver:
+    """The driver of this process, opened when it is first asked for; in a forked child its parent's, which refuses.
+
+    Raises:
+        TilewrightError: as :class:`Driver` does; it is tried anew the next time.
+
+    """
+    name = library_name()
+    if (known := _drivers.get(name)) is not None:
+        return known
+    with _opening:
+        if name not in _drivers:
+            _drivers[name] = Driver(name)
+        return _drivers[name]
 
 
 class DriverError(TilewrightError):
@@ -105,6 +129,7 @@ class CudaDevice:
     capability: tuple[int, int]
     sm_count: int
     smem_bytes_per_block: int
+    memory_bytes: int
     context: int
     """Address of its primary context, which torch uses, too."""
 
@@ -126,7 +151,7 @@ class Driver:
     """
 
     def __init__(self, path: str | None = None) -> None:
-        named = path or os.environ.get(DRIVER_VARIABLE) or _LIBRARY
+        named = path or library_name()
         try:
             self._library = ctypes.CDLL(named)
             find = self._library.cuGetProcAddress_v2
@@ -137,17 +162,12 @@ class Driver:
             ) from error
         find.argtypes = (c_char_p, POINTER(c_void_p), c_int, c_uint64, c_void_p)
         self._functions: dict[str, Any] = {}
-        lacking = []
-        for name, types in _FUNCTIONS.items():
-            address = c_void_p()
-            if find(name.encode(), ctypes.byref(address), _OLDEST, 0, None) or not address.value:
-                lacking.append(name)
-            else:
-                self._functions[name] = ctypes.CFUNCTYPE(c_int, *types)(address.value)
-        if lacking:
-            raise TilewrightError(
-                f"the CUDA driver {named} lacks {', '.join(lacking)}; at least CUDA 12.4 is needed: update the driver"
-            )
+        self.addresses: dict[str, int] = {}
+        """Of the functions, for code that calls them by itself."""
+        self.path = named
+        """Of the library, or its name."""
+        self._find = find
+        self.load(_FUNCTIONS)
         self._pid = os.getpid()
         self._devices: dict[int, CudaDevice] = {}
         self.version = 0
@@ -156,6 +176,27 @@ class Driver:
         version = c_int()
         self.call("cuDriverGetVersion", ctypes.byref(version))
         self.version = version.value
+
+    def load(self, functions: Mapping[str, tuple[Any, ...]]) -> None:
+        """Find further functions of the driver: their names, without a version (``cuMemAlloc``), and argument types.
+
+        Raises:
+            TilewrightError: when the driver lacks some.
+
+        """
+        lacking = []
+        for name, types in functions.items():
+            address = c_void_p()
+            if self._find(name.encode(), ctypes.byref(address), _OLDEST, 0, None) or not address.value:
+                lacking.append(name)
+            else:
+                self.addresses[name] = address.value
+                self._functions[name] = ctypes.CFUNCTYPE(c_int, *types)(address.value)
+        if lacking:
+            raise TilewrightError(
+                f"the CUDA driver {self.path} lacks {', '.join(lacking)}; at least CUDA 12.4 is needed: "
+                "update the driver"
+            )
 
     @property
     def version_text(self) -> str:
@@ -170,9 +211,21 @@ class Driver:
             TilewrightError: in a forked child.
 
         """
-        self._require_own_process()
+        self.require_own_process()
         if code := self._functions[name](*arguments):
             raise DriverError(f"{name}: {self.describe(code)}", code)
+
+    def require_own_process(self) -> None:
+        """Refuse to go on in a forked child, in which nothing of CUDA works.
+
+        Raises:
+            TilewrightError: says how to start it.
+
+        """
+        if os.getpid() != self._pid:
+            raise TilewrightError(
+                "a process that was forked after CUDA began cannot use it; start it with the method spawn"
+            )
 
     def describe(self, code: int) -> str:
         """A ``CUresult`` in words, with its name."""
@@ -199,15 +252,23 @@ class Driver:
         """
         if index not in self._devices:
             handle, context, name = c_int(), c_void_p(), ctypes.create_string_buffer(256)
+            memory_bytes = c_size_t()
             self.call("cuDeviceGet", ctypes.byref(handle), index)
             self.call("cuDeviceGetName", name, len(name), handle)
+            self.call("cuDeviceTotalMem", ctypes.byref(memory_bytes), handle)
             self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
             major, minor, sm_count, smem_bytes = (
                 self._attribute(which, handle)
                 for which in (CAPABILITY_MAJOR, CAPABILITY_MINOR, SM_COUNT, SMEM_PER_BLOCK)
             )
             self._devices[index] = CudaDevice(
-                index, name.value.decode(), (major, minor), sm_count, smem_bytes, context.value or 0
+                index,
+                name.value.decode(),
+                (major, minor),
+                sm_count,
+                smem_bytes,
+                memory_bytes.value,
+                context.value or 0,
             )
         return self._devices[index]
 
@@ -236,8 +297,6 @@ class Driver:
         self.call("cuDeviceGetAttribute", ctypes.byref(value), which, device)
         return value.value
 
-    def _require_own_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise TilewrightError(
-                "a process that was forked after CUDA began cannot use it; start it with the method spawn"
-            )
+
+_drivers: dict[str, Driver] = {}
+_opening = fork_safe_lock()

@@ -8,7 +8,8 @@ from ctypes import c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from typing import Final
 
-from tilewright.codegen.recipe.resolve import ResolvedArgument, ResolvedLaunch, ResolvedMap
+from tilewright.codegen.recipe.model import Argument, Launch
+from tilewright.codegen.recipe.resolve import Grid, ResolvedLaunch, ResolvedMap
 from tilewright.errors import TilewrightError
 from tilewright.runtime.launchers.base import KernelRefused
 from tilewright.runtime.launchers.cuda.driver import (
@@ -32,6 +33,9 @@ _PORTABLE_CLUSTER: Final = 8
 _INVALID_VALUE: Final = 1
 _POINTER_BYTES, _LENGTH_BYTES, _STRIDE_BYTES = 8, 4, 8
 
+_MOST: Final = (1 << 31) - 1
+"""Blocks along a dimension."""
+
 _MapKey = tuple[ResolvedMap, int]
 
 
@@ -42,6 +46,17 @@ class Needs:
     shared_memory_bytes: int = 0
     """Dynamic, of a block."""
     cluster_blocks: int = 1
+
+
+@dataclass(frozen=True)
+class ReadyLaunch:
+    """A launch as the driver takes it."""
+
+    config: LaunchConfig
+    parameters: ctypes.Array[c_void_p]
+    """Address of the value of each parameter."""
+    kept: list[object]
+    """What the values lie in."""
 
 
 class CudaKernel:
@@ -80,7 +95,12 @@ class CudaKernel:
         self._maps: dict[int, tuple[_MapKey, EncodedMap]] = {}
         """The last map of each parameter: as long as addresses and shapes stay the same, it does."""
 
-    def require(self, launch: ResolvedLaunch) -> None:
+    @property
+    def function(self) -> int:
+        """Handle of the function, which belongs to the device's primary context."""
+        return self._function.value or 0
+
+    def require(self, launch: Launch) -> None:
         """Refuse a launch that does not pass what the binary takes.
 
         Raises:
@@ -95,10 +115,10 @@ class CudaKernel:
                 f"{len(passed)}; tune again"
             )
         for position, (size, taken) in enumerate(zip(passed, self.parameter_bytes, strict=True)):
-            if size not in (None, taken):
+            if size not in (None, taken) or (size is None and taken > _POINTER_BYTES):
                 raise KernelRefused(
                     f"parameter {position} of the binary of {self.entry} has {taken} bytes, and its recipe passes "
-                    f"{size}; tune again"
+                    f"{size or 'a number'}; tune again"
                 )
 
     def launch(self, launch: ResolvedLaunch, stream: int) -> None:
@@ -108,35 +128,61 @@ class CudaKernel:
             TilewrightError: for a number that the parameter cannot hold, and when the driver refuses the launch.
 
         """
+        self.enqueue(self.make_ready(launch), stream)
+
+    def make_ready(self, launch: ResolvedLaunch) -> ReadyLaunch | None:
+        """What the driver gets for ``launch``; None where the grid is empty.
+
+        Raises:
+            TilewrightError: for a number that the parameter cannot hold, and a tensor map that the driver refuses.
+
+        """
         if launch.is_empty:
-            return
+            return None
         assert launch.grid is not None
         assert launch.block is not None
+        if (most := max(*launch.grid, *launch.block, launch.shared_memory_bytes)) > _MOST:
+            raise TilewrightError(f"{self.entry} was not launched: its grid or block comes to {most}; {_MOST} fit")
         with self._driver.current(self._device):
-            kept, addresses = self._parameters(launch)
-            attributes = _attributes(launch)
-            config = LaunchConfig(
-                launch.grid,
-                launch.block,
-                launch.shared_memory_bytes,
-                stream,
-                (LaunchAttribute * max(1, len(attributes)))(*attributes),
-                len(attributes),
-            )
+            try:
+                kept, addresses = self._parameters(launch)
+            except DriverError as error:
+                raise self._not_launched(error) from error
+        attributes = launch_attributes(launch.cluster, programmatic=launch.programmatic, cooperative=launch.cooperative)
+        cells = [LaunchAttribute(id=which, value=values) for which, values in attributes]
+        config = LaunchConfig(
+            launch.grid,
+            launch.block,
+            launch.shared_memory_bytes,
+            None,
+            (LaunchAttribute * max(1, len(cells)))(*cells),
+            len(cells),
+        )
+        return ReadyLaunch(config, (c_void_p * max(1, len(addresses)))(*addresses), kept)
+
+    def enqueue(self, ready: ReadyLaunch | None, stream: int) -> None:
+        """Launch what was made ready, if anything, on ``stream``.
+
+        Raises:
+            TilewrightError: when the driver refuses the launch.
+
+        """
+        if ready is None:
+            return
+        ready.config.stream = stream
+        with self._driver.current(self._device):
             try:
                 self._driver.call(
-                    "cuLaunchKernelEx",
-                    ctypes.byref(config),
-                    self._function,
-                    (c_void_p * max(1, len(addresses)))(*addresses),
-                    None,
+                    "cuLaunchKernelEx", ctypes.byref(ready.config), self._function, ready.parameters, None
                 )
             except DriverError as error:
-                raise TilewrightError(
-                    f"{self.entry} was not launched on {self._device.name} by the CUDA driver "
-                    f"{self._driver.version_text}: {error}"
-                ) from error
-        del kept  # the driver has copied what was passed
+                raise self._not_launched(error) from error
+
+    def _not_launched(self, error: DriverError) -> TilewrightError:
+        return TilewrightError(
+            f"{self.entry} was not launched on {self._device.name} by the CUDA driver {self._driver.version_text}: "
+            f"{error}"
+        )
 
     def _read_parameters(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Where the entry's parameters lie and how large they are, in bytes, as the driver sees them."""
@@ -195,21 +241,23 @@ class CudaKernel:
         return known[1]
 
 
-def _sizes(argument: ResolvedArgument) -> Sequence[int | None]:
+def _sizes(argument: Argument) -> Sequence[int | None]:
     """Bytes of the parameters that an argument becomes; None where the entry says how many."""
     if argument.map is not None:
         rank = len(argument.map.shape)
         return [MAP_BYTES, *[_LENGTH_BYTES] * rank, *[_STRIDE_BYTES] * rank]
-    return [_POINTER_BYTES if argument.buffer else None]
+    return [None if argument.kind == "size" else _POINTER_BYTES]
 
 
-def _attributes(launch: ResolvedLaunch) -> list[LaunchAttribute]:
-    """What a launch asks for beside its grid, as Triton's launcher says it."""
+def launch_attributes(
+    cluster: Grid | None, *, programmatic: bool, cooperative: bool
+) -> list[tuple[int, tuple[int, ...]]]:
+    """What a launch asks for beside its grid, as Triton's launcher says it: numbers and values of attributes."""
     asked: list[tuple[int, tuple[int, ...]]] = []
-    if launch.programmatic:
+    if programmatic:
         asked.append((PROGRAMMATIC, (1,)))
-    if launch.cooperative:
+    if cooperative:
         asked.append((COOPERATIVE, (1,)))
-    if launch.cluster is not None:
-        asked += [(CLUSTER_DIMENSION, launch.cluster), (CLUSTER_SCHEDULING, (CLUSTER_SPREAD,))]
-    return [LaunchAttribute(id=which, value=values) for which, values in asked]
+    if cluster is not None:
+        asked += [(CLUSTER_DIMENSION, cluster), (CLUSTER_SCHEDULING, (CLUSTER_SPREAD,))]
+    return asked

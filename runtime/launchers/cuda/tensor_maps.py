@@ -31,11 +31,17 @@ class EncodedMap:
         return (c_uint64 * (MAP_BYTES // 8)).from_address(self.address)
 
 
+def mends_small_maps(driver: Driver, device: CudaDevice) -> bool:
+    """Whether maps of tensors under 128 KiB are mended there.
+
+    Drivers before 13.4 make such maps for Blackwell that fault; as NVIDIA's release notes of 595.71.05 say, and CUTLASS
+    and Triton do, bit 21 of the second word is cleared there.
+    """
+    return device.sm >= _MENDED_SM and driver.version < _MENDED_DRIVER
+
+
 def encode(driver: Driver, device: CudaDevice, wanted: ResolvedMap, address: int) -> EncodedMap:
     """The map of the tensor that begins at ``address`` on ``device``, whose context has to be current.
-
-    Drivers before 13.4 make maps for Blackwell that fault at tensors under 128 KiB; as NVIDIA's release notes of
-    595.71.05 say, and CUTLASS and Triton do, bit 21 of the second word is cleared there.
 
     Raises:
         DriverError: when the driver refuses what is to be mapped.
@@ -59,6 +65,6 @@ def encode(driver: Driver, device: CudaDevice, wanted: ResolvedMap, address: int
         encoding.l2_promotion,
         _ZEROS_OUTSIDE,
     )
-    if device.sm >= _MENDED_SM and driver.version < _MENDED_DRIVER and wanted.shape[0] * nbytes[0] < _SMALL_BYTES:
+    if mends_small_maps(driver, device) and wanted.shape[0] * nbytes[0] < _SMALL_BYTES:
         made.words[1] &= _FAULTY_BIT
     return made

@@ -119,7 +119,7 @@ class Emulator:
             except TilewrightError as error:
                 raise EmulationError(f"its recipe does not suit the problem: {error}") from error
             request = {"source": str(path), "buffers": buffers.described, "launches": launches}
-            answer = self._request(request)
+            answer = self.ask(request)
             path.unlink()
             if "error" in answer:
                 if said := disks.printed_meaning(str(answer["error"])):  # no fault of the kernel's
@@ -148,7 +148,13 @@ class Emulator:
             )
         return self._worker
 
-    def _request(self, request: Message) -> Message:
+    def ask(self, request: Message) -> Message:
+        """What the worker (emulated/worker.py) answers to a request: of launches that are described already.
+
+        Raises:
+            EmulationError: when it crashed, or took longer than the limit.
+
+        """
         worker = self._running_worker()
         try:
             worker.wait_until_ready()

@@ -55,7 +55,7 @@ class Runner:
 
     def run(self, request: dict[str, Any]) -> dict[str, Any]:
         """Run all launches of ``request``; ``{"error": ...}`` says in one sentence why it could not be done."""
-        memory = {name: self._buffer(**each) for name, each in request["buffers"].items()}
+        memory = {name: self._buffer(each["path"], each["nbytes"]) for name, each in request["buffers"].items()}
         try:
             module = _load(request["source"])
             for launch in request["launches"]:
@@ -78,10 +78,10 @@ class Runner:
                 Path(each["path"]).write_bytes(memory[name].numpy()[: each["nbytes"]].tobytes())
         return {}
 
-    def _buffer(self, path: str, nbytes: int, written: bool) -> Any:
-        """Bytes of a file, or poison."""
+    def _buffer(self, path: str, nbytes: int) -> Any:
+        """Bytes of a file; poison, where there is none to begin with."""
         buffer = self._torch.full((max(nbytes, 1),), _POISON, dtype=self._torch.uint8)
-        if not written and nbytes:
+        if nbytes and Path(path).exists():
             data = bytearray(Path(path).read_bytes())
             buffer[:nbytes] = self._torch.frombuffer(data, dtype=self._torch.uint8)
         return buffer

@@ -1,0 +1,83 @@
+"""What the tuner stores of GPU kernels and their plans, without a search: each built once for all tests of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+from awkward import Case
+
+from tilewright.codegen.backends.triton.builder import TritonBuilder
+from tilewright.codegen.backends.triton.entry import EntrySpec, triton_entries
+from tilewright.codegen.hardware.archs import GPU_ARCHS
+from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.recipe.model import Recipe
+from tilewright.tuner.campaign.variants import VariantBuilder
+from tilewright.tuning_db.records import ArtifactRecord, DeviceRecord, KernelRecord, PlanEntry, PlanRecord, Timing
+from tilewright.tuning_db.store import Store
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A kernel as a database holds it, and what its entries were specialised for."""
+
+    record: KernelRecord
+    artifact_records: tuple[ArtifactRecord, ...]
+    entries: tuple[EntrySpec, ...]
+
+    @property
+    def source(self) -> str:
+        return self.record.source
+
+    @property
+    def artifacts(self) -> dict[str, bytes]:
+        """By checksum."""
+        return {each.checksum: each.data for each in self.artifact_records}
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return Recipe.from_dict(self.record.recipe)
+
+
+def stored(case: Case) -> Stored:
+    """The kernel of ``case``, built in the cache, where others find it. Skips where the compiler makes no binary."""
+    arch = GPU_ARCHS[case.arch.name]
+    with TritonBuilder(arch) as builder:
+        variants = VariantBuilder(find_op(case.op), case.signature, arch, {"triton": builder})
+        (built,) = variants.build([case.config])
+        if built.path is None:
+            pytest.skip(f"a config that the compiler has no binary for: {built.message}")
+        record, artifacts = variants.record(built, "compiled")
+    return Stored(record, tuple(artifacts), triton_entries(built.variant.entries))
+
+
+def store_gpu_plan(
+    path: Path, entries: Sequence[tuple[int | None, Stored | None]], device_key: str, timing: Timing = "predicted"
+) -> None:
+    """Add a plan to the database ``path``: which kernel serves sizes up to which (None: any, or torch)."""
+    kernels = [kernel for _, kernel in entries if kernel is not None]
+    first = kernels[0]
+    with Store.open(path) as store:
+        store.put_device(DeviceRecord(device_key, device_key, first.record.arch))
+        for kernel in kernels:
+            store.add_kernel(kernel.record, kernel.artifact_records)
+        layouts = dict.fromkeys(each.recipe.weight_layout.key for each in kernels if each.recipe.weight_layout)
+        store.put_plan(
+            PlanRecord(
+                op=first.record.op,
+                signature_key=first.record.signature_key,
+                signature=first.record.signature,
+                device_key=device_key,
+                threads=0,
+                layout="+".join(layouts),
+                timing=timing,
+                checked="compiled",
+                precision=first.recipe.precision,
+                entries=tuple(
+                    PlanEntry(bound, kernel and kernel.record.key, 12.5, 25.0, 8) for bound, kernel in entries
+                ),
+            )
+        )
