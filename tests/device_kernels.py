@@ -41,13 +41,14 @@ def {_ENTRY}(x, weight, offsets, out, workspace, EXPERTS: tl.constexpr, N: tl.co
     there = columns < N
     products = tl.load(weight + (expert * N + columns) * K + steps, mask=there, other=0.0).to(tl.float32)
     products *= tl.load(x + row * K + steps)
-    tl.store(workspace + row, 0.0)
     tl.store(out + row * N + tl.arange(0, 32), tl.sum(products, axis=1), mask=tl.arange(0, 32) < N)
 """
 _CONSTANTS = {"EXPERTS": SIGNATURE.experts, "N": SIGNATURE.n, "K": SIGNATURE.k}
 _ARGUMENTS = tuple(Argument("tensor", name) for name in ("x", "weight", "expert_offsets", "out"))
 _WORKSPACE_BYTES = "rows * 4"
-_ELF_FLAGS_AT = 48
+_ABI_AT, _FLAGS_AT = 8, 48
+"""In the head of an ELF file."""
+_NEWER_ABI = 8
 
 
 def _entry(weight: str) -> EntrySpec:
@@ -95,10 +96,7 @@ class DeviceKernelMaker:
         image, source = image.replace(_ENTRY.encode(), entry.encode()), source.replace(_ENTRY, entry)
         assert len(entry) == len(_ENTRY)
         if arch is not None:
-            (flags,) = struct.unpack_from("<I", image, _ELF_FLAGS_AT)
-            made = bytearray(image)
-            struct.pack_into("<I", made, _ELF_FLAGS_AT, flags & ~0xFF00 | arch << 8)
-            image = bytes(made)
+            image = _of_another_arch(image, arch)
         if damage:
             image = bytes(64) + image[64:]
         else:
@@ -139,3 +137,11 @@ class DeviceKernelMaker:
             assert file.facts is not None
             self._images[weight] = file.path.read_bytes(), file.facts
         return self._images[weight]
+
+
+def _of_another_arch(image: bytes, arch: int) -> bytes:
+    """A cubin that says that it is for ``arch``, where ptxas 13 or one before it writes that."""
+    shift = 8 if image[_ABI_AT] >= _NEWER_ABI else 0
+    (flags,) = struct.unpack_from("<I", image, _FLAGS_AT)
+    flags = flags & ~(0xFF << shift) | arch << shift
+    return image[:_FLAGS_AT] + struct.pack("<I", flags) + image[_FLAGS_AT + 4 :]

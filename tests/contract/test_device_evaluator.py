@@ -72,6 +72,8 @@ def on_device(driver: ExecutingDriver) -> Iterator[DeviceEvaluator]:
 
 
 class TestDeviceEvaluator(MeasuringContract):
+    enough_s = 60.0  # launches take the emulator as long as they take, and a race ends when its times are known
+
     @pytest.fixture
     def subject(self, on_device: DeviceEvaluator) -> DeviceEvaluator:
         return on_device
@@ -100,7 +102,8 @@ class TestDeviceEvaluator(MeasuringContract):
         self, subject: DeviceEvaluator, right: BuiltKernel, slow: BuiltKernel
     ) -> None:
         first, second = subject.evaluate([right, slow], problem(), budget_s=0.1, finalists=True)
-        assert (first.median_us, second.median_us) == (pytest.approx(CALL_US), pytest.approx(SLOW_US))
+        assert first.median_us == pytest.approx(CALL_US, rel=0.02)
+        assert second.median_us == pytest.approx(SLOW_US, rel=0.02)
         assert first.conditions == {"method": GRAPH_REPLAY, "driver": "13.0", "throttled": [], "repeats": 0}
 
     def test_a_race_rotates_sets_of_inputs(self, subject: DeviceEvaluator) -> None:
@@ -181,7 +184,7 @@ def test_a_fault_costs_one_evaluation(
     assert re.search(reason, bad.message), bad.message
     assert "\n" not in bad.message
     assert (good.outcome, packed.outcome) == (Outcome.OK, Outcome.OK), (good.message, packed.message)
-    assert good.median_us == packed.median_us == pytest.approx(CALL_US)
+    assert good.median_us == packed.median_us == pytest.approx(CALL_US, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +296,7 @@ def _record_nothing(*_: object) -> None:
 def test_where_nothing_can_be_recorded_calls_are_timed_one_by_one(
     driver: ExecutingDriver, make: DeviceKernelMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DeviceSession, "_new_worker", _InThisProcess)
+    monkeypatch.setattr(DeviceSession, "_new_worker", lambda session: _InThisProcess(session))
     monkeypatch.setattr(Stopwatch, "record", _record_nothing)
     with evaluator(driver) as made:
         first, second = made.evaluate([make(), make("slow_")], problem(), budget_s=0.0)

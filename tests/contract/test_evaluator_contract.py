@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from evaluation_kernels import KernelMaker, evaluator, needs_compiler, problem
@@ -119,6 +119,9 @@ class EvaluatorContract(ABC):
 class MeasuringContract(EvaluatorContract):
     """Of evaluators that run kernels and time them."""
 
+    enough_s: ClassVar[float] = 0.3
+    """For a dozen samples of two kernels."""
+
     @pytest.fixture
     def a_problem(self) -> Problem:
         return problem()
@@ -143,7 +146,7 @@ class MeasuringContract(EvaluatorContract):
         """Right where its guard holds: at multiples of 8."""
 
     def test_a_right_kernel_is_timed_by_samples(self, subject: Evaluator, right: BuiltKernel) -> None:
-        (evaluation,) = subject.evaluate([right], problem(), budget_s=0.1)
+        (evaluation,) = subject.evaluate([right], problem(), budget_s=self.enough_s)
         assert (evaluation.kernel_key, evaluation.outcome, evaluation.message) == (right.key, Outcome.OK, "")
         assert min(evaluation.samples_us) > 0
         assert evaluation.low_us is not None
@@ -171,7 +174,7 @@ class MeasuringContract(EvaluatorContract):
         assert [evaluation.outcome for evaluation in evaluations] == expected
 
     def test_samples_of_a_batch_pair_up(self, subject: Evaluator, right: BuiltKernel, slow: BuiltKernel) -> None:
-        fast_one, slow_one = subject.evaluate([right, slow], problem(), budget_s=0.3)
+        fast_one, slow_one = subject.evaluate([right, slow], problem(), budget_s=self.enough_s)
         ratio = paired_ratio(slow_one.samples_us, fast_one.samples_us)
         assert ratio.pairs == len(slow_one.samples_us) <= len(fast_one.samples_us)
         assert ratio.low > 1
@@ -198,7 +201,7 @@ class MeasuringContract(EvaluatorContract):
             assert rejected.message == f"a guard refuses the problem: rows = {rows} is no multiple of 8"
 
     def test_noise_takes_several_pairs(self, subject: Evaluator, right: BuiltKernel) -> None:
-        assert subject.measure_noise(right, problem(), budget_s=0.3).pairs > 6
+        assert subject.measure_noise(right, problem(), budget_s=self.enough_s).pairs > 6
 
     def test_noise_of_a_wrong_kernel_is_an_error(self, subject: Evaluator, wrong: BuiltKernel) -> None:
         with pytest.raises(TilewrightError, match=f"kernel {wrong.key}.*expected"):

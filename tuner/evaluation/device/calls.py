@@ -8,7 +8,7 @@ from typing import Final
 
 from tilewright.codegen.recipe.resolve import ResolvedArgument, ResolvedLaunch
 
-GUARD_BYTES: Final = 16 << 10
+GUARD_BYTES: Final = 4 << 10
 """Before and behind every buffer, which a kernel must leave as they are; the data begin at a multiple of 256."""
 GUARD: Final = 0xA5
 POISON: Final = 0xFF

@@ -15,6 +15,7 @@ from tilewright.tuner.evaluation.device.session import DeviceProgram
 from tilewright.tuner.evaluation.faults import KernelFaultError
 from tilewright.tuner.evaluation.outcome import BuiltKernel
 from tilewright.tuner.evaluation.racing import Lap
+from tilewright.tuner.evaluation.statistics import MIN_SAMPLES
 from tilewright.tuning_db.records import Outcome
 
 BLOCK_US = 200.0
@@ -27,7 +28,8 @@ class DeviceTrack:
     """A :class:`~tilewright.tuner.evaluation.contest.Track` of one problem.
 
     A block is one kernel's calls on all input sets in turn, so that data come back only after those of all others; a
-    sample is the mean time of a call in a block.
+    sample is the mean time of a call in a block. A lap has so many blocks of each that who drops out after it has an
+    interval.
 
     Args:
         runner: where the kernels run, for which was reserved.
@@ -56,7 +58,7 @@ class DeviceTrack:
         }
         self._repeats = 1
         calls = len(self._data.sets)
-        fastest_us = min(float(times[0]) for times in self._lap(racers).values())
+        fastest_us = min(self._timed(racers))
         wanted = math.ceil(BLOCK_US / (calls * max(fastest_us, 1e-3)))
         self._repeats = max(1, min(wanted, MOST_CALLS // calls))
         return self._lap
@@ -85,7 +87,11 @@ class DeviceTrack:
         return range(len(self._data.sets))
 
     def _lap(self, order: Sequence[int]) -> dict[int, NDArray[np.float64]]:
-        """One block of every contestant in ``order``: microseconds of a call [1]."""
-        times_us = self._runner.session.time([self._blocks[racer] for racer in order], self._repeats)
+        """Blocks of every contestant in ``order``, in turn: microseconds of a call [blocks]."""
+        times_us = np.array(self._timed([*order] * MIN_SAMPLES)).reshape(MIN_SAMPLES, len(order))
         self._monitor.look()
-        return {racer: np.array([time_us]) for racer, time_us in zip(order, times_us, strict=True)}
+        return {racer: times_us[:, place] for place, racer in enumerate(order)}
+
+    def _timed(self, order: Sequence[int]) -> list[float]:
+        """Microseconds of a call in a block of every contestant in ``order``."""
+        return self._runner.session.time([self._blocks[racer] for racer in order], self._repeats)

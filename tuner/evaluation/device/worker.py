@@ -67,7 +67,7 @@ class Worker:
 
     def __init__(self, begun: Begun, staging: mmap.mmap, device_index: int) -> None:
         self._begun = begun
-        self._staging = ctypes.addressof((ctypes.c_char * len(staging)).from_buffer(staging))
+        self._staging = (ctypes.c_char * len(staging)).from_buffer(staging)
         self._device_index = device_index
         self._opened: _Opened | None = None
 
@@ -80,7 +80,7 @@ class Worker:
             os.close(descriptor)
         try:
             if message["do"] == "open":
-                self._opened = _Opened(self._device_index, self._begun, self._staging)
+                self._opened = _Opened(self._device_index, self._begun, ctypes.addressof(self._staging))
                 return self._opened.description
             assert self._opened is not None
             return self._opened.handle(message)
