@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tilewright.codegen.backends.base import Source
@@ -43,8 +43,8 @@ ENTRIES = {
     "wide": EntrySpec("multiply", (("x", "*bf16"), ("out", "*bf16"), ("steps", "i32")), num_stages=4),
 }
 """By name: as it is, in a cluster of two blocks, and one that has to ask for its shared memory."""
-ARCHS = ("sm_80", "sm_90")
-_FIRST_CLUSTERS = "sm_90"
+KERNELS = {"sm_90": tuple(ENTRIES), "sm_80": ("copy",)}
+"""By arch: of the device that is asked, and of one whose cubins it does not run."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,26 @@ class Prepared:
 
 def prepared(name: str, arch_name: str) -> Prepared:
     """The kernel ``name`` for an arch; built in the cache, where it is found from then on."""
-    spec = ENTRIES[name]
     with TritonBuilder(GPU_ARCHS[arch_name]) as builder:
-        build = builder.build(Source(SOURCE, (spec,)))
+        return _built(builder, ENTRIES[name])
+
+
+def write(folder: Path) -> None:
+    """All kernels as run.py reads them: ``copy.sm_90.cubin``, and ``kernels.json`` with what launches say."""
+    described: dict[str, dict[str, object]] = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for arch_name, names in KERNELS.items():
+        with TritonBuilder(GPU_ARCHS[arch_name]) as builder:
+            for name in names:
+                made = _built(builder, ENTRIES[name])
+                (folder / f"{name}.{arch_name}.cubin").write_bytes(made.image)
+                told = {field: value for field, value in asdict(made).items() if field != "image"}
+                described[f"{name}.{arch_name}"] = told
+    (folder / "kernels.json").write_text(json.dumps(described, indent=1))
+
+
+def _built(builder: TritonBuilder, spec: EntrySpec) -> Prepared:
+    build = builder.build(Source(SOURCE, (spec,)))
     assert build.path is not None, build.message
     file, facts = build.files[0], build.files[0].facts
     assert facts is not None
@@ -71,26 +88,6 @@ def prepared(name: str, arch_name: str) -> Prepared:
     return Prepared(
         file.path.read_bytes(), spec.entry, 32 * facts.num_warps, facts.cluster, facts.dynamic_smem_bytes, kinds
     )
-
-
-def write(folder: Path) -> None:
-    """All kernels as run.py reads them: ``copy.sm_90.cubin``, and ``kernels.json`` with what launches say."""
-    described: dict[str, dict[str, object]] = {}
-    folder.mkdir(parents=True, exist_ok=True)
-    for arch_name in ARCHS:
-        for name in ENTRIES:
-            if name == "clustered" and arch_name < _FIRST_CLUSTERS:
-                continue
-            made = prepared(name, arch_name)
-            (folder / f"{name}.{arch_name}.cubin").write_bytes(made.image)
-            described[f"{name}.{arch_name}"] = {
-                "entry": made.entry,
-                "threads": made.threads,
-                "cluster": made.cluster,
-                "shared_memory_bytes": made.shared_memory_bytes,
-                "parameters": made.parameters,
-            }
-    (folder / "kernels.json").write_text(json.dumps(described, indent=1))
 
 
 if __name__ == "__main__":
