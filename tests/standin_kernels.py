@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from gpu_builders import gpu_builder
+
 from tilewright.codegen.backends.base import Source
-from tilewright.codegen.backends.triton.builder import TritonBuilder
 from tilewright.codegen.backends.triton.entry import EntrySpec
-from tilewright.codegen.hardware.archs import GPU_ARCHS
 
 SOURCE = """
 import triton
@@ -43,8 +43,8 @@ ENTRIES = {
     "wide": EntrySpec("multiply", (("x", "*bf16"), ("out", "*bf16"), ("steps", "i32")), num_stages=4),
 }
 """By name: as it is, in a cluster of two blocks, and one that has to ask for its shared memory."""
-ARCHS = ("sm_80", "sm_90")
-_FIRST_CLUSTERS = "sm_90"
+KERNELS = {"sm_90": tuple(ENTRIES), "sm_80": ("copy",)}
+"""By arch: of the device that is asked, and of one whose cubins it does not run."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ class Prepared:
 def prepared(name: str, arch_name: str) -> Prepared:
     """The kernel ``name`` for an arch; built in the cache, where it is found from then on."""
     spec = ENTRIES[name]
-    with TritonBuilder(GPU_ARCHS[arch_name]) as builder:
-        build = builder.build(Source(SOURCE, (spec,)))
+    build = gpu_builder(arch_name).build(Source(SOURCE, (spec,)))
     assert build.path is not None, build.message
     file, facts = build.files[0], build.files[0].facts
     assert facts is not None
@@ -77,19 +76,12 @@ def write(folder: Path) -> None:
     """All kernels as run.py reads them: ``copy.sm_90.cubin``, and ``kernels.json`` with what launches say."""
     described: dict[str, dict[str, object]] = {}
     folder.mkdir(parents=True, exist_ok=True)
-    for arch_name in ARCHS:
-        for name in ENTRIES:
-            if name == "clustered" and arch_name < _FIRST_CLUSTERS:
-                continue
+    for arch_name, names in KERNELS.items():
+        for name in names:
             made = prepared(name, arch_name)
             (folder / f"{name}.{arch_name}.cubin").write_bytes(made.image)
-            described[f"{name}.{arch_name}"] = {
-                "entry": made.entry,
-                "threads": made.threads,
-                "cluster": made.cluster,
-                "shared_memory_bytes": made.shared_memory_bytes,
-                "parameters": made.parameters,
-            }
+            told = {field: value for field, value in asdict(made).items() if field != "image"}
+            described[f"{name}.{arch_name}"] = told
     (folder / "kernels.json").write_text(json.dumps(described, indent=1))
 
 

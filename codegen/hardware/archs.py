@@ -58,8 +58,9 @@ class GpuArch(Arch):
     binary_target: str
     """What binaries are compiled for; with arch-specific instructions a name of its own (``sm_90a``)."""
     capabilities: frozenset[str]
-    """What templates ask for: ``tma``, ``tma_gather``, ``warp_specialize``, ``wgmma``, ``tcgen05``, ``fp8_mma``,
-    ``fp8_fnuz`` (its e4m3 is AMD's own), ``dot_scaled`` (block scales in the matrix unit), ``async_copy``."""
+    """What templates ask for: ``tma``, ``tma_gather``, ``warp_specialize``, ``wgmma``, ``tcgen05``, ``fp8_mma``
+    (products of fp8), ``fp8_fnuz`` (its e4m3 is AMD's own), ``dot_scaled`` (block scales in the matrix unit),
+    ``async_copy``."""
     mma: Mapping[str, str] = field(hash=False)
     """What the name of the matrix instruction begins with in the disassembly, by type of the operands."""
     smem_bytes_per_block: int
@@ -225,18 +226,37 @@ GPU_ARCHS: dict[str, GpuArch] = {
             )
             for capability in (100, 103)
         ),
-        *(
-            _cuda(
-                capability,
-                capabilities="async_copy fp8_mma tma tma_gather warp_specialize dot_scaled",
-                mma={**_HMMA, "fp8_e4m3": "QMMA", "mxfp4": "QMMA", "nvfp4": "OMMA"},
-                smem_kib=100,
-                threads=1536,
-                blocks=24,
-                suffix="a",
-                clusters=True,
-            )
-            for capability in (120, 121)
+        _cuda(
+            110,
+            capabilities=_DATACENTER_BLACKWELL,
+            mma=_TCGEN05,
+            smem_kib=228,
+            threads=1536,
+            blocks=24,
+            suffix="a",
+            clusters=True,
+            tensor_memory_columns=512,
+        ),
+        _cuda(
+            120,
+            capabilities="async_copy fp8_mma tma tma_gather warp_specialize dot_scaled",
+            mma={**_HMMA, "fp8_e4m3": "QMMA", "mxfp4": "QMMA", "nvfp4": "OMMA"},
+            smem_kib=100,
+            threads=1536,
+            blocks=24,
+            suffix="a",
+            clusters=True,
+        ),
+        # It has the instructions of 12.0, of which Triton 3.7 uses none for fp8 (a product of fp16) and block scales.
+        _cuda(
+            121,
+            capabilities="async_copy fp8_mma tma tma_gather warp_specialize",
+            mma={**_HMMA, "fp8_e4m3": "HMMA"},
+            smem_kib=100,
+            threads=1536,
+            blocks=24,
+            suffix="a",
+            clusters=True,
         ),
         _cdna("gfx942", capabilities="fp8_mma fp8_fnuz", mma=_MFMA, lds_kib=64),
         _cdna("gfx950", capabilities="async_copy fp8_mma dot_scaled", mma={**_MFMA, "mxfp4": "v_mfma"}, lds_kib=160),

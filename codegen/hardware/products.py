@@ -393,6 +393,17 @@ _BLACKWELLS = (
         driver_names=("GeForce RTX 5070 Ti",),
     ),
     Device(
+        *("Jetson AGX Thor", "sm_110", 20, 1575, 128 * _GIB, 273, 32 * _MIB),
+        _per_clock(20, 1575, 8192, fp8_e4m3=16384, mxfp4=32768, nvfp4=32768, tf32=4096, fp32=256),
+        {
+            "*": _THOR,
+            "sm_count": _DEVICE_REPORTS,
+            "l2_bytes": _DEVICE_REPORTS,
+            "peak_tflops": f"{_THOR}, which is fp4 and fp8; others with operations per clock as on the B200",
+        },
+        driver_names=("Thor",),
+    ),
+    Device(
         *("GB10", "sm_121", 48, 2543, 128 * _GIB, 273, 24 * _MIB),
         _matrix(250.0, fp8_e4m3=250.0, mxfp4=500.0, nvfp4=500.0, int8=250.0, fp32=31.0),
         {

@@ -99,6 +99,20 @@ class Bench:
             )
         return DeviceVariant(max_size, recipe, tuple(kernels))
 
+    def memory(self, nbytes: int) -> torch.Tensor:
+        """What the driver allocates on its first device: it zeroes no other."""
+        address = ctypes.c_uint64()
+        with self.driver.current(self.driver.device(0)):
+            self.driver.call("cuMemAlloc", ctypes.byref(address), nbytes)
+        return torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(address.value), dtype=torch.uint8)
+
+    def stream(self) -> int:
+        """A stream of the driver's first device."""
+        handle = ctypes.c_void_p()
+        with self.driver.current(self.driver.device(0)):
+            self.driver.call("cuStreamCreate", ctypes.byref(handle), 1)
+        return handle.value or 0
+
     def bind(self, *variants: DeviceVariant, fallback: Callable[..., None] | None = None, **changes: Any) -> Any:
         index = changes.pop("index", 0)
         given = {
@@ -147,7 +161,10 @@ def same(launched: Launched) -> tuple[Any, ...]:
 def bench() -> Iterator[Bench]:
     cuda = standin()
     cuda.begin([90, 80, 90])
-    yield Bench(cuda, Driver(str(cuda.path)))
+    driver = Driver(str(cuda.path))
+    of_memory = (ctypes.POINTER(ctypes.c_uint64), ctypes.c_size_t)
+    driver.load({"cuMemAlloc": of_memory, "cuStreamCreate": (ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint)})
+    yield Bench(cuda, driver)
     cuda.begin([80])
 
 
@@ -213,14 +230,14 @@ own_settings = settings(
 )
 
 
-def outcome(cuda: StandIn, call: Callable[..., Any], given: list[Any]) -> tuple[str, Any]:
+def outcome(cuda: StandIn, call: Callable[..., Any], given: list[Any], stream: int) -> tuple[str, Any]:
     """What became of a call: its launches, or what was said."""
     forget_warnings()
     getattr(call, "twin", call)._told_of.clear()
     before = len(cuda.launches)
     said: list[str] = []
     error: TilewrightError | None = None
-    with pytest.MonkeyPatch.context() as patch, on_stream(STREAM):
+    with pytest.MonkeyPatch.context() as patch, on_stream(stream):
         patch.setattr("tilewright.runtime.calls.checked.warn_once", said.append)
         try:
             assert call(*given) is given[-1]
@@ -259,7 +276,8 @@ def test_both_twins_make_the_launches_that_the_recipe_asks_for(
             asked_twin.append(1)
             return super().__call__(*tensors)
 
-    workspace = torch.full((1 << 20,), 0xFF, dtype=torch.uint8)
+    workspace, stream = bench.memory(1 << 20), bench.stream()
+    workspace.fill_(0xFF)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tilewright.runtime.calls.native.DeviceCall", Counting)
         call = bench.bind(
@@ -269,12 +287,11 @@ def test_both_twins_make_the_launches_that_the_recipe_asks_for(
         )
     x = pose(torch.zeros(rows * 4 + skew)[skew:].view(-1, 4))
     given = tensors(rows, tokens, absent=absent, x=x)
-    bench.cuda.begin([90, 80, 90])
-    expected = outcome(bench.cuda, call.twin, given)
+    expected = outcome(bench.cuda, call.twin, given, stream)
     zeroed = workspace.clone()
     workspace.fill_(0xFF)
     asked_twin.clear()
-    assert outcome(bench.cuda, call, given) == expected
+    assert outcome(bench.cuda, call, given, stream) == expected
     assert torch.equal(workspace, zeroed)
     if expected[0] == "launched":
         assert asked_twin == [], "the extension handed over a call that it can make"
@@ -432,12 +449,13 @@ class DeviceCallTests(CallContract):
             call.workspace_bytes({"tokens": 1})
 
     def test_a_workspace_is_zeroed_on_the_stream(self, bench: Bench) -> None:
-        memory = torch.full((1 << 20,), 0xFF, dtype=torch.uint8)
+        memory, stream = bench.memory(1 << 20), bench.stream()
         recipe = recipe_of(launch(WORKSPACE), workspace_bytes="rows * 8", workspace_zeroed=True)
         call = bench.bind(bench.variant(recipe), workspace=lambda nbytes: pose(memory[:nbytes]))
         for _ in range(2):
             memory.fill_(0xFF)
-            call(*tensors(6))
+            with on_stream(stream):
+                call(*tensors(6))
             assert memory[:48].eq(0).all()
             assert memory[48:].eq(0xFF).all()
 

@@ -289,6 +289,10 @@ class _InThisProcess:
         os.close(self._begun.fd)
 
 
+def _in_this_process(session: DeviceSession) -> _InThisProcess:
+    return _InThisProcess(session)
+
+
 def _record_nothing(*_: object) -> None:
     raise DriverError("cuStreamBeginCapture: not supported", 801)
 
@@ -296,7 +300,7 @@ def _record_nothing(*_: object) -> None:
 def test_where_nothing_can_be_recorded_calls_are_timed_one_by_one(
     driver: ExecutingDriver, make: DeviceKernelMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DeviceSession, "_new_worker", lambda session: _InThisProcess(session))
+    monkeypatch.setattr(DeviceSession, "_new_worker", _in_this_process)
     monkeypatch.setattr(Stopwatch, "record", _record_nothing)
     with evaluator(driver) as made:
         first, second = made.evaluate([make(), make("slow_")], problem(), budget_s=0.0)

@@ -21,6 +21,7 @@ from tilewright.codegen.backends.base import Build, Source
 from tilewright.codegen.backends.triton.builder import TritonBuilder
 from tilewright.codegen.backends.triton.entry import triton_entries
 from tilewright.codegen.hardware.archs import ARCHS
+from tilewright.codegen.hardware.devices import device_key
 from tilewright.tuner.cli import main
 from tilewright.tuner.targets.base import Wishes
 from tilewright.tuner.targets.device import DeviceTarget
@@ -35,7 +36,8 @@ pytestmark = pytest.mark.slow  # a dozen kernels are compiled, and the emulator 
 PROBLEM = "experts=8,top_k=2"
 TOKENS = (4, 33)
 WORDS = ["--arch", "sm_90", "--op", "gating", "--problem", PROBLEM, "--tokens", ",".join(map(str, TOKENS))]
-PRODUCT, STAND_IN = "h100-sxm", "stand-in-of-sm-90"
+MEMORY_BYTES, SM_COUNT = 64 << 20, 3
+PRODUCT, STAND_IN = "h100-sxm", device_key("stand-in of sm_90", (9, 0), SM_COUNT, MEMORY_BYTES)
 Tune = Callable[..., tuple[int, str, str]]
 
 
@@ -62,7 +64,7 @@ def known_when_built(driver: ExecutingDriver) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[ExecutingDriver]:
-    with executing(("sm_90",), memory_bytes=64 << 20, l2_bytes=4 << 10) as made, known_when_built(made):
+    with executing(("sm_90",), sm_count=SM_COUNT, memory_bytes=MEMORY_BYTES, l2_bytes=4 << 10) as made, known_when_built(made):
         yield made
 
 
@@ -85,14 +87,15 @@ def prepared(driver: ExecutingDriver, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("prepared")
     folder.chmod(0o700)
     database = folder / "tuning.db"
+    launched = len(driver.executed)
     code, _, stderr = run(database, *WORDS, "--predict", "--trials", "5", "--probes", "0", "--json")
     assert code == 0, stderr
-    assert driver.executed == [], "--predict launches nothing"
+    assert len(driver.executed) == launched, "--predict launches nothing"
     return database
 
 
 @pytest.fixture(scope="module")
-def measured(driver: ExecutingDriver, prepared: Path) -> tuple[Path, dict[str, Any], str]:
+def measured(prepared: Path) -> tuple[Path, dict[str, Any], str]:
     """The database after ``tune measure``, which had neither Triton nor a compiler; its document, and what it said."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "triton", None)  # importing it fails
@@ -243,8 +246,9 @@ def test_a_device_that_is_a_product_s_is_kept_under_its_key() -> None:
         assert isinstance(find_target(ARCHS["sm_100"], Wishes(), _nothing), PredictedTarget)
 
 
+@pytest.mark.usefixtures("driver")
 def test_without_a_device_or_prepared_kernels_a_sentence_says_what_to_do(
-    driver: ExecutingDriver, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def complaint(*words: str) -> str:
         assert main(["measure", "--db", str(database), *words]) == 1

@@ -149,7 +149,7 @@ def test_resuming_takes_over_what_was_predicted(
             ["--arch", "sm_80", "--template", "triton_persistent"],
             "moe_gemm/triton_persistent cannot be generated for sm_80: sm_80 has no instruction that copies tiles",
         ),
-        (["--precision", "nvfp4"], "sm_90 has no matrix instruction that takes block scales"),
+        (["--precision", "nvfp4"], "Triton has no matrix instruction for sm_90 that takes block scales"),
         (["--max-error", "0.1"], "--max-error bounds what rounded weights cost"),
         (
             ["--problem", "experts=4,n=64,k=64,x_dtype=fp32"],

@@ -185,9 +185,9 @@ def exclusion(precision: str, arch: GpuArch) -> str | None:
     if taken.x_dtype and "fp8_mma" not in arch.capabilities:
         return f'the compiler says of {arch.name} "type fp8e4nv not supported in this architecture"'
     if taken.scaled_by_matrix_unit and "dot_scaled" not in arch.capabilities:
-        return f"{arch.name} has no matrix instruction that takes block scales"
+        return f"Triton has no matrix instruction for {arch.name} that takes block scales"
     if taken.mma_dtype("") == "nvfp4" and "nvfp4" not in arch.mma:
-        return f"{arch.name} has no matrix instruction that takes e4m3 scales of 16 steps"
+        return f"Triton has no matrix instruction for {arch.name} that takes e4m3 scales of 16 steps"
     return None
 
 
