@@ -20,13 +20,8 @@ from executing import ExecutingDriver, executing
 from tilewright.codegen.backends.base import Build, Source
 from tilewright.codegen.backends.triton.builder import TritonBuilder
 from tilewright.codegen.backends.triton.entry import triton_entries
-from tilewright.codegen.hardware.archs import ARCHS
 from tilewright.codegen.hardware.devices import device_key
 from tilewright.tuner.cli import main
-from tilewright.tuner.targets.base import Wishes
-from tilewright.tuner.targets.device import DeviceTarget
-from tilewright.tuner.targets.predicted import PredictedTarget
-from tilewright.tuner.targets.registry import find_target
 from tilewright.tuning_db.records import Outcome, PlanRecord
 from tilewright.tuning_db.store import Store
 
@@ -39,10 +34,6 @@ WORDS = ["--arch", "sm_90", "--op", "gating", "--problem", PROBLEM, "--tokens", 
 MEMORY_BYTES, SM_COUNT = 64 << 20, 3
 PRODUCT, STAND_IN = "h100-sxm", device_key("stand-in of sm_90", (9, 0), SM_COUNT, MEMORY_BYTES)
 Tune = Callable[..., tuple[int, str, str]]
-
-
-def _nothing(text: str) -> None:
-    raise AssertionError(text)
 
 
 @contextmanager
@@ -64,7 +55,10 @@ def known_when_built(driver: ExecutingDriver) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[ExecutingDriver]:
-    with executing(("sm_90",), sm_count=SM_COUNT, memory_bytes=MEMORY_BYTES, l2_bytes=4 << 10) as made, known_when_built(made):
+    with (
+        executing(("sm_90",), sm_count=SM_COUNT, memory_bytes=MEMORY_BYTES, l2_bytes=4 << 10) as made,
+        known_when_built(made),
+    ):
         yield made
 
 
@@ -233,17 +227,6 @@ def test_tune_measures_by_itself_and_loses_a_trial_to_a_kernel_that_ruins_its_co
     assert "(700, " in lost.message
     code, stdout, stderr = run(database, *WORDS[:-1], "33", "--trials", "5", "--probes", "0", "--resume", "--json")
     assert (code, json.loads(stdout)["trials"]) == (0, 5), "it goes on with what is stored, the lost trial among it"
-
-
-def test_a_device_that_is_a_product_s_is_kept_under_its_key() -> None:
-    with executing(("sm_80", "sm_90"), name="NVIDIA H100 80GB HBM3", sm_count=132, memory_bytes=80 << 30):
-        target = find_target(ARCHS["sm_90"], Wishes(), _nothing)
-        assert isinstance(target, DeviceTarget)
-        assert (target.device.key, target.device.name, target.present.index) == (PRODUCT, "NVIDIA H100 80GB HBM3", 1)
-        assert isinstance(find_target(ARCHS["sm_90"], Wishes(device=PRODUCT), _nothing), DeviceTarget)
-        for wishes in (Wishes(predict=True), Wishes(device="h200")):
-            assert isinstance(find_target(ARCHS["sm_90"], wishes, _nothing), PredictedTarget)
-        assert isinstance(find_target(ARCHS["sm_100"], Wishes(), _nothing), PredictedTarget)
 
 
 @pytest.mark.usefixtures("driver")

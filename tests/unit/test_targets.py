@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
+from executing import executing
 
 from tilewright.codegen.hardware.archs import ARCHS, CPU_ARCHS, GPU_ARCHS, Arch, native_arch
 from tilewright.codegen.hardware.cores import usable_cores
@@ -13,6 +14,7 @@ from tilewright.codegen.hardware.devices import DEVICES
 from tilewright.errors import TilewrightError
 from tilewright.tuner.targets import registry
 from tilewright.tuner.targets.base import Target, Wishes
+from tilewright.tuner.targets.device import DeviceTarget
 from tilewright.tuner.targets.location import Location
 from tilewright.tuner.targets.predicted import PredictedTarget
 from tilewright.tuner.targets.registry import find_target
@@ -77,6 +79,18 @@ def test_a_device_that_is_there_comes_before_the_prediction_for_it(monkeypatch: 
     assert type(found("h100-sxm")) is PredictedTarget
 
 
+def test_a_device_that_is_a_product_s_is_kept_under_its_key() -> None:
+    key = "h100-sxm"
+    with executing(("sm_80", "sm_90"), name="NVIDIA H100 80GB HBM3", sm_count=132, memory_bytes=80 << 30):
+        target = find_target(ARCHS["sm_90"], Wishes(), refuse)
+        assert isinstance(target, DeviceTarget)
+        assert (target.device.key, target.device.name, target.present.index) == (key, "NVIDIA H100 80GB HBM3", 1)
+        assert isinstance(find_target(ARCHS["sm_90"], Wishes(device=key), refuse), DeviceTarget)
+        for wishes in (Wishes(predict=True), Wishes(device="h200")):
+            assert isinstance(find_target(ARCHS["sm_90"], wishes, refuse), PredictedTarget)
+        assert isinstance(find_target(ARCHS["sm_100"], Wishes(), refuse), PredictedTarget)
+
+
 def test_a_location_says_threads_where_they_are_a_choice() -> None:
     assert str(Location("here", 2)) == "2 threads on here"
     assert str(Location("here", 1)) == "1 thread on here"
@@ -92,3 +106,4 @@ def test_the_registry_loads_no_target_before_it_is_asked_for() -> None:
     assert "targets.base" in told
     assert "targets.cpu" not in told
     assert "targets.predicted" not in told
+    assert "targets.device" not in told
