@@ -20,7 +20,7 @@ from tilewright.runtime import Experts
 
 (MODEL,) = load_model(str(Path(__file__).parent / "small_moe")).experts
 TOKENS = (1, 4, 16, 64, 256)
-ROUNDS = 31
+ROUNDS = 15
 
 
 def torch_loop(gate_up: Tensor, down: Tensor, x: Tensor, router_logits: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ from hypothesis import settings
 settings.register_profile("tilewright", deadline=None)
 settings.load_profile("tilewright")
 
+# The processes that tests start import the same modules hundreds of times: let them keep what they compiled.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Started in the background of a script, everything ignores Ctrl-C, the processes that tests start among it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -67,10 +67,35 @@ class Posed(Tensor):
     ) -> Any:
         if function is Tensor.__setitem__:  # it would make a tensor of the value on the device
             return function(*tree_map(values, args))
+        if function is Tensor.__getitem__:
+            return pose(function(*tree_map(values, args)), args[0].index)
+        if function in _GUARDED:
+            with torch._C.DisableTorchFunctionSubclass():
+                return _GUARDED[function](*args, **kwargs or {})
         return super().__torch_function__(function, types, args, kwargs or {})
 
     def __repr__(self, **_: Any) -> str:
         return f"Posed({self.held!r}, index={self.index})"
+
+
+_cloned = torch.ops.aten.clone.default
+_copied_back = torch.ops.aten._to_copy.default
+_read_scalar = torch.ops.aten._local_scalar_dense.default
+_GUARDED: dict[Callable[..., Any], Callable[..., Any]] = {
+    Tensor.copy_: torch.ops.aten.copy_.default,
+    Tensor.nonzero: torch.ops.aten.nonzero.default,
+    Tensor.__invert__: torch.ops.aten.bitwise_not.default,
+    Tensor.contiguous: lambda tensor, **_: (
+        tensor
+        if tensor.is_contiguous()
+        else torch.ops.aten.clone.default(tensor, memory_format=torch.contiguous_format)
+    ),
+    Tensor.__int__: lambda tensor: int(_read_scalar(tensor)),
+    Tensor.__index__: lambda tensor: int(_read_scalar(tensor)),
+    Tensor.__float__: lambda tensor: float(_read_scalar(tensor)),
+    Tensor.tolist: lambda tensor: _copied_back(tensor, device=torch.device("cpu")).tolist(),
+}
+"""For what torch writes by hand: it makes the device current, which a torch without CUDA cannot."""
 
 
 def pose(tensor: Tensor, index: int = 0) -> Posed:

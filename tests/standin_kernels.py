@@ -10,10 +10,10 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from gpu_builders import gpu_builder
+
 from tilewright.codegen.backends.base import Source
-from tilewright.codegen.backends.triton.builder import TritonBuilder
 from tilewright.codegen.backends.triton.entry import EntrySpec
-from tilewright.codegen.hardware.archs import GPU_ARCHS
 
 SOURCE = """
 import triton
@@ -61,26 +61,8 @@ class Prepared:
 
 def prepared(name: str, arch_name: str) -> Prepared:
     """The kernel ``name`` for an arch; built in the cache, where it is found from then on."""
-    with TritonBuilder(GPU_ARCHS[arch_name]) as builder:
-        return _built(builder, ENTRIES[name])
-
-
-def write(folder: Path) -> None:
-    """All kernels as run.py reads them: ``copy.sm_90.cubin``, and ``kernels.json`` with what launches say."""
-    described: dict[str, dict[str, object]] = {}
-    folder.mkdir(parents=True, exist_ok=True)
-    for arch_name, names in KERNELS.items():
-        with TritonBuilder(GPU_ARCHS[arch_name]) as builder:
-            for name in names:
-                made = _built(builder, ENTRIES[name])
-                (folder / f"{name}.{arch_name}.cubin").write_bytes(made.image)
-                told = {field: value for field, value in asdict(made).items() if field != "image"}
-                described[f"{name}.{arch_name}"] = told
-    (folder / "kernels.json").write_text(json.dumps(described, indent=1))
-
-
-def _built(builder: TritonBuilder, spec: EntrySpec) -> Prepared:
-    build = builder.build(Source(SOURCE, (spec,)))
+    spec = ENTRIES[name]
+    build = gpu_builder(arch_name).build(Source(SOURCE, (spec,)))
     assert build.path is not None, build.message
     file, facts = build.files[0], build.files[0].facts
     assert facts is not None
@@ -88,6 +70,19 @@ def _built(builder: TritonBuilder, spec: EntrySpec) -> Prepared:
     return Prepared(
         file.path.read_bytes(), spec.entry, 32 * facts.num_warps, facts.cluster, facts.dynamic_smem_bytes, kinds
     )
+
+
+def write(folder: Path) -> None:
+    """All kernels as run.py reads them: ``copy.sm_90.cubin``, and ``kernels.json`` with what launches say."""
+    described: dict[str, dict[str, object]] = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for arch_name, names in KERNELS.items():
+        for name in names:
+            made = prepared(name, arch_name)
+            (folder / f"{name}.{arch_name}.cubin").write_bytes(made.image)
+            told = {field: value for field, value in asdict(made).items() if field != "image"}
+            described[f"{name}.{arch_name}"] = told
+    (folder / "kernels.json").write_text(json.dumps(described, indent=1))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from awkward import Case
+from gpu_builders import gpu_builder
 
-from tilewright.codegen.backends.triton.builder import TritonBuilder
 from tilewright.codegen.backends.triton.entry import EntrySpec, triton_entries
 from tilewright.codegen.hardware.archs import GPU_ARCHS
 from tilewright.codegen.ops.registry import find_op
@@ -45,12 +45,11 @@ class Stored:
 def stored(case: Case) -> Stored:
     """The kernel of ``case``, built in the cache, where others find it. Skips where the compiler makes no binary."""
     arch = GPU_ARCHS[case.arch.name]
-    with TritonBuilder(arch) as builder:
-        variants = VariantBuilder(find_op(case.op), case.signature, arch, {"triton": builder})
-        (built,) = variants.build([case.config])
-        if built.path is None:
-            pytest.skip(f"a config that the compiler has no binary for: {built.message}")
-        record, artifacts = variants.record(built, "compiled")
+    variants = VariantBuilder(find_op(case.op), case.signature, arch, {"triton": gpu_builder(arch.name)})
+    (built,) = variants.build([case.config])
+    if built.path is None:
+        pytest.skip(f"a config that the compiler has no binary for: {built.message}")
+    record, artifacts = variants.record(built, "compiled")
     return Stored(record, tuple(artifacts), triton_entries(built.variant.entries))
 
 

@@ -14,6 +14,7 @@ from tilewright.codegen.ops.attention.signature import AttentionSignature
 from tilewright.errors import TilewrightError
 from tilewright.runtime.ops.base import BoundWeights, ServedOp
 from tilewright.runtime.serve.plans import Resolution
+from tilewright.runtime.torch.attention_on_device import attention_fallback
 from tilewright.runtime.torch.plain import plain_torch
 from tilewright.runtime.torch.readable import require_plain, resolved
 
@@ -32,11 +33,12 @@ class ServedAttention(ServedOp[AttentionSignature]):
         keep_weights: bool,
     ) -> BoundWeights:
         """See :class:`ServedOp`. The sinks are too small to be worth a copy."""
-        del resolution, keep_weights
+        del keep_weights
         sinks = weights.get("sinks")
+        fallback = fallback_for if resolution.device.is_host else attention_fallback
         return BoundWeights(
             dict(weights),
-            fallback_for(signature, sinks),
+            fallback(signature, sinks),
             lambda: dict(weights),
             weight_bytes=0 if sinks is None else sinks.nbytes,
         )
@@ -110,14 +112,14 @@ def _hidden(signature: AttentionSignature, tokens: int) -> Tensor:
 
 
 def checked_sinks(sinks: Tensor, heads: int) -> Tensor:
-    """``sinks`` as a contiguous CPU fp32 tensor [heads].
+    """``sinks`` as a contiguous fp32 tensor [heads], where it lies.
 
     Raises:
         TilewrightError: when it is anything else.
 
     """
-    if not isinstance(sinks, Tensor) or sinks.device.type != "cpu" or sinks.dtype is not torch.float32:
-        raise TilewrightError(f"attention: sinks must be a torch.float32 CPU tensor [{heads}]")
+    if not isinstance(sinks, Tensor) or sinks.device.type not in ("cpu", "cuda") or sinks.dtype is not torch.float32:
+        raise TilewrightError(f"attention: sinks must be a torch.float32 tensor [{heads}] on the CPU or a GPU")
     require_plain(sinks, "attention: sinks")
     if tuple(sinks.shape) != (heads,):
         raise TilewrightError(f"attention: sinks has shape {list(sinks.shape)}; expected [{heads}]")

@@ -9,8 +9,8 @@ from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
-from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.ops.signature import Signature
+from tilewright.runtime.serve.kernels import AnyLayout
 from tilewright.runtime.serve.plans import Resolution
 
 S = TypeVar("S", bound=Signature)
@@ -22,7 +22,7 @@ class WeightCopy:
 
     name: str
     """Of the tensor, as the op declares it."""
-    layout: WeightLayout | None
+    layout: AnyLayout | None
     tensor: Tensor
 
     @property

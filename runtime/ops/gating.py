@@ -16,6 +16,7 @@ from tilewright.runtime.serve.plans import Resolution
 from tilewright.runtime.serve.routing import sort_tokens_into
 from tilewright.runtime.torch.plain import plain_torch
 from tilewright.runtime.torch.readable import require_plain, resolved
+from tilewright.runtime.torch.routing import pad_blocks_on_device, sort_tokens_on_device, stable_topk_on_device
 
 
 class ServedGating(ServedOp[GatingSignature]):
@@ -27,26 +28,30 @@ class ServedGating(ServedOp[GatingSignature]):
         self, signature: GatingSignature, weights: Mapping[str, Tensor], resolution: Resolution, *, keep_weights: bool
     ) -> BoundWeights:
         """See :class:`ServedOp`. The bias is too small to be worth a copy."""
-        del resolution, keep_weights
+        del keep_weights
         bias = weights.get("bias")
         return BoundWeights(
             dict(weights),
-            fallback_for(signature, bias),
+            fallback_for(signature, bias, is_host=resolution.device.is_host),
             lambda: dict(weights),
             weight_bytes=0 if bias is None else bias.nbytes,
         )
 
 
-def fallback_for(signature: GatingSignature, bias: Tensor | None) -> Callable[..., None]:
-    """Torch implementation of ``signature``, called with the tensors of a call without the bias, in order."""
+def fallback_for(signature: GatingSignature, bias: Tensor | None, *, is_host: bool = True) -> Callable[..., None]:
+    """Torch implementation of ``signature``, called with the tensors of a call without the bias, in order.
+
+    ``is_host`` says that values of tensors can be read at once; else nothing is waited for.
+    """
+    topk, order = (stable_topk, _order) if is_host else (stable_topk_on_device, _order_on_device)
 
     def gate(logits: Tensor, topk_ids: Tensor, topk_weights: Tensor, *orders: Tensor) -> None:
         with plain_torch():
-            ids, weights = _choose(signature, bias, logits)
+            ids, weights = _choose(signature, bias, logits, topk)
             topk_ids.copy_(ids)
             topk_weights.copy_(weights)
             if orders:
-                _order(signature, ids.int(), *orders)
+                order(signature, ids.int(), *orders)
 
     return gate
 
@@ -62,27 +67,31 @@ def stable_topk(keys: Tensor, top_k: int) -> Tensor:
     return ids[:, :top_k]
 
 
-def _choose(signature: GatingSignature, bias: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor]:
+_TopK = Callable[[Tensor, int], Tensor]
+"""``stable_topk``, or its like for a GPU."""
+
+
+def _choose(signature: GatingSignature, bias: Tensor | None, logits: Tensor, topk: _TopK) -> tuple[Tensor, Tensor]:
     """Ids int64 and weights fp32, both [tokens, top_k]."""
     scores = torch.softmax(logits, dim=1) if signature.score == "softmax" else torch.sigmoid(logits)
     keys = scores if signature.ranks_by_score else logits
     if bias is not None:
         keys = keys + bias
     if signature.groups > 1:
-        keys = _in_best_groups(signature, keys)
-    ids = stable_topk(keys, signature.top_k)
+        keys = _in_best_groups(signature, keys, topk)
+    ids = topk(keys, signature.top_k)
     weights = scores.gather(1, ids)
     if signature.renormalize:
         weights = weights / weights.sum(dim=1, keepdim=True)
     return ids, weights * signature.scale
 
 
-def _in_best_groups(signature: GatingSignature, keys: Tensor) -> Tensor:
+def _in_best_groups(signature: GatingSignature, keys: Tensor, topk: _TopK) -> Tensor:
     """``keys`` with -inf for experts outside the best groups."""
     grouped = keys.view(-1, signature.groups, signature.group_size)
     counted = 2 if signature.score == "sigmoid" else 1
-    best = stable_topk(grouped.topk(counted, dim=2).values.sum(dim=2), signature.top_groups)
-    ruled_out = torch.ones(grouped.shape[:2], dtype=torch.bool, device="cpu").scatter_(1, best, value=False)
+    best = topk(grouped.topk(counted, dim=2).values.sum(dim=2), signature.top_groups)
+    ruled_out = torch.ones(grouped.shape[:2], dtype=torch.bool, device=keys.device).scatter_(1, best, value=False)
     return grouped.masked_fill(ruled_out[..., None], -torch.inf).view_as(keys)
 
 
@@ -113,15 +122,46 @@ def _order(
     padded_rows.fill_(blocks.padded_rows)
 
 
+def _order_on_device(
+    signature: GatingSignature,
+    ids: Tensor,
+    expert_offsets: Tensor,
+    row_token: Tensor,
+    slot_row: Tensor,
+    sorted_slots: Tensor | None = None,
+    block_experts: Tensor | None = None,
+    padded_rows: Tensor | None = None,
+) -> None:
+    """The same on a GPU; room for all that choices could take is asked for, since what they take is not known.
+
+    Raises:
+        TilewrightError: where there is less.
+
+    """
+    outputs = (row_token, expert_offsets, slot_row)
+    rows, offsets, slots = (torch.empty(like.shape, dtype=torch.int32, device=ids.device) for like in outputs)
+    sort_tokens_on_device(ids, signature.experts, rows.view(-1), offsets, slots)
+    for output, value in zip(outputs, (rows, offsets, slots), strict=True):
+        output.copy_(value)
+    if sorted_slots is not None and block_experts is not None and padded_rows is not None:
+        room = min(sorted_slots.numel() // signature.block_size, block_experts.numel()) * signature.block_size
+        if room < signature.padded_rows(ids.shape[0]):
+            raise TilewrightError(
+                f"gating: {signature.padded_rows(ids.shape[0])} padded rows may exceed the {room} that there is room "
+                "for; give sorted_slots and block_experts that many"
+            )
+        pad_blocks_on_device(ids, offsets, slots, signature.block_size, sorted_slots, block_experts, padded_rows)
+
+
 def checked_bias(bias: Tensor, experts: int) -> Tensor:
-    """``bias`` as a contiguous CPU fp32 tensor [experts].
+    """``bias`` as a contiguous fp32 tensor [experts], where it lies.
 
     Raises:
         TilewrightError: when it is anything else.
 
     """
-    if not isinstance(bias, Tensor) or bias.device.type != "cpu" or bias.dtype is not torch.float32:
-        raise TilewrightError(f"gating: bias must be a torch.float32 CPU tensor [{experts}]")
+    if not isinstance(bias, Tensor) or bias.device.type not in ("cpu", "cuda") or bias.dtype is not torch.float32:
+        raise TilewrightError(f"gating: bias must be a torch.float32 tensor [{experts}] on the CPU or a GPU")
     require_plain(bias, "gating: bias")
     if tuple(bias.shape) != (experts,):
         raise TilewrightError(f"gating: bias has shape {list(bias.shape)}; expected [{experts}]")

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tilewright.codegen.numbers.activations import CLAMPED_ALPHA, CLAMPED_LIMIT
-from tilewright.codegen.numbers.layouts import WeightLayout
-from tilewright.codegen.ops.moe_gemm.signature import Activation, MoeGemmSignature
-from tilewright.errors import TilewrightError
-from tilewright.runtime.calls.bind import pack_weight
+from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.runtime.ops.base import BoundWeights, ServedOp, WeightCopy
+from tilewright.runtime.serve.kernels import AnyLayout
 from tilewright.runtime.serve.plans import Resolution
+from tilewright.runtime.torch.activations import activate
+from tilewright.runtime.torch.experts_on_device import experts_fallback
 from tilewright.runtime.torch.plain import plain_torch
-from tilewright.runtime.weights.experts import DeclaredWeights, ExpertWeights, PackedWeights
+from tilewright.runtime.weights.experts import DeclaredWeights, ExpertWeights
+from tilewright.runtime.weights.laying_out import laid_out_weights, lay_out
 
 
 class ServedMoeGemm(ServedOp[MoeGemmSignature]):
@@ -38,9 +38,10 @@ class ServedMoeGemm(ServedOp[MoeGemmSignature]):
         weight_shape = weight.shape  # by itself, so that nothing here keeps the weight alive
         copies, readable = _lay_out(weight, resolution, keep_weights)
         served: Tensor | int = copies[0].tensor if copies else 0
+        fallback = fallback_for if resolution.device.is_host else experts_fallback
         return BoundWeights(
             {"weight": served, **({} if bias is None else {"bias": bias})},
-            fallback_for(signature, readable, bias),
+            fallback(signature, readable, bias),
             lambda: {"weight": _read_all(readable, weight_shape), **({} if bias is None else {"bias": bias})},
             copies=copies[1:],
             copied_bytes=sum(each.tensor.nbytes for each in copies if each.tensor.data_ptr() != weight.data_ptr()),
@@ -51,27 +52,29 @@ class ServedMoeGemm(ServedOp[MoeGemmSignature]):
 def _lay_out(weight: Tensor, resolution: Resolution, keep_weight: bool) -> tuple[tuple[WeightCopy, ...], ExpertWeights]:
     """The weight as the plan's kernels take it, in each of their layouts, and as the fallback reads it."""
     copies: list[WeightCopy] = []
-    packed: dict[WeightLayout, Tensor] = {}
+    packed: dict[AnyLayout, Tensor] = {}
     declared = weight if keep_weight or not resolution.kernels else None
     for layout in resolution.layouts:
         if layout is None:
             declared = weight.contiguous()
             copies.append(WeightCopy("weight", None, declared))
         else:
-            packed[layout] = pack_weight(weight, layout)
-            copies.append(WeightCopy("weight", layout, packed[layout].view(torch.float32)))
+            packed[layout] = lay_out(weight, layout)
+            copies.append(WeightCopy("weight", layout, packed[layout]))
     if declared is not None:
         return tuple(copies), DeclaredWeights(declared)
     # Of several, the copy that says most of what the weight was.
     finest = max(packed, key=lambda layout: layout.stored.bits)
-    return tuple(copies), PackedWeights(packed[finest], finest, weight.shape[1], weight.shape[2])
+    experts, n, k = weight.shape
+    return tuple(copies), laid_out_weights(packed[finest], finest, (experts, n, k))
 
 
 def _read_all(weights: ExpertWeights, shape: torch.Size) -> Tensor:
     """Weights [experts, n, k] as declared."""
     if isinstance(weights, DeclaredWeights):
         return weights.weight
-    out = torch.empty(shape, dtype=torch.float32, device="cpu")
+    first = weights.expert(0)
+    out = torch.empty(shape, dtype=first.dtype, device=first.device)
     for index in range(shape[0]):
         out[index] = weights.expert(index)
     return out
@@ -120,25 +123,6 @@ def _linear(x: Tensor, weights: ExpertWeights, bias: Tensor | None, expert: int,
     """``out`` = activation(x @ weight^T + bias) of one expert."""
     y = functional.linear(x, weights.expert(expert), None if bias is None else bias[expert])
     out.copy_(activate(y, activation))
-
-
-def activate(y: Tensor, activation: str) -> Tensor:
-    """``y`` [rows, n], or the gated half of it when ``activation`` takes a gate and an up half."""
-    match activation:
-        case "none":
-            return y
-        case "swiglu":
-            gate, up = y.chunk(2, dim=-1)
-            return functional.silu(gate) * up
-        case "geglu":
-            gate, up = y.chunk(2, dim=-1)
-            return functional.gelu(gate, approximate="tanh") * up
-        case "swiglu_clamped":
-            gate, up = y.chunk(2, dim=-1)
-            gate, up = gate.clamp(max=CLAMPED_LIMIT), up.clamp(-CLAMPED_LIMIT, CLAMPED_LIMIT)
-            return gate * torch.sigmoid(CLAMPED_ALPHA * gate) * (up + 1)
-        case _:
-            raise TilewrightError(f"unknown activation {activation!r}; known: {', '.join(get_args(Activation))}")
 
 
 def _combine(partial: Tensor, slot_row: Tensor, topk_weights: Tensor, out: Tensor) -> None:

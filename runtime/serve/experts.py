@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,38 +11,41 @@ from torch import Tensor
 from tilewright.codegen.ops.gating.signature import GatingSignature
 from tilewright.codegen.ops.moe_gemm.signature import Activation
 from tilewright.errors import TilewrightError
-from tilewright.runtime.calls.bind import softmax_topk_into, sort_tokens_into
+from tilewright.runtime.serve.buffers import AllocatedBuffers, BufferShapes, CallBuffers, KeptBuffers
+from tilewright.runtime.serve.crossing import Crossing
 from tilewright.runtime.serve.explanation import Explanation
 from tilewright.runtime.serve.gate import Gate
 from tilewright.runtime.serve.gemm import prepare
 from tilewright.runtime.serve.handles import held, hold
 from tilewright.runtime.serve.options import ServeOptions
 from tilewright.runtime.serve.plans import is_planned
+from tilewright.runtime.serve.routing import device_routing, host_routing
 from tilewright.runtime.torch.operators import define_operator
 from tilewright.runtime.torch.plain import spare_torch_threads
 from tilewright.runtime.torch.readable import require_plain
 from tilewright.runtime.weights.experts import checked_weight
 
-_REMEMBERED_SIZES = 64
-"""Token counts whose views of the buffers a thread keeps; taking them anew costs some microseconds."""
-
 
 class Experts:
     """The experts of one layer: ``experts(x, router_logits)`` gives what the layer adds to the residual.
 
+    It is served where the weights lie. Weights in memory serve tensors of a GPU, too: those go there and back.
+
     Args:
-        w_up: fp32 [experts, 2 * inter, hidden], gate rows before up rows; [experts, inter, hidden] without activation.
-        w_down: fp32 [experts, hidden, inter].
+        w_up: fp32, on a GPU also bf16 or fp16 [experts, 2 * inter, hidden], gate rows before up rows; [experts, inter,
+            hidden] without activation.
+        w_down: of the same dtype [experts, hidden, inter].
         top_k: experts per token.
         activation: ``swiglu``, ``geglu``, ``swiglu_clamped`` (gpt-oss) or ``none``.
-        bias_up: fp32 [experts, rows of w_up], or None.
-        bias_down: fp32 [experts, hidden], or None.
+        bias_up: fp32, or of the weights' dtype [experts, rows of w_up], or None.
+        bias_down: fp32, or of the weights' dtype [experts, hidden], or None.
         renormalize: whether a token's routing weights are made to sum to 1 after its experts were chosen.
         all_experts: experts of the whole model, when this rank holds only a part of them (expert parallelism); tokens
             are routed by the caller then, see :meth:`run`.
         options: which plans may serve each of the two stages, and how; routing is token by token in any case.
 
-    Calls may come from any number of threads; each has its own buffers, which are kept and grow to the largest call.
+    Calls may come from any number of threads. On a CPU each has its own buffers, which are kept and grow to the largest
+    call; on a GPU torch's allocator gives them, stream by stream, and a CUDA graph may record calls.
 
     Raises:
         TilewrightError: when the weights do not fit together, or ``top_k`` exceeds the experts.
@@ -72,6 +74,11 @@ class Experts:
                 f"Experts: w_up has shape {list(w_up.shape)}, which does not fit w_down {list(w_down.shape)} with "
                 f"activation {activation!r}; expected {list(expected)}"
             )
+        if (w_up.device, w_up.dtype) != (w_down.device, w_down.dtype):
+            raise TilewrightError(
+                f"Experts: w_up is {w_up.dtype} on {w_up.device}, and w_down {w_down.dtype} on {w_down.device}; "
+                "give both one dtype and one device"
+            )
         self.all_experts = self.experts if all_experts is None else all_experts
         if not self.experts <= self.all_experts:
             raise TilewrightError(f"Experts: all_experts={all_experts} is less than the {self.experts} of this rank")
@@ -82,9 +89,15 @@ class Experts:
         self.up = prepare(w_up, stage="up", top_k=top_k, activation=activation, bias=bias_up, options=options)
         self.down = prepare(w_down, stage="down", top_k=top_k, bias=bias_down, options=options)
         self._call_up, self._call_down = self.up.call, self.down.call
+        self._device = self.up.device.torch_device
+        self._on_host = on_host = self.up.device.is_host
+        shapes = BufferShapes(top_k, self.experts, self.inter, w_down.dtype, self._device)
+        self._buffers = KeptBuffers(shapes) if on_host else AllocatedBuffers(shapes)
+        self._routing = host_routing() if on_host else device_routing(check_values=options.check_values)
+        self._crossing = Crossing()
+        self._clears_inner = not on_host and self.down.reads_all_rows
         # A gate's plan may compute the same weights in several orders.
         self.gate = None if options.batch_invariant else self._tuned_gate(options)
-        self._local = threading.local()
         self.handle = hold(self)
         self._warm_up()
 
@@ -92,12 +105,13 @@ class Experts:
         """Route by ``router_logits`` and compute.
 
         Args:
-            x: fp32 [..., hidden].
-            router_logits: fp32 [..., experts], with the same leading dimensions.
-            out: fp32 tensor like ``x`` to write, which may be ``x`` itself; made when None.
+            x: [..., hidden], of the weights' dtype; on a GPU whose experts lie in memory any floating point one.
+            router_logits: fp32, on a GPU any floating point dtype [..., experts], with the same leading dimensions.
+            out: tensor like ``x`` to write, which may be ``x`` itself; made when None.
 
         Raises:
-            TilewrightError: for tensors that do not fit, and logits that are not numbers.
+            TilewrightError: for tensors that do not fit, and logits that are not numbers (on a GPU only with
+                ``check_values``).
 
         """
         if self.all_experts != self.experts:
@@ -107,11 +121,15 @@ class Experts:
             )
         if torch.compiler.is_compiling():
             return _into(out, torch.ops.tilewright.expert_ffn(x, router_logits, self.handle))
+        if self._on_host and getattr(x, "is_cuda", False):
+            return self._crossing.run(self, x, router_logits, out=out)
         logits = _rows(router_logits, self.experts, "router_logits", "experts")
-        buffers = self._buffers(logits.shape[0])
+        if not self._on_host:
+            logits = logits.float()
+        buffers = self._buffers.take(logits.shape[0])
         if self.gate is None:
-            softmax_topk_into(logits, self.renormalize, buffers.topk_ids, buffers.topk_weights)
-            return self._compute(x, buffers.topk_ids, buffers.topk_weights, out)
+            self._routing.choose(logits, self.renormalize, buffers.topk_ids, buffers.topk_weights)
+            return self._compute(x, buffers.topk_ids, buffers.topk_weights, out, buffers)
         self.gate.call(
             logits,
             buffers.topk_ids,
@@ -120,31 +138,43 @@ class Experts:
             buffers.row_token.view(-1, self.top_k),
             buffers.slot_row,
         )
-        return self._compute(x, buffers.topk_ids, buffers.topk_weights, out, sorted_rows=buffers.rows)
+        return self._compute(x, buffers.topk_ids, buffers.topk_weights, out, buffers, is_sorted=True)
 
     def run(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute with experts that were chosen before.
 
         Args:
-            x: fp32 [..., hidden].
+            x: [..., hidden], of the weights' dtype; on a GPU whose experts lie in memory any floating point one.
             topk_ids: int32 or int64 [..., top_k]; -1 for an expert of another rank.
-            topk_weights: fp32 [..., top_k].
-            out: fp32 tensor like ``x`` to write, which may be ``x`` itself; made when None.
+            topk_weights: fp32, on a GPU any floating point dtype [..., top_k].
+            out: tensor like ``x`` to write, which may be ``x`` itself; made when None.
 
         Raises:
             TilewrightError: for tensors that do not fit, an expert id out of range, and weights that are not finite.
+                On a GPU values are looked at only with ``check_values``; a pick out of range is one of another rank.
 
         """
         if torch.compiler.is_compiling():
             return _into(out, torch.ops.tilewright.routed_experts(x, topk_ids, topk_weights, self.handle))
+        if self._on_host and getattr(x, "is_cuda", False):
+            return self._crossing.run(self.run, x, topk_ids, topk_weights, out=out)
         ids = _rows(topk_ids, self.top_k, "topk_ids", "top_k")
-        return self._compute(x, ids, _rows(topk_weights, self.top_k, "topk_weights", "top_k"), out)
+        weights = _rows(topk_weights, self.top_k, "topk_weights", "top_k")
+        if not self._on_host:
+            weights = weights.float()
+        return self._compute(x, ids, weights, out, self._buffers.take(ids.shape[0]))
 
     @property
     def memory_bytes(self) -> int:
         """What this holds beside the weights that it was made from: packed copies and this thread's buffers."""
-        buffers: _Buffers | None = getattr(self._local, "buffers", None)
-        return self.up.memory_bytes + self.down.memory_bytes + (0 if buffers is None else buffers.nbytes)
+        return self.up.memory_bytes + self.down.memory_bytes + self._buffers.held_bytes
+
+    def workspace_bytes(self, tokens: int) -> int:
+        """What a call of so many tokens needs beside its tensors: buffers, and the larger workspace of its kernels."""
+        rows = tokens * self.top_k
+        stages = [stage.workspace_bytes(tokens=tokens, rows=rows) for stage in (self.up, self.down)]
+        gate = 0 if self.gate is None else self.gate.workspace_bytes(tokens=tokens)
+        return self._buffers.shapes.bytes(tokens) + max(*stages, gate)
 
     def weights(self) -> dict[str, Tensor]:
         """``w_up`` and ``w_down``; see :meth:`tilewright.runtime.PreparedCall.weights`."""
@@ -163,21 +193,20 @@ class Experts:
         """Call the kernels once for one token, so that no request pays for pages and threads that are touched first."""
         if not all(stage.is_always_tuned_for(1) for stage in (self.up, self.down)):
             return
-        x = torch.zeros((1, self.hidden), dtype=torch.float32, device="cpu")
+        x = torch.zeros((1, self.hidden), dtype=self._buffers.shapes.dtype, device=self._device)
         if self.all_experts == self.experts:
-            self(x, torch.zeros((1, self.experts), dtype=torch.float32, device="cpu"))
+            self(x, torch.zeros((1, self.experts), dtype=torch.float32, device=self._device))
         else:
-            topk_ids = torch.zeros((1, self.top_k), dtype=torch.int32, device="cpu")
-            self.run(x, topk_ids, torch.zeros((1, self.top_k), dtype=torch.float32, device="cpu"))
+            topk_ids = torch.zeros((1, self.top_k), dtype=torch.int32, device=self._device)
+            self.run(x, topk_ids, torch.zeros((1, self.top_k), dtype=torch.float32, device=self._device))
 
     def _tuned_gate(self, options: ServeOptions) -> Gate | None:
         """What routes and sorts at once, where it was tuned for; else the runtime's own softmax and sort do."""
         if self.all_experts != self.experts:
             return None
         signature = GatingSignature(experts=self.experts, top_k=self.top_k, renormalize=self.renormalize, order="rows")
-        if not is_planned(signature, options):
-            return None
-        return Gate.prepare(signature, {}, options=options)
+        options = replace(options, device=self._device)
+        return Gate.prepare(signature, {}, options=options) if is_planned(signature, options) else None
 
     def _compute(
         self,
@@ -185,9 +214,11 @@ class Experts:
         topk_ids: Tensor,
         topk_weights: Tensor,
         out: Tensor | None,
-        sorted_rows: int | None = None,
+        buffers: CallBuffers,
+        *,
+        is_sorted: bool = False,
     ) -> Tensor:
-        """``sorted_rows`` counts rows whose order is in the thread's buffers already."""
+        """``is_sorted`` says that the order of rows is in the buffers already."""
         flat = _rows(x, self.hidden, "x", "hidden")
         tokens = flat.shape[0]
         if topk_ids.shape[0] != tokens:
@@ -195,13 +226,13 @@ class Experts:
         if out is None:
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
         flat_out = out if flat is x else self._flat_output(out, x)  # of a matrix, the call below checks the shape
-        buffers = self._buffers(tokens)
         row_token, inner = buffers.row_token, buffers.inner
-        rows = sorted_rows
-        if rows is None:
-            rows = sort_tokens_into(topk_ids, self.experts, row_token, buffers.expert_offsets, buffers.slot_row)
-        if rows < buffers.rows:  # some choices are on other ranks
-            row_token, inner = row_token[:rows], inner[:rows]
+        if not is_sorted:
+            rows = self._routing.sort(topk_ids, self.experts, row_token, buffers.expert_offsets, buffers.slot_row)
+            if rows < buffers.rows:  # some choices are on other ranks
+                row_token, inner = row_token[:rows], inner[:rows]
+            if self._clears_inner:
+                inner.zero_()
         self._call_up(flat, row_token, buffers.expert_offsets, inner)
         self._call_down(inner, buffers.expert_offsets, buffers.slot_row, topk_weights, flat_out)
         return out
@@ -215,71 +246,6 @@ class Experts:
                 f"expected a contiguous tensor {list(x.shape)}"
             )
         return out.view(-1, self.hidden)
-
-    def _buffers(self, tokens: int) -> _Views:
-        """The calling thread's buffers for ``tokens`` tokens."""
-        buffers: _Buffers | None = getattr(self._local, "buffers", None)
-        if buffers is None or buffers.tokens < tokens:
-            buffers = self._local.buffers = _Buffers(tokens, self.top_k, self.experts, self.inter)
-        return buffers.views(tokens)
-
-
-@dataclass(frozen=True)
-class _Views:
-    """Buffers of a call, cut to its tokens. ``rows`` counts those of a call that routes nothing to other ranks."""
-
-    rows: int
-    topk_ids: Tensor
-    topk_weights: Tensor
-    row_token: Tensor
-    expert_offsets: Tensor
-    slot_row: Tensor
-    inner: Tensor
-    """Output of ``up``, [rows, inter]."""
-
-
-class _Buffers:
-    """What a thread needs between the steps of a call, for up to ``tokens`` tokens."""
-
-    def __init__(self, tokens: int, top_k: int, experts: int, inter: int) -> None:
-        self.tokens = tokens
-        self._top_k = top_k
-        # Made outside of inference mode, so that calls inside and outside of it may write them.
-        with torch.inference_mode(mode=False):
-            self._full = _Views(
-                tokens * top_k,
-                torch.empty((tokens, top_k), dtype=torch.int32, device="cpu"),
-                torch.empty((tokens, top_k), dtype=torch.float32, device="cpu"),
-                torch.empty(tokens * top_k, dtype=torch.int32, device="cpu"),
-                torch.empty(experts + 1, dtype=torch.int32, device="cpu"),
-                torch.empty((tokens, top_k), dtype=torch.int32, device="cpu"),
-                torch.empty((tokens * top_k, inter), dtype=torch.float32, device="cpu"),
-            )
-        self._views: dict[int, _Views] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of all buffers."""
-        return sum(buffer.nbytes for buffer in vars(self._full).values() if isinstance(buffer, Tensor))
-
-    def views(self, tokens: int) -> _Views:
-        """The first ``tokens`` tokens' part of every buffer."""
-        views = self._views.get(tokens)
-        if views is None:
-            if len(self._views) >= _REMEMBERED_SIZES:
-                self._views.clear()
-            full, rows = self._full, tokens * self._top_k
-            views = _Views(
-                rows,
-                full.topk_ids[:tokens],
-                full.topk_weights[:tokens],
-                full.row_token[:rows],
-                full.expert_offsets,
-                full.slot_row[:tokens],
-                full.inner[:rows],
-            )
-            self._views[tokens] = views
-        return views
 
 
 def _rows(tensor: Tensor, columns: int, name: str, last: str) -> Tensor:

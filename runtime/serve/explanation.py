@@ -9,6 +9,11 @@ from tilewright.plain_text import plain_lines
 from tilewright.runtime.process_memory import Memory
 from tilewright.runtime.serve.plans import Resolution, SizeRange
 
+_UNCHECKED = (
+    "values of offsets, indices, lengths, pages and logits are not checked, for that would wait for the device; "
+    "ServeOptions(check_values=True) has them checked"
+)
+
 
 @dataclass(frozen=True)
 class MemoryUse:
@@ -47,6 +52,8 @@ class Explanation:
     resolution: Resolution
     threads: int
     memory: MemoryUse
+    checks_values: bool
+    """Whether a call looks at offsets, indices, lengths, pages and logits before a kernel reads them."""
 
     @property
     def ranges(self) -> tuple[SizeRange, ...]:
@@ -57,17 +64,20 @@ class Explanation:
         resolution, plan = self.resolution, self.resolution.plan
         lines = [
             resolution.signature.describe(),
-            f"  on {resolution.device_key} with {self.threads} threads, database {resolution.database}",
+            f"  on {resolution.device.describe(self.threads)}, database {resolution.database}",
         ]
+        if not self.checks_values:
+            lines.append(f"  {_UNCHECKED}")
         if plan is not None:
             made = time.strftime("%Y-%m-%d", time.gmtime(plan.created_at))
             lines.append(
-                f"  plan of {made} for {plan.threads} threads{f' of {plan.model}' if plan.model else ''}; "
+                f"  plan of {made}{f' for {plan.threads} threads' if plan.threads else ''}"
+                f"{f' of {plan.model}' if plan.model else ''}; "
                 f"timing: {plan.timing}, checked: {plan.checked}; "
                 f"weight {' and '.join(layout.key if layout else 'as declared' for layout in resolution.layouts)}, "
                 f"{self.memory.bytes / 1e6:.1f} MB beside the original's {self.memory.weight_bytes / 1e6:.1f} MB"
             )
-            if self.memory.bytes:
+            if self.memory.bytes and resolution.device.is_host:
                 lines.append(f"  process before packing: {self.memory.before}; after: {self.memory.after}")
             if plan.batch_invariant:
                 lines.append(f"  {_on_batches(resolution)}")

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tilewright.codegen.ops.moe_gemm.signature import Activation, Stage
 from tilewright.errors import TilewrightError
+from tilewright.runtime.calls.binding import TORCH_DTYPES
 from tilewright.runtime.locks import fork_safe_lock
 from tilewright.runtime.serve.gemm import PreparedGemm, prepare
 from tilewright.runtime.serve.options import ServeOptions
@@ -43,11 +44,11 @@ def grouped_gemm(
     """``out[r] = x[r] @ weight[e].T + bias[e]``, e being the expert whose range in ``expert_offsets`` holds row r.
 
     Args:
-        x: fp32 [rows, k].
-        weight: fp32 [experts, n, k]; packed once, again after it was changed in place.
+        x: [rows, k], of the weight's dtype.
+        weight: fp32, on a GPU also bf16 or fp16 [experts, n, k]; packed once, again after it was changed in place.
         expert_offsets: int32 [experts + 1], rising from 0 to ``rows``.
-        bias: fp32 [experts, n], or None.
-        out: fp32 [rows, n] to write; made when None.
+        bias: fp32, or of the weight's dtype [experts, n], or None.
+        out: [rows, n] to write; made when None.
         options: which plans may serve, and how.
 
     Raises:
@@ -74,14 +75,15 @@ def moe_up(
     """``out[r] = activation(x[row_token[r]] @ weight[e].T + bias[e])``: the first half of an expert FFN.
 
     Args:
-        x: fp32 [tokens, k].
-        weight: fp32 [experts, 2n, k], gate rows before up rows; [experts, n, k] without activation.
+        x: [tokens, k], of the weight's dtype.
+        weight: fp32, on a GPU also bf16 or fp16 [experts, 2n, k], gate rows before up rows; [experts, n, k] without
+            activation.
         row_token: int32 [rows], the token of each row, from :func:`tilewright.runtime.sort_tokens`.
         expert_offsets: int32 [experts + 1], rising from 0 to ``rows``.
         top_k: experts per token.
         activation: ``swiglu``, ``geglu``, ``swiglu_clamped`` (gpt-oss) or ``none``.
-        bias: fp32 [experts, rows of the weight], or None.
-        out: fp32 [rows, n] to write; made when None.
+        bias: fp32, or of the weight's dtype [experts, rows of the weight], or None.
+        out: [rows, n] to write; made when None.
         options: which plans may serve, and how.
 
     Raises:
@@ -107,13 +109,13 @@ def moe_down(
     """``out[t] = sum_j topk_weights[t, j] * (x[slot_row[t, j]] @ weight[e].T + bias[e])``: the second half.
 
     Args:
-        x: fp32 [rows, k], in the order that :func:`moe_up` writes.
-        weight: fp32 [experts, n, k].
+        x: [rows, k], of the weight's dtype, in the order that :func:`moe_up` writes.
+        weight: fp32, on a GPU also bf16 or fp16 [experts, n, k].
         expert_offsets: int32 [experts + 1], rising from 0 to ``rows``.
         slot_row: int32 [tokens, top_k], the row of each choice, or -1 where another rank computes it.
         topk_weights: fp32 [tokens, top_k].
-        bias: fp32 [experts, n], or None.
-        out: fp32 [tokens, n] to write; made when None.
+        bias: fp32, or of the weight's dtype [experts, n], or None.
+        out: [tokens, n] to write; made when None.
         options: which plans may serve, and how.
 
     Raises:
@@ -168,7 +170,8 @@ def _output(prepared: PreparedGemm, out: Tensor | None, like: Tensor, name: str)
     """``out``, or a new output with a row per row of ``like``."""
     if out is not None:
         return out
-    return torch.empty((_length(like, name), prepared.signature.n), dtype=torch.float32, device="cpu")
+    shape, dtype = (_length(like, name), prepared.signature.n), TORCH_DTYPES[prepared.signature.out_dtype]
+    return torch.empty(shape, dtype=dtype, device=prepared.device.torch_device)
 
 
 def _length(tensor: Tensor, name: str) -> int:

@@ -66,7 +66,9 @@ class Gate(PreparedCall):
         block_size: int = 0,
         options: ServeOptions = ServeOptions(),
     ) -> Gate:
-        """Find the tuned kernels for a router on this machine; plain torch serves where there are none.
+        """Find the tuned kernels for a router; plain torch serves where there are none.
+
+        It is served where its bias lies, and without one where the options say.
 
         Raises:
             TilewrightError: when the arguments do not fit together.
@@ -88,10 +90,11 @@ class Gate(PreparedCall):
         return cls.prepare(signature, weights, options=options)
 
     def __call__(self, *tensors: Any) -> Gated:
-        """Choose experts for ``logits`` [tokens, experts], fp32 on the CPU; further tensors are outputs to write.
+        """Choose experts for ``logits`` [tokens, experts], fp32 on the gate's device; further tensors are outputs.
 
         Raises:
-            TilewrightError: for tensors that do not fit, and logits without a softmax: NaN, +inf, or nothing but -inf.
+            TilewrightError: for tensors that do not fit, and logits without a softmax: NaN, +inf, or nothing but -inf
+                (on a GPU only with ``check_values``).
 
         """
         if torch.compiler.is_compiling() and len(tensors) == 1:
@@ -113,8 +116,8 @@ class Gate(PreparedCall):
         tokens = logits.shape[0]
         choices = (tokens, signature.top_k)
         ids, weights = (
-            torch.empty(choices, dtype=torch.int32, device="cpu"),
-            torch.empty(choices, dtype=torch.float32, device="cpu"),
+            torch.empty(choices, dtype=torch.int32, device=logits.device),
+            torch.empty(choices, dtype=torch.float32, device=logits.device),
         )
         if signature.order == "none":
             return [ids, weights]
@@ -122,7 +125,7 @@ class Gate(PreparedCall):
         if signature.order == "blocks":
             padded = signature.padded_rows(tokens)
             shapes += [(padded,), (padded // signature.block_size,), (1,)]
-        return [ids, weights, *(torch.empty(shape, dtype=torch.int32, device="cpu") for shape in shapes)]
+        return [ids, weights, *(torch.empty(shape, dtype=torch.int32, device=logits.device) for shape in shapes)]
 
 
 def _gate(logits: Tensor, handle: int) -> list[Tensor]:

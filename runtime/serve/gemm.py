@@ -8,6 +8,7 @@ from tilewright.codegen.ops.moe_gemm.signature import Activation, MoeGemmSignatu
 from tilewright.errors import TilewrightError
 from tilewright.runtime.serve.options import ServeOptions
 from tilewright.runtime.serve.prepared import PreparedCall
+from tilewright.runtime.torch.dtypes import DTYPE_NAMES
 from tilewright.runtime.weights.experts import checked_bias, checked_weight
 
 
@@ -19,7 +20,8 @@ class PreparedGemm(PreparedCall):
       out [tokens, n])``
     * ``plain``: ``(x [rows, k], expert_offsets, out [rows, n])``
 
-    Floating point tensors are fp32, indices int32, all on the CPU. The call writes ``out`` and returns it.
+    ``x`` and ``out`` have the weight's dtype, routing weights are fp32, indices int32, all on the weight's device. The
+    call writes ``out`` and returns it.
     """
 
     __slots__ = ()
@@ -36,17 +38,18 @@ def prepare(
     bias: Any = None,
     options: ServeOptions = ServeOptions(),
 ) -> PreparedGemm:
-    """Find the tuned kernels for ``weight`` on this machine and pack it for them.
+    """Find the tuned kernels for ``weight`` on its device and pack it for them.
 
     Args:
-        weight: fp32 [experts, n, k]; with an activation [experts, 2n, k], gate rows before up rows. It may be strided.
+        weight: fp32, on a GPU also bf16 or fp16 [experts, n, k]; with an activation [experts, 2n, k], gate rows before
+            up rows. It may be strided.
         stage: ``up``, ``down`` or ``plain``; see :class:`PreparedGemm`.
         top_k: experts per token; 1 for ``plain``.
         activation: ``swiglu``, ``geglu`` and ``swiglu_clamped`` (gpt-oss) join gate and up rows; for ``up`` only.
-        bias: fp32 [experts, rows of the weight], or None.
+        bias: fp32, or of the weight's dtype [experts, rows of the weight], or None.
         options: which plans may serve, and how.
 
-    Where there is no tuned kernel (no plan, another CPU, a damaged or untrusted database), plain torch serves, with
+    Where there is no tuned kernel (no plan, another device, a damaged or untrusted database), plain torch serves, with
     one warning.
 
     Raises:
@@ -60,9 +63,16 @@ def prepare(
     if rows % halves:
         raise TilewrightError(f"{what} has {rows} rows per expert; {activation} needs as many gate as up rows")
     signature = MoeGemmSignature(
-        stage=stage, experts=experts, n=rows // halves, k=k, top_k=top_k, activation=activation, bias=bias is not None
+        stage=stage,
+        experts=experts,
+        n=rows // halves,
+        k=k,
+        top_k=top_k,
+        activation=activation,
+        bias=bias is not None,
+        x_dtype=DTYPE_NAMES[weight.dtype],
     )
     weights = {"weight": weight}
     if bias is not None:
-        weights["bias"] = checked_bias(bias, what=f"moe_gemm {stage}: bias", experts=experts, rows=rows)
+        weights["bias"] = checked_bias(bias, what=f"moe_gemm {stage}: bias", weight=weight)
     return PreparedGemm.prepare(signature, weights, options=options)

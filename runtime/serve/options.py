@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from tilewright.codegen.hardware.cores import cores
 from tilewright.errors import TilewrightError
 
 FilePath = str | os.PathLike[str]
+
+_DEVICE_TYPES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,15 @@ class ServeOptions:
     """Whether the weights stay in memory beside what kernels read. True: plain torch reads them for sizes that it
     serves. False: it reads what kernels read, which is slower, and the originals can be freed. None: they are kept
     where a caller hands them over, and released where ``enable`` replaces those of a model."""
+    device: str | torch.device = "cpu"
+    """Where an op without weights is served (``Gate``, ``PagedDecode``, ``VarlenPrefill``): ``cpu``, ``cuda``,
+    ``cuda:1``. Weights decide it where there are any."""
+    check_values: bool = False
+    """Whether offsets, indices, lengths, pages and logits are looked at on a GPU, too, before anything reads them.
+    Every call then waits for the device. On a CPU they always are."""
+    workspace: Callable[[int], object] | None = None
+    """On a GPU: gives so many bytes there as a tensor; asked once for each op and stream, and again where a call needs
+    more. None: torch's allocator does. For an engine that sets memory aside (``workspace_bytes`` says how much)."""
 
     def __post_init__(self) -> None:
         threads, max_error = self.threads, self.max_error
@@ -63,6 +75,16 @@ class ServeOptions:
             raise TilewrightError(f"batch_invariant={self.batch_invariant!r} is impossible; give True or False")
         if not isinstance(self.keep_weights, bool | None):
             raise TilewrightError(f"keep_weights={self.keep_weights!r} is impossible; give True, False or None")
+        if not isinstance(self.check_values, bool):
+            raise TilewrightError(f"check_values={self.check_values!r} is impossible; give True or False")
+        if self.workspace is not None and not callable(self.workspace):
+            raise TilewrightError(f"workspace={self.workspace!r} is impossible; give a function of a number of bytes")
+        _require_known(self.device)
+
+    @property
+    def torch_device(self) -> torch.device:
+        """:attr:`device` as torch names it."""
+        return torch.device(self.device)
 
     @property
     def thread_count(self) -> int:
@@ -71,3 +93,12 @@ class ServeOptions:
             return self.threads
         quota = cores().quota
         return torch.get_num_threads() if quota is None else min(torch.get_num_threads(), max(1, math.floor(quota)))
+
+
+def _require_known(device: object) -> None:
+    try:
+        kind = torch.device(device).type if isinstance(device, str | torch.device) else ""
+    except RuntimeError:
+        kind = ""
+    if kind not in _DEVICE_TYPES:
+        raise TilewrightError(f"device={device!r} is impossible; give cpu, cuda, or one GPU such as cuda:0")

@@ -1,4 +1,4 @@
-"""Which kernel serves which size on this machine: the plan of the database, checked, with its kernels loaded.
+"""Which kernel serves which size on a device: the plan of the database, checked, with its kernels loaded.
 
 Nothing here raises for what is missing, damaged or made elsewhere: torch serves those sizes, and one warning says why.
 """
@@ -11,39 +11,27 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 
-from tilewright.codegen.hardware.archs import ARCHS, runs_on
-from tilewright.codegen.hardware.cpu_info import read_cpu_info
-from tilewright.codegen.numbers.layouts import RowLayout, WeightLayout
+import torch
+
 from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.signature import Signature
 from tilewright.codegen.recipe.model import ABI_VERSION, FORMAT_VERSION, Recipe, packable
 from tilewright.codegen.recipe.validity import unused_tensors
 from tilewright.errors import TilewrightError
-from tilewright.runtime.launchers.base import KernelRefused, Launcher, LoadedArtifact
+from tilewright.runtime.launchers.base import KernelRefused, Launcher
 from tilewright.runtime.launchers.registry import find_launcher
 from tilewright.runtime.notices import warn_once
+from tilewright.runtime.serve.devices import ServingDevice, serving_device
+from tilewright.runtime.serve.kernels import AnyLayout, LoadedKernel
 from tilewright.runtime.serve.options import ServeOptions
-from tilewright.runtime.weights.packing import packed_shape
+from tilewright.runtime.weights.laying_out import laid_out_elements
 from tilewright.tuning_db.locations import default_url
 from tilewright.tuning_db.reader import Reader
-from tilewright.tuning_db.records import KernelRecord, PlanEntry, PlanRecord
+from tilewright.tuning_db.records import KernelRecord, PlanEntry, PlanRecord, Timing
 
 _MOST_TIMES_LARGER = 4
 _ALWAYS_ALLOWED = 1 << 20
 """Elements of a packed weight: those of a small one may be padded to many times as many."""
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedKernel:
-    """A kernel that this process can call."""
-
-    record: KernelRecord
-    recipe: Recipe
-    layout: WeightLayout | None
-    """In which it takes its weight; None: as the op declares it."""
-    entries: tuple[int, ...]
-    """Address of the entry of each launch of the recipe."""
-    artifacts: tuple[LoadedArtifact, ...]
 
 
 @dataclass(frozen=True)
@@ -60,10 +48,10 @@ class SizeRange:
 
 @dataclass(frozen=True)
 class Resolution:
-    """What serves a signature on this machine, and why."""
+    """What serves a signature on a device, and why."""
 
     signature: Signature
-    device_key: str
+    device: ServingDevice
     database: str
     plan: PlanRecord | None
     ranges: tuple[SizeRange, ...]
@@ -76,58 +64,71 @@ class Resolution:
         return tuple(part.kernel for part in self.ranges if part.kernel is not None)
 
     @property
-    def layouts(self) -> tuple[WeightLayout | None, ...]:
+    def layouts(self) -> tuple[AnyLayout | None, ...]:
         """Layouts that served kernels take their weight in, each once; None: as declared."""
         return tuple(dict.fromkeys(kernel.layout for kernel in self.kernels))
 
 
-def resolve(signature: Signature, options: ServeOptions) -> Resolution:
-    """Find the plan for ``signature`` on this machine and load its kernels.
+def resolve(signature: Signature, device: ServingDevice, options: ServeOptions) -> Resolution:
+    """Find the plan for ``signature`` on ``device`` and load its kernels.
 
-    Plans that were only predicted, or bring a larger error than ``max_error``, are left out. Of several plans for this
-    device, those made with as many threads are taken, else those that come nearest, and of these the fastest. With
-    ``batch_invariant`` only plans that promise it count, and one of whose sizes a tuned kernel does not serve is
-    refused, for plain torch adds up in other orders for other batches.
+    Plans that bring a larger error than ``max_error`` are left out, and so are those that were only predicted, except
+    on GPUs where there is no measured one. Of several plans for the device, those made with as many threads are taken,
+    else those that come nearest, and of these the fastest. With ``batch_invariant`` only plans that promise it count,
+    and one of whose sizes a tuned kernel does not serve is refused, for plain torch adds up in other orders for other
+    batches.
 
     Raises:
-        TilewrightError: with ``batch_invariant``, when there is no such plan or some of it cannot be served.
+        TilewrightError: with ``batch_invariant``, when there is no such plan or some of it cannot be served; for an
+            environment that says what evidence is taken and cannot be read.
 
     """
     batch_invariant = options.batch_invariant
     database = _database_of(options)
-    device_key = read_cpu_info().key
+    timings = device.timings
     try:
+        device.require_kernels()
         reader = Reader.open(database, verify_key=options.verify_key)
         plans: Sequence[PlanRecord] = reader.plans_for(signature.op, signature.key)
         if batch_invariant:
             plans = _batch_invariant(plans)
-        plan = _choose_plan(plans, device_key, options.thread_count, options.max_error)
+        plan = _choose_plan(plans, device, timings, options)
     except TilewrightError as error:
         if batch_invariant:
             raise TilewrightError(f"{signature.describe()} cannot be served batch-invariantly: {error}") from error
         warn_once(f"{signature.describe()} is served by plain torch: {error}")
-        return Resolution(signature, device_key, database, None, (SizeRange(None, None, None, str(error)),))
-    ranges = _load_ranges(reader, plan, signature)
+        return Resolution(signature, device, database, None, (SizeRange(None, None, None, str(error)),))
+    ranges = _load_ranges(reader, plan, signature, device)
     if batch_invariant and (missing := next((part for part in ranges if part.kernel is None), None)):
         raise TilewrightError(
             f"{signature.describe()} cannot be served batch-invariantly, for no kernel serves some sizes: "
             f"{missing.why_torch}"
         )
-    return Resolution(signature, device_key, database, plan, ranges, batch_invariant)
+    return Resolution(signature, device, database, plan, ranges, batch_invariant)
 
 
-def is_planned(signature: Signature, options: ServeOptions) -> bool:
-    """Whether the database holds a plan, measured on this machine, for ``signature`` that keeps what is asked for.
+def is_planned(signature: Signature, options: ServeOptions, where: torch.device | None = None) -> bool:
+    """Whether the database holds a plan for ``signature`` that may serve and keeps what is asked for.
 
-    False, too, where it cannot be read.
+    Args:
+        signature: of the call.
+        options: which plans may serve.
+        where: the device of the weights; None: that of the options.
+
+    False, too, where the database cannot be read, or nothing can be launched on the device.
+
     """
+    device = serving_device(where or options.torch_device)
+    timings = device.timings
     try:
+        device.require_kernels()
         plans = Reader.open(_database_of(options), verify_key=options.verify_key).plans_for(signature.op, signature.key)
     except TilewrightError:
         return False
     return any(
         plan.error <= options.max_error and (plan.batch_invariant or not options.batch_invariant)
-        for plan in _measured_on(read_cpu_info().key, plans)
+        for timing in timings
+        for plan in _known_on(device.key, timing, plans)
     )
 
 
@@ -143,29 +144,34 @@ def _batch_invariant(plans: Sequence[PlanRecord]) -> list[PlanRecord]:
     return promising
 
 
-def _measured_on(device_key: str, plans: Sequence[PlanRecord]) -> list[PlanRecord]:
-    return [plan for plan in plans if plan.device_key == device_key and plan.timing == "measured"]
+def _known_on(device_key: str, timing: Timing, plans: Sequence[PlanRecord]) -> list[PlanRecord]:
+    return [plan for plan in plans if plan.device_key == device_key and plan.timing == timing]
 
 
-def _choose_plan(plans: Sequence[PlanRecord], device_key: str, threads: int, max_error: float) -> PlanRecord:
-    """The plan measured on this device, within ``max_error``, whose thread count is nearest to ``threads``."""
-    here = _measured_on(device_key, plans)
-    allowed = [plan for plan in here if plan.error <= max_error]
-    if allowed:
-        nearest = min(allowed, key=lambda plan: (abs(plan.threads - threads), plan.threads)).threads
-        return _fastest([plan for plan in allowed if plan.threads == nearest])
-    if here:
-        least = min(here, key=lambda plan: plan.error)
+def _choose_plan(
+    plans: Sequence[PlanRecord], device: ServingDevice, timings: Sequence[Timing], options: ServeOptions
+) -> PlanRecord:
+    """The plan for this device within ``max_error``: of the best evidence, its thread count nearest to the caller's."""
+    threads, max_error = device.threads(options), options.max_error
+    here = [_known_on(device.key, timing, plans) for timing in timings]
+    for known in here:
+        allowed = [plan for plan in known if plan.error <= max_error]
+        if allowed:
+            nearest = min(allowed, key=lambda plan: (abs(plan.threads - threads), plan.threads)).threads
+            return _fastest([plan for plan in allowed if plan.threads == nearest])
+    if any(here):
+        least = min((plan for known in here for plan in known), key=lambda plan: plan.error)
         raise TilewrightError(
             f"its plan with the least error ({least.precision}) is off by {least.error:.2g}, and max_error is "
             f"{max_error:g}; allow more, or tune with --precision {LOSSLESS}"
         )
-    if any(plan.device_key == device_key for plan in plans):
-        raise TilewrightError("its plans for this device were predicted, and none was measured here; tune here")
+    if any(plan.device_key == device.key for plan in plans):
+        raise TilewrightError(f"its plans for this device were predicted, and {device.why_not_predicted}")
     if plans:
         elsewhere = ", ".join(sorted({plan.device_key for plan in plans}))
         raise TilewrightError(
-            f"its plans were made on other devices ({elsewhere}), this one is {device_key}; tune here"
+            f"its plans were made on other devices ({elsewhere}), this one is {device.key}; "
+            f"run `tune {device.tune_arguments}`"
         )
     raise TilewrightError("the database holds no plan for it; run `tune` with its shapes")
 
@@ -184,16 +190,18 @@ def _fastest(plans: Sequence[PlanRecord]) -> PlanRecord:
     return min(zip(plans, times, strict=True), key=cost)[0]
 
 
-def _load_ranges(reader: Reader, plan: PlanRecord, signature: Signature) -> tuple[SizeRange, ...]:
+def _load_ranges(
+    reader: Reader, plan: PlanRecord, signature: Signature, device: ServingDevice
+) -> tuple[SizeRange, ...]:
     """The plan's entries with their kernels loaded; torch where that fails, and beyond the end of the plan."""
     ranges: list[SizeRange] = []
-    layouts: set[WeightLayout | None] = set()
+    layouts: set[AnyLayout | None] = set()
     above = 0
     for entry in plan.entries:
         kernel, why_torch = None, "the plan found nothing faster"
         if entry.kernel_key is not None:
             try:
-                kernel = _load_kernel(reader, entry.kernel_key, signature)
+                kernel = _load_kernel(reader, entry.kernel_key, signature, device)
                 _require_allowed_layout(layouts, kernel, plan)
                 layouts.add(kernel.layout)
             except TilewrightError as error:
@@ -207,7 +215,7 @@ def _load_ranges(reader: Reader, plan: PlanRecord, signature: Signature) -> tupl
     return tuple(ranges)
 
 
-def _require_allowed_layout(layouts: Set[WeightLayout | None], kernel: LoadedKernel, plan: PlanRecord) -> None:
+def _require_allowed_layout(layouts: Set[AnyLayout | None], kernel: LoadedKernel, plan: PlanRecord) -> None:
     """Each layout is a copy of the weights, and the plan names those that it needs."""
     named = plan.layout.split("+")
     allowed = len(named)
@@ -219,17 +227,15 @@ def _require_allowed_layout(layouts: Set[WeightLayout | None], kernel: LoadedKer
         )
 
 
-def _load_kernel(reader: Reader, key: str, signature: Signature) -> LoadedKernel:
-    """The kernel ``key``, checked to fit this machine, this release and ``signature``, and loaded.
+def _load_kernel(reader: Reader, key: str, signature: Signature, device: ServingDevice) -> LoadedKernel:
+    """The kernel ``key``, checked to fit the device, this release and ``signature``, and loaded.
 
     Raises:
         TilewrightError: when it does not fit, or is damaged or not to be trusted.
 
     """
     record = reader.kernel(key)
-    arch = ARCHS.get(record.arch)
-    if arch is None or not runs_on(arch, read_cpu_info()):
-        raise KernelRefused(f"kernel {key[:16]} was built for {record.arch}, which this CPU does not run; tune here")
+    device.require_runs(record)
     recipe = _read_recipe(record)
     if recipe.tensors != signature.tensors() or recipe.size_name != signature.size_name:
         raise KernelRefused(f"kernel {key[:16]} takes other tensors than this tilewright's {signature.op}; tune again")
@@ -242,18 +248,16 @@ def _load_kernel(reader: Reader, key: str, signature: Signature) -> LoadedKernel
             f"kernel {key[:16]} launches {strange[0]!r:.20}, which is none of its artifacts; tune again"
         )
     layout = launcher.weight_layout(recipe)
-    if isinstance(layout, RowLayout):
-        raise KernelRefused(f"kernel {key[:16]} takes its weight in the layout {layout.key}, which only GPUs read")
     _require_packable(recipe, layout)
     artifacts = {
         checksum: launcher.load(checksum, partial(reader.artifact, checksum))
         for checksum in dict.fromkeys(launch.artifact for launch in recipe.launches)
     }
-    entries = tuple(artifacts[launch.artifact].entry_address(launch.entry) for launch in recipe.launches)
-    return LoadedKernel(record, recipe, layout, entries, tuple(artifacts.values()))
+    entries, owner = device.entries(record, recipe, artifacts)
+    return LoadedKernel(record, recipe, layout, entries, owner)
 
 
-def _require_packable(recipe: Recipe, layout: WeightLayout | None) -> None:
+def _require_packable(recipe: Recipe, layout: AnyLayout | None) -> None:
     """Refuse a layout in which the weight cannot be laid out, or takes far more memory than by itself.
 
     Raises:
@@ -264,7 +268,7 @@ def _require_packable(recipe: Recipe, layout: WeightLayout | None) -> None:
     if layout is None or weight is None:
         return
     experts, n, k = (dim for dim in weight.dims if isinstance(dim, int))
-    packed = math.prod(packed_shape(layout, (experts, n, k)))
+    packed = laid_out_elements(layout, (experts, n, k))
     if packed > _MOST_TIMES_LARGER * experts * n * k + _ALWAYS_ALLOWED:
         raise KernelRefused(f"the weight layout {layout.key} takes {packed} elements for a weight of {experts * n * k}")
 

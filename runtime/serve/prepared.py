@@ -12,13 +12,15 @@ from torch import Tensor
 
 from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.signature import Signature
+from tilewright.codegen.recipe.model import packable
 from tilewright.errors import TilewrightError
-from tilewright.runtime.calls.bind import BoundCall, CallVariant, bind_call
+from tilewright.runtime.calls.bind import BoundCall
 from tilewright.runtime.locks import fork_safe_lock
 from tilewright.runtime.notices import warn_once
 from tilewright.runtime.ops.base import BoundWeights
 from tilewright.runtime.ops.registry import served_op
 from tilewright.runtime.process_memory import Memory
+from tilewright.runtime.serve.devices import ServedSizes, ServingDevice, device_of, serving_device
 from tilewright.runtime.serve.explanation import Explanation, MemoryReport, MemoryUse
 from tilewright.runtime.serve.handles import hold
 from tilewright.runtime.serve.options import ServeOptions
@@ -37,7 +39,17 @@ class PreparedCall:
     which a microsecond counts. Values are those that the weights had when they were prepared.
     """
 
-    __slots__ = ("__weakref__", "_memory", "_resolution", "_weights", "call", "handle", "signature", "threads")
+    __slots__ = (
+        "__weakref__",
+        "_memory",
+        "_resolution",
+        "_weights",
+        "call",
+        "checks_values",
+        "handle",
+        "signature",
+        "threads",
+    )
 
     def __init__(
         self,
@@ -47,9 +59,12 @@ class PreparedCall:
         resolution: Resolution,
         memory: MemoryUse,
         weights: Callable[[], Mapping[str, Tensor]],
+        *,
+        checks_values: bool,
     ) -> None:
         self.signature = signature
         self.threads = threads
+        self.checks_values = checks_values
         self.call = call
         self._resolution = resolution
         self._memory = memory
@@ -62,15 +77,17 @@ class PreparedCall:
     def prepare(
         cls, signature: Signature, weights: Mapping[str, Tensor], *, options: ServeOptions = ServeOptions()
     ) -> Self:
-        """Find the tuned kernels for ``signature`` on this machine and lay ``weights`` out for them.
+        """Find the tuned kernels for ``signature`` and lay ``weights`` out for them.
+
+        Calls are served where the weights lie, or where the options say if there are none.
 
         Args:
             signature: of the call, of an op that the runtime serves.
             weights: the tensors of role ``weight`` by name, as the op declares them; absent optional ones left out.
             options: which plans may serve, and how.
 
-        Where there is no tuned kernel (no plan, another CPU, a damaged or untrusted database), plain torch serves, with
-        one warning.
+        Where there is no tuned kernel (no plan, another device, a damaged or untrusted database), plain torch serves,
+        with one warning.
 
         Raises:
             TilewrightError: when the arguments do not fit together, and with ``batch_invariant`` when there is no plan
@@ -80,7 +97,8 @@ class PreparedCall:
         op = served_op(signature.op)
         spare_torch_threads()
         threads = options.thread_count
-        resolution = resolve(signature, options)
+        device = serving_device(device_of(weights, options, signature.title))
+        resolution = resolve(signature, device, options)
         before = Memory.now()
         bound = op.bind(signature, weights, resolution, keep_weights=options.keep_weights is not False)
         bind = partial(_bind, signature, bound=bound, options=options)
@@ -91,7 +109,8 @@ class PreparedCall:
             resolution = _callable_part(resolution, bind)
             call = bind(resolution)
         memory = MemoryUse(signature.describe(), bound.copied_bytes, bound.weight_bytes, before, Memory.now())
-        return cls(signature, threads, call, resolution, memory, bound.declared)
+        checks_values = device.is_host or options.check_values
+        return cls(signature, threads, call, resolution, memory, bound.declared, checks_values=checks_values)
 
     def __call__(self, *tensors: Any) -> Any:
         """Compute into the outputs and return them."""
@@ -107,8 +126,32 @@ class PreparedCall:
         """Line of :func:`tilewright.runtime.memory_report`."""
         return self._memory
 
+    @property
+    def device(self) -> ServingDevice:
+        """What calls are served on."""
+        return self._resolution.device
+
+    def workspace_bytes(self, **sizes: int) -> int:
+        """What a kernel needs beside its tensors for a call of these sizes: of a thread on a CPU, of a stream on a GPU.
+
+        Args:
+            **sizes: every size that the shapes of the call's tensors name: ``tokens`` and ``rows`` of a grouped GEMM.
+
+        Raises:
+            TilewrightError: for a size that is missing or unknown.
+
+        """
+        named = {dim for spec in self.signature.tensors() for dim in spec.dims if isinstance(dim, str)}
+        if named ^ sizes.keys():
+            raise TilewrightError(
+                f"{self.signature.title}: give workspace_bytes the sizes {', '.join(sorted(named))}, not "
+                f"{', '.join(sorted(sizes)) or 'none'}"
+            )
+        nbytes: int = self.call.workspace_bytes(sizes)
+        return nbytes
+
     def weights(self) -> Mapping[str, Tensor]:
-        """Weights as the op declares them, in fp32: those that were passed, where they were kept.
+        """Weights as the op declares them: those that were passed, where they were kept.
 
         Else they are unpacked into new tensors, with the values that kernels compute with.
         """
@@ -120,10 +163,29 @@ class PreparedCall:
         return bool(self._resolution.kernels)
 
     def is_always_tuned_for(self, size: int) -> bool:
-        """Whether a tuned kernel serves ``size`` whatever else a call is like."""
+        """Whether a tuned kernel serves ``size`` whatever else a call is like.
+
+        What kernels of GPUs were compiled for is an alignment that torch's allocator gives.
+        """
+        part = self._part(size)
+        return part is not None and part.kernel is not None and not (self.device.is_host and part.kernel.recipe.guards)
+
+    @property
+    def reads_all_rows(self) -> bool:
+        """Whether a kernel looks at rows of its input that belong to no expert: for a scale that all rows share."""
+        scales = [layout.stored.x_scales for layout in self._resolution.layouts if layout is not None]
+        return any(each is not None and each.granularity == "tensor" for each in scales)
+
+    def _part(self, size: int) -> SizeRange | None:
         ranges = self._resolution.ranges
-        part = next((part for part in ranges if part.max_size is None or size <= part.max_size), None)
-        return part is not None and part.kernel is not None and not part.kernel.recipe.guards
+        return next((part for part in ranges if part.max_size is None or size <= part.max_size), None)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether kernels read the weights as they were passed, no value rounded."""
+        weight = packable(self.signature.tensors())
+        exact = {None} if weight is None else {None, weight.dtype}
+        return all((layout and layout.precision) in exact for layout in self._resolution.layouts)
 
     @property
     def precision(self) -> str:
@@ -133,7 +195,7 @@ class PreparedCall:
 
     def explain(self) -> Explanation:
         """Which kernel serves which sizes, on what evidence, and where torch does and why."""
-        return Explanation(self._resolution, self.threads, self._memory)
+        return Explanation(self._resolution, self.threads, self._memory, self.checks_values)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.signature.describe()}, {len(self._resolution.kernels)} kernels>"
@@ -159,13 +221,13 @@ def _prepared() -> list[PreparedCall]:
 
 def _bind(signature: Signature, resolution: Resolution, *, bound: BoundWeights, options: ServeOptions) -> BoundCall:
     declared = {spec.name: spec for spec in signature.tensors()}
-    return bind_call(
+    return resolution.device.bind(
         (*declared.values(), *(replace(declared[copy.name], name=copy.alias) for copy in bound.copies)),
         {**bound.tensors, **{copy.alias: copy.tensor for copy in bound.copies}},
-        # Sizes beyond the end of a plan have no variant, so that meeting one is warned of.
-        tuple(_variant(part, bound) for part in resolution.ranges if part.entry is not None or resolution.plan is None),
+        # Sizes beyond the end of a plan have no part, so that meeting one is warned of.
+        tuple(_served(part, bound) for part in resolution.ranges if part.entry is not None or resolution.plan is None),
         size_name=signature.size_name,
-        threads=options.thread_count,
+        options=options,
         fallback=_refusing(signature) if options.batch_invariant else bound.fallback,
         name=signature.title,
     )
@@ -192,13 +254,12 @@ def _callable_part(resolution: Resolution, bind: Callable[[Resolution], BoundCal
     return replace(resolution, ranges=tuple(parts))
 
 
-def _variant(part: SizeRange, bound: BoundWeights) -> CallVariant:
-    """One range of the plan as the call layer takes it; without launches, torch serves it."""
+def _served(part: SizeRange, bound: BoundWeights) -> ServedSizes:
+    """One range of the plan with the names by which its kernel takes the weights."""
     if part.kernel is None:
-        return CallVariant(part.max_size)
-    kernel = part.kernel
-    aliases = {copy.name: copy.alias for copy in bound.copies if copy.layout == kernel.layout}
-    return CallVariant(part.max_size, kernel.recipe, kernel.entries, aliases, owner=kernel.artifacts)
+        return ServedSizes(part.max_size, None, {})
+    layout = part.kernel.layout
+    return ServedSizes(part.max_size, part.kernel, {c.name: c.alias for c in bound.copies if c.layout == layout})
 
 
 def _refusing(signature: Signature) -> Callable[..., None]:

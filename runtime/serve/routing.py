@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,8 +13,59 @@ from tilewright.codegen.routing import spec as numpy_routing
 from tilewright.errors import TilewrightError
 from tilewright.runtime.calls.extension import native_for_torch
 from tilewright.runtime.torch.readable import require_plain, resolved
+from tilewright.runtime.torch.routing import (
+    require_ids,
+    require_logits,
+    softmax_topk_on_device,
+    sort_tokens_on_device,
+)
 
 _NATIVE = native_for_torch()
+_HOST = ("cpu",)
+_ANYWHERE = ("cpu", "cuda")
+_PLACES = {_HOST: "the CPU", _ANYWHERE: "the CPU or a GPU"}
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How tokens are routed where no tuned gate does it."""
+
+    choose: Callable[[Tensor, bool, Tensor, Tensor], None]
+    """As :func:`softmax_topk_into`."""
+    sort: Callable[[Tensor, int, Tensor, Tensor, Tensor], int]
+    """As :func:`sort_tokens_into`."""
+
+
+def host_routing() -> Routing:
+    """On the CPU, where every value is checked."""
+    return Routing(softmax_topk_into, sort_tokens_into)
+
+
+def device_routing(*, check_values: bool) -> Routing:
+    """On a GPU, whose values are looked at only where that is asked for: it waits for the device."""
+
+    def choose(logits: Tensor, renormalize: bool, topk_ids: Tensor, topk_weights: Tensor) -> None:
+        _require_beside("router_logits", logits, topk_ids)
+        _require_no_grad(logits, "router_logits")
+        logits = resolved(logits.detach())
+        if check_values:
+            require_logits(logits)
+        softmax_topk_on_device(logits, renormalize, topk_ids, topk_weights)
+
+    def sort(topk_ids: Tensor, experts: int, row_token: Tensor, expert_offsets: Tensor, slot_row: Tensor) -> int:
+        _require_beside("topk_ids", topk_ids, slot_row)
+        if topk_ids.dtype not in (torch.int32, torch.int64):
+            raise TilewrightError(f"topk_ids has dtype {topk_ids.dtype}; expected int32 or int64 [tokens, top_k]")
+        if check_values:
+            require_ids(topk_ids, experts)
+        return sort_tokens_on_device(resolved(topk_ids), experts, row_token, expert_offsets, slot_row)
+
+    return Routing(choose, sort)
+
+
+def _require_beside(name: str, tensor: Tensor, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise TilewrightError(f"{name} is on {tensor.device}, and the experts on {other.device}; put it there, too")
 
 
 def sort_tokens(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,18 +77,23 @@ def sort_tokens(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]
 
     Returns:
         ``row_token`` [rows], the token of each row; ``expert_offsets`` [experts + 1], where each expert's rows begin
-        and end; ``slot_row`` [tokens, top_k], the row of each pick or -1. All int32.
+        and end; ``slot_row`` [tokens, top_k], the row of each pick or -1. All int32. On a GPU ``row_token`` always has
+        tokens * top_k elements, of which ``expert_offsets[-1]`` count.
 
     Raises:
-        TilewrightError: for a tensor of another kind, and for an id out of range, which is named.
+        TilewrightError: for a tensor of another kind, and on a CPU for an id out of range, which is named; on a GPU
+            such a pick gets no row.
 
     """
-    shape = _ids_shape(topk_ids)
+    shape, device = _ids_shape(topk_ids, _ANYWHERE), topk_ids.device
     if experts < 1:
         raise TilewrightError(f"cannot sort tokens for {experts} experts; there must be at least 1")
-    row_token = torch.empty(shape[0] * shape[1], dtype=torch.int32, device="cpu")
-    expert_offsets = torch.empty(experts + 1, dtype=torch.int32, device="cpu")
-    slot_row = torch.empty(shape, dtype=torch.int32, device="cpu")
+    row_token = torch.empty(shape[0] * shape[1], dtype=torch.int32, device=device)
+    expert_offsets = torch.empty(experts + 1, dtype=torch.int32, device=device)
+    slot_row = torch.empty(shape, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        sort_tokens_on_device(resolved(topk_ids), experts, row_token, expert_offsets, slot_row)
+        return row_token, expert_offsets, slot_row
     rows = sort_tokens_into(topk_ids, experts, row_token, expert_offsets, slot_row)
     return row_token[:rows], expert_offsets, slot_row
 
@@ -78,16 +137,19 @@ def softmax_topk(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor,
         ``topk_ids`` int32 and ``topk_weights`` fp32, both [tokens, top_k].
 
     Raises:
-        TilewrightError: for a tensor of another kind, an impossible ``top_k``, and logits without a softmax (NaN, +inf
-            or nothing but -inf), whose token is named.
+        TilewrightError: for a tensor of another kind, an impossible ``top_k``, and on a CPU for logits without a
+            softmax (NaN, +inf or nothing but -inf), whose token is named.
 
     """
-    tokens, experts = _logits_shape(logits)
+    tokens, experts = _logits_shape(logits, _ANYWHERE)
     if not 1 <= top_k <= experts:
         raise TilewrightError(f"cannot choose {top_k} of {experts} experts; top_k must be from 1 to {experts}")
-    topk_ids = torch.empty((tokens, top_k), dtype=torch.int32, device="cpu")
-    topk_weights = torch.empty((tokens, top_k), dtype=torch.float32, device="cpu")
-    softmax_topk_into(logits, renormalize, topk_ids, topk_weights)
+    topk_ids = torch.empty((tokens, top_k), dtype=torch.int32, device=logits.device)
+    topk_weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
+    if logits.device.type == "cuda":
+        softmax_topk_on_device(resolved(logits.detach()), renormalize, topk_ids, topk_weights)
+    else:
+        softmax_topk_into(logits, renormalize, topk_ids, topk_weights)
     return topk_ids, topk_weights
 
 
@@ -98,8 +160,8 @@ def softmax_topk_into(logits: Tensor, renormalize: bool, topk_ids: Tensor, topk_
         TilewrightError: as :func:`softmax_topk` does.
 
     """
-    if isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled():
-        raise TilewrightError("logits requires grad, but routing has no backward pass; use torch.no_grad()")
+    if isinstance(logits, Tensor):
+        _require_no_grad(logits, "logits")
     if _NATIVE is not None and _NATIVE.softmax_topk(logits, renormalize, topk_ids, topk_weights):
         return
     tokens, experts = _logits_shape(logits)
@@ -123,25 +185,32 @@ def softmax_topk_into(logits: Tensor, renormalize: bool, topk_ids: Tensor, topk_
     topk_weights.numpy()[:] = chosen / total[:, None]
 
 
-def _ids_shape(topk_ids: Tensor) -> tuple[int, int]:
+def _ids_shape(topk_ids: Tensor, where: tuple[str, ...] = _HOST) -> tuple[int, int]:
     if isinstance(topk_ids, Tensor):
         require_plain(topk_ids, "topk_ids")
-    if not isinstance(topk_ids, Tensor) or topk_ids.device.type != "cpu" or topk_ids.dim() != 2:
-        raise TilewrightError(f"topk_ids is {_describe(topk_ids)}; expected int32 or int64 [tokens, top_k] on the CPU")
+    if not isinstance(topk_ids, Tensor) or topk_ids.device.type not in where or topk_ids.dim() != 2:
+        raise TilewrightError(
+            f"topk_ids is {_describe(topk_ids)}; expected int32 or int64 [tokens, top_k] on {_PLACES[where]}"
+        )
     if topk_ids.dtype not in (torch.int32, torch.int64):
         raise TilewrightError(f"topk_ids has dtype {topk_ids.dtype}; expected int32 or int64 [tokens, top_k]")
     return topk_ids.shape[0], topk_ids.shape[1]
 
 
-def _logits_shape(logits: Tensor) -> tuple[int, int]:
-    expected = "expected torch.float32 [tokens, experts] on the CPU"
+def _logits_shape(logits: Tensor, where: tuple[str, ...] = _HOST) -> tuple[int, int]:
+    expected = f"expected torch.float32 [tokens, experts] on {_PLACES[where]}"
     if isinstance(logits, Tensor):
         require_plain(logits, "logits")
-    if not isinstance(logits, Tensor) or logits.device.type != "cpu" or logits.dim() != 2 or logits.shape[1] == 0:
+    if not isinstance(logits, Tensor) or logits.device.type not in where or logits.dim() != 2 or logits.shape[1] == 0:
         raise TilewrightError(f"logits is {_describe(logits)}; {expected}")
     if logits.dtype is not torch.float32:
         raise TilewrightError(f"logits has dtype {logits.dtype}; {expected}")
     return logits.shape[0], logits.shape[1]
+
+
+def _require_no_grad(logits: Tensor, name: str) -> None:
+    if logits.requires_grad and torch.is_grad_enabled():
+        raise TilewrightError(f"{name} requires grad, but routing has no backward pass; use torch.no_grad()")
 
 
 def _require(name: str, buffer: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

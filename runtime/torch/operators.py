@@ -24,13 +24,14 @@ def define_operator(schema: str, *, compute: Callable[..., Any], fake: Callable[
 
     Args:
         schema: ``name(Tensor x, ..., int handle) -> Tensor``; outputs are new tensors, and no argument is written.
-        compute: the operator on CPU tensors.
+        compute: the operator on tensors of CPUs and GPUs.
         fake: the same on tensors without data: shapes, dtypes and strides of the outputs.
 
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, compute, "CPU")
+    for kind in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, compute, kind)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse_backward, lib=_LIBRARY)
 

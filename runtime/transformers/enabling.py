@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from tilewright.codegen.models.config import TOP_K_KEYS
-from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.errors import TilewrightError
 from tilewright.runtime.notices import warn_once
 from tilewright.runtime.process_memory import Memory
+from tilewright.runtime.serve.devices import serving_device
 from tilewright.runtime.serve.experts import Experts
 from tilewright.runtime.serve.options import ServeOptions
 from tilewright.runtime.serve.plans import is_planned
 from tilewright.runtime.serve.prepared import PreparedCall
+from tilewright.runtime.torch.dtypes import DTYPE_NAMES
 from tilewright.runtime.transformers import linears, prompts, routers
 from tilewright.runtime.transformers.interface import (
     IMPLEMENTATION,
@@ -35,6 +36,7 @@ from tilewright.runtime.transformers.interface import (
 )
 from tilewright.runtime.transformers.linears import Place, TunedLinear
 from tilewright.runtime.transformers.norms import serve_norms
+from tilewright.runtime.transformers.offloading import held_weight, is_offloaded
 from tilewright.runtime.transformers.recognition import ExpertWeights, Form, Refusal, read_form, read_weights
 from tilewright.runtime.transformers.reports import (
     Disabled,
@@ -72,19 +74,21 @@ def enable(model: Any, *, options: ServeOptions = ServeOptions(), example: Mappi
     """Serve the expert layers of ``model``, its routers, linear layers and attention over prompts by tuned kernels.
 
     Registers the experts implementation ``tilewright`` with Transformers and selects it. A layer is served where its
-    experts follow Transformers' experts interface, lie on the CPU and have a plan; every other layer runs as before,
-    and one warning says why. A linear layer outside of the experts is served where it is in fp32, its weight is tied to
-    no other, and there is a plan for it (`tune --op all` makes them). Attention over a whole prompt is served in fp32,
-    causal and without a mask, where it is planned and Transformers would use ``sdpa``. A router is served in fp32 where
-    a planned gate is shown to compute what it does; an RMSNorm in fp32 is computed in one call for a few rows.
+    experts follow Transformers' experts interface and have a plan for where they lie; every other layer runs as before,
+    and one warning says why. Experts may lie in memory while the rest is on a GPU. A linear layer outside of the
+    experts is served where it is in fp32 (on a GPU in bf16 or fp16), its weight is tied to no other, and there is a
+    plan for it (`tune --op all` makes them). Attention over a whole prompt is served causal and without a mask, where
+    it is planned and Transformers would use ``sdpa``. On a CPU a router is served in fp32 where a planned gate is shown
+    to compute what it does; an RMSNorm in fp32 is computed in one call for a few rows.
 
     All of it is tried: a small forward of the model is recorded before, each part has to give what it gave there, and
     the same forward afterwards, too. What differs is taken back, and ``left_alone`` names it; what the forward does not
     reach is left alone. Random states, buffers and attributes are then what they were.
 
-    Weights and inputs of experts in bf16 or fp16 are widened to fp32, which takes twice the memory unless a plan stores
-    fewer bits. Values are those that the weights have now. Inference only: in training mode, or where gradients are
-    recorded, a layer with kept weights runs as before; else training mode is refused, and so is a backward pass.
+    On a CPU weights and inputs of experts in bf16 or fp16 are widened to fp32, which takes twice the memory unless a
+    plan stores fewer bits. Values are those that the weights have now. Inference only: in training mode, or where
+    gradients are recorded, a layer with kept weights runs as before; else training mode is refused, and so is a
+    backward pass.
 
     Args:
         model: a ``PreTrainedModel`` in evaluation mode, of Transformers 5 or newer.
@@ -143,8 +147,8 @@ def enable(model: Any, *, options: ServeOptions = ServeOptions(), example: Mappi
             *(Part(place.name, "linear layer", partial(_put_back, place)) for place, _ in stand_ins),
             *(Part(layer.name, "experts", partial(take_back, modules[layer.name])) for layer in served),
         ]
-        exact = all(set(layer.precisions) == {LOSSLESS} for layer in served) and _is_fp32(model)
-        exact = exact and all(stand_in.kernel.prepared.precision == LOSSLESS for _, stand_in in stand_ins)
+        exact = not any(layer.rounded for layer in served) and _is_fp32(model)
+        exact = exact and all(stand_in.kernel.prepared.is_exact for _, stand_in in stand_ins)
         taken = take_back_what_differs(model, trial, recording, parts, exact=exact)
     except BaseException:
         _undo(model, implementations)
@@ -194,7 +198,7 @@ def disable(model: Any) -> Disabled:
         raise TilewrightError("the model is not enabled; there is nothing to disable")
     before = Memory.now()
     served: Mapping[str, ServedLayer | ServedLinear] = getattr(model, _SERVED)
-    rounded = tuple(layer for layer in served.values() if layer.released and set(layer.precisions) != {LOSSLESS})
+    rounded = tuple(layer for layer in served.values() if layer.released and layer.rounded)
     _undo(model, getattr(model, _BEFORE))
     if rounded:
         warn_once(describe_dequantised(rounded))
@@ -270,7 +274,12 @@ def _is_fp32(model: Any) -> bool:
 def _describe_linear(name: str, layer: TunedLinear) -> ServedLinear:
     prepared = layer.kernel.prepared
     return ServedLinear(
-        name, prepared.precision, prepared.memory.weight_bytes, _held_bytes(prepared), layer.kernel.released
+        name,
+        prepared.precision,
+        prepared.memory.weight_bytes,
+        _held_bytes(prepared),
+        layer.kernel.released,
+        rounded=not prepared.is_exact,
     )
 
 
@@ -291,7 +300,7 @@ def _serve_all(
             reason = form.reason if isinstance(form, Refusal) else made.reason  # type: ignore[union-attr]
             outcomes.append(LeftAlone(name, reason))
             continue
-        layer = Layer.of(module, made, form, released=not options.keep_weights)
+        layer = Layer.of(module, made, form, released=not options.keep_weights or is_offloaded(module))
         reason = _disagreement(layer, calls.get(name, ()), options, failure)
         if reason is not None:
             outcomes.append(LeftAlone(name, reason))
@@ -309,7 +318,8 @@ def _serve_all(
                 made.down.precision,
                 _replaced_bytes(form),
                 _held_bytes(made.up) + _held_bytes(made.down),
-                layer.released,
+                layer.released and not is_offloaded(module),
+                rounded=layer.quantised,
             )
         )
     return outcomes
@@ -325,10 +335,11 @@ def _experts(module: nn.Module, form: Form | Refusal, options: ServeOptions) -> 
     if top_k is None:
         return Refusal("its config does not say how many experts a token picks")
     signatures = _signatures(form, top_k)
-    if not any(is_planned(signature, options) for signature in signatures):
+    if not any(is_planned(signature, options, form.device) for signature in signatures):
+        here = serving_device(form.device)
         return Refusal(
-            f"the database holds no plan for {signatures[0].describe()} on this machine within max_error="
-            f"{options.max_error:g}; run `tune --arch native --op all --model FOLDER`"
+            f"the database holds no plan for {signatures[0].describe()} on {here.called} within max_error="
+            f"{options.max_error:g}; run `tune {here.tune_arguments} --op all --model FOLDER`"
         )
     weights = read_weights(module, form)
     experts = Experts(
@@ -384,7 +395,8 @@ def top_k_of(module: nn.Module) -> int | None:
 
 def _signatures(form: Form, top_k: int) -> tuple[MoeGemmSignature, MoeGemmSignature]:
     """Of ``up`` and ``down``."""
-    common: dict[str, Any] = {"experts": form.experts, "top_k": top_k, "bias": form.bias}
+    dtype = DTYPE_NAMES[form.served_dtype]
+    common: dict[str, Any] = {"experts": form.experts, "top_k": top_k, "bias": form.bias, "x_dtype": dtype}
     return (
         MoeGemmSignature(stage="up", n=form.inter, k=form.hidden, activation=form.activation, **common),
         MoeGemmSignature(stage="down", n=form.hidden, k=form.inter, **common),
@@ -394,16 +406,16 @@ def _signatures(form: Form, top_k: int) -> tuple[MoeGemmSignature, MoeGemmSignat
 def _shares_memory(weights: ExpertWeights, module: nn.Module) -> bool:
     """Whether the weights as tilewright takes them are the module's own, and not copies that would be kept beside."""
     pairs: tuple[tuple[Tensor, Any], ...] = (
-        (weights.w_up, module.gate_up_proj),
-        (weights.w_down, module.down_proj),
+        (weights.w_up, held_weight(module, "gate_up_proj")),
+        (weights.w_down, held_weight(module, "down_proj")),
     )
     return all(ours.untyped_storage().data_ptr() == own.untyped_storage().data_ptr() for ours, own in pairs)
 
 
 def _require_finite(name: str, module: nn.Module) -> None:
     for weight in ("gate_up_proj", "down_proj"):
-        values = getattr(module, weight)
-        if values.device.type == "cpu" and not bool(torch.isfinite(values).all()):
+        values = held_weight(module, weight)
+        if values.device.type != "meta" and not bool(torch.isfinite(values).all()):
             raise TilewrightError(f"{name}.{weight} holds NaN or an infinity and cannot be quantised; mend the weights")
 
 

@@ -14,13 +14,14 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.codegen.ops.moe_gemm.signature import MoeGemmSignature
 from tilewright.errors import TilewrightError
+from tilewright.runtime.calls.binding import TORCH_DTYPES
 from tilewright.runtime.serve.gemm import PreparedGemm, prepare
 from tilewright.runtime.serve.handles import held
 from tilewright.runtime.serve.options import ServeOptions
 from tilewright.runtime.serve.plans import is_planned
+from tilewright.runtime.torch.dtypes import DTYPE_NAMES
 from tilewright.runtime.torch.operators import define_operator
 from tilewright.runtime.transformers.inference import SharedByCopies, run_without_backward, wants_gradients
 from tilewright.runtime.transformers.recognition import Refusal
@@ -28,6 +29,10 @@ from tilewright.runtime.transformers.specialised import TOLERANCE, agree, has_ow
 from tilewright.runtime.transformers.trial import Call
 
 M = TypeVar("M", bound=nn.Linear)
+_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16)}
+"""Of the weights that are served, by the kind of device that they lie on."""
+_TOLERANCE_OF_HALF = 0.02
+"""Relative error within which a layer in bf16 or fp16 agrees with one that adds up in another order."""
 _ERRORS = 5.0
 """Within how many times the error of a plan, which was measured on other data, rounded weights agree."""
 
@@ -98,11 +103,14 @@ class Place(Generic[M]):
 
 
 def servable(model: nn.Module) -> Iterator[Place[nn.Linear]]:
-    """Linear layers in fp32 on the CPU whose weight is theirs alone: a tied one has to stay for its other owner."""
+    """Linear layers whose weight is theirs alone: a tied one has to stay for its other owner.
+
+    Those in fp32 on the CPU, in bf16 or fp16 on a GPU.
+    """
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for place in _places(model, nn.Linear):
         weight = place.module.weight
-        if weight.device.type == "cpu" and weight.dtype is torch.float32 and owners[id(weight)] == 1:
+        if weight.dtype in _DTYPES.get(weight.device.type, ()) and owners[id(weight)] == 1:
             yield place
 
 
@@ -125,10 +133,11 @@ def tuned(module: nn.Linear, calls: Sequence[Call], options: ServeOptions) -> Tu
     """
     n, k = module.weight.shape
     try:
-        signature = MoeGemmSignature(stage="plain", experts=1, n=n, k=k, bias=module.bias is not None)
+        dtype = DTYPE_NAMES[module.weight.dtype]
+        signature = MoeGemmSignature(stage="plain", experts=1, n=n, k=k, bias=module.bias is not None, x_dtype=dtype)
     except TilewrightError:
         return None  # no kernel computes such a layer, so that there is no plan either
-    if not is_planned(signature, options):
+    if not is_planned(signature, options, module.weight.device):
         return None
     if has_own_forward(module) or module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001
         return Refusal("its linear layer has hooks or a forward of its own, which would be lost")
@@ -142,21 +151,27 @@ def tuned(module: nn.Linear, calls: Sequence[Call], options: ServeOptions) -> Tu
     )
     if not prepared.is_tuned:
         return None
-    exact = prepared.precision == LOSSLESS
+    tolerance = TOLERANCE if module.weight.dtype is torch.float32 else _TOLERANCE_OF_HALF
+    tolerance = max(tolerance, 0.0 if prepared.is_exact else _ERRORS * options.max_error)
     for call in calls:
         x = call.only_tensor
         if x is None:
             return Refusal("its linear layer is called with more than a tensor")
-        if not agree(_compute(prepared, x), call.output, TOLERANCE if exact else _ERRORS * options.max_error):
+        if not agree(_compute(prepared, x), call.output, tolerance):
             return Refusal("its linear layer computes something else")
     return TunedLinear(module, prepared, released=not options.keep_weights)
 
 
 @lru_cache(maxsize=64)
 def _one_group(rows: int) -> Tensor:
-    """Offsets that put all rows into one group."""
+    """Offsets that put all rows into one group, on the CPU."""
     with torch.inference_mode(mode=False):
         return torch.tensor([0, rows], dtype=torch.int32, device="cpu")
+
+
+def _one_group_on(device: torch.device, rows: int) -> Tensor:
+    """The same on a GPU, made there by every call: a CUDA graph may be recording."""
+    return torch.arange(2, dtype=torch.int32, device=device) * rows
 
 
 def _linear(prepared: PreparedGemm, x: Tensor) -> Tensor:
@@ -167,11 +182,14 @@ def _linear(prepared: PreparedGemm, x: Tensor) -> Tensor:
 
 
 def _compute(prepared: PreparedGemm, x: Tensor) -> Tensor:
-    signature = prepared.signature
+    signature, device = prepared.signature, prepared.device
+    dtype = TORCH_DTYPES[signature.x_dtype]
     rows = x.reshape(-1, signature.k)
-    rows = rows if rows.dtype is torch.float32 else rows.float()
-    out = torch.empty((rows.shape[0], signature.n), dtype=torch.float32, device="cpu")
-    prepared.call(rows.contiguous(), _one_group(rows.shape[0]), out)
+    rows = rows if rows.dtype is dtype else rows.to(dtype)
+    count = rows.shape[0]
+    offsets = _one_group(count) if device.is_host else _one_group_on(rows.device, count)
+    out = torch.empty((count, signature.n), dtype=dtype, device=device.torch_device)
+    prepared.call(rows.contiguous(), offsets, out)
     return out.view(*x.shape[:-1], signature.n).to(x.dtype)
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, cast, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from tilewright.codegen.ops.moe_gemm.signature import Activation
-from tilewright.runtime.ops.moe_gemm import activate
+from tilewright.runtime.torch.activations import activate
+from tilewright.runtime.transformers.offloading import held_weight
 from tilewright.runtime.transformers.specialised import random_rows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes of weights that widen to fp32 without loss."""
+"""Dtypes of weights that widen to fp32 without loss, and that kernels for GPUs read."""
+_DEVICES = ("cpu", "cuda")
 _PROBED_ROWS = 64
 
 
@@ -29,9 +31,15 @@ class Form:
     """[experts, in, out]; else [experts, out, in]."""
     bias: bool
     dtype: torch.dtype
+    device: torch.device
     experts: int
     inter: int
     hidden: int
+
+    @property
+    def served_dtype(self) -> torch.dtype:
+        """In which weights and activations are served: their own on a GPU, fp32 on the CPU."""
+        return self.dtype if self.device.type == "cuda" else torch.float32
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Refusal:
 
 
 class ExpertWeights(NamedTuple):
-    """Arguments of :class:`tilewright.runtime.Experts`, all fp32."""
+    """Arguments of :class:`tilewright.runtime.Experts`: fp32, on a GPU the weights in their own dtype."""
 
     w_up: Tensor
     w_down: Tensor
@@ -54,16 +62,18 @@ def read_form(module: nn.Module) -> Form | Refusal:
     """How ``module`` declares its weights, or why it cannot be served."""
     if not hasattr(type(module).forward, "__wrapped__"):
         return Refusal("its class replaces the forward that Transformers gave it")
-    if not getattr(module, "has_gate", False) or not isinstance(getattr(module, "gate_up_proj", None), Tensor):
+    if not getattr(module, "has_gate", False) or not isinstance(held_weight(module, "gate_up_proj"), Tensor):
         return Refusal("its experts have no gate")
     if getattr(module, "has_post_expert_norm", False):
         return Refusal("its experts are followed by a norm")
     if getattr(module, "_is_expert_parallel", False):
         return Refusal("its experts are spread over several ranks")
-    up, down = cast("Tensor", module.gate_up_proj), cast("Tensor", module.down_proj)
+    up, down = held_weight(module, "gate_up_proj"), held_weight(module, "down_proj")
     for weight in (up, down):
-        if weight.device.type != "cpu":
-            return Refusal(f"its weights are on {weight.device}, and kernels run on the CPU")
+        if weight.device.type not in _DEVICES:
+            return Refusal(f"its weights are on {weight.device}, and kernels run on CPUs and CUDA devices")
+        if weight.device != up.device:
+            return Refusal(f"its weights are on {up.device} and {weight.device}")
         if weight.dtype not in _DTYPES:
             return Refusal(f"its weights are {weight.dtype}; fp32, bf16 and fp16 are served")
     transposed, bias = bool(module.is_transposed), bool(module.has_bias)
@@ -73,18 +83,18 @@ def read_form(module: nn.Module) -> Form | Refusal:
     joined = _recognise_gate(module, rows // 2)
     if joined is None:
         return Refusal(f"its activation is none of {', '.join(_GATED)}")
-    return Form(*joined, transposed, bias, up.dtype, experts, rows // 2, hidden)
+    return Form(*joined, transposed, bias, up.dtype, up.device, experts, rows // 2, hidden)
 
 
 def read_weights(module: nn.Module, form: Form) -> ExpertWeights:
     """The weights of ``module`` as :class:`tilewright.runtime.Experts` takes them: views where that is possible."""
-    up, down = cast("Tensor", module.gate_up_proj).detach(), cast("Tensor", module.down_proj).detach()
-    bias_up = cast("Tensor", module.gate_up_proj_bias).detach() if form.bias else None
-    bias_down = cast("Tensor", module.down_proj_bias).detach() if form.bias else None
+    up, down = held_weight(module, "gate_up_proj").detach(), held_weight(module, "down_proj").detach()
+    bias_up = held_weight(module, "gate_up_proj_bias").detach() if form.bias else None
+    bias_down = held_weight(module, "down_proj_bias").detach() if form.bias else None
     w_up = _declared(up, form.transposed)
     return ExpertWeights(
-        (_halved(w_up) if form.interleaved else w_up).float(),
-        _declared(down, form.transposed).float(),
+        (_halved(w_up) if form.interleaved else w_up).to(form.served_dtype),
+        _declared(down, form.transposed).to(form.served_dtype),
         None if bias_up is None else (_halved(bias_up) if form.interleaved else bias_up).float(),
         None if bias_down is None else bias_down.float(),
     )

@@ -22,6 +22,8 @@ class ServedLayer:
     """Of what kernels read."""
     released: bool
     """Whether the module's own weights were given back to the system."""
+    rounded: bool
+    """Whether kernels read other values than the weights had."""
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -41,6 +43,8 @@ class ServedLinear:
     """Of what the kernel reads."""
     released: bool
     """Whether the layer's own weight was given back to the system."""
+    rounded: bool
+    """Whether the kernel reads other values than the weight had."""
 
     @property
     def precisions(self) -> tuple[str, ...]:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tilewright.codegen.numbers.precisions import LOSSLESS
 from tilewright.errors import TilewrightError
 from tilewright.runtime.serve.experts import Experts
 from tilewright.runtime.transformers.inference import SharedByCopies, run_without_backward, wants_gradients
 from tilewright.runtime.transformers.interface import forward_of
+from tilewright.runtime.transformers.offloading import go_past_hook, go_through_hook, is_offloaded
 from tilewright.runtime.transformers.recognition import Form, as_module_weights
 
 _LAYER = "_tilewright_layer"
@@ -26,6 +26,7 @@ class Layer(SharedByCopies):
     experts: Experts
     form: Form
     released: bool
+    """Whether the module has no weights of its own to run with: they were given back, or a hook has them."""
     trainable: tuple[bool, ...]
     """Whether each of the replaced weights required gradients."""
 
@@ -37,7 +38,7 @@ class Layer(SharedByCopies):
     @property
     def quantised(self) -> bool:
         """Whether kernels read rounded weights."""
-        return {self.experts.up.precision, self.experts.down.precision} != {LOSSLESS}
+        return not (self.experts.up.is_exact and self.experts.down.is_exact)
 
 
 def layer_of(module: nn.Module) -> Layer | None:
@@ -54,7 +55,8 @@ def remember(module: nn.Module, implementation: str | None) -> None:
 def attach(module: nn.Module, layer: Layer) -> None:
     """Have ``layer`` serve ``module``, and release the module's own weights where the layer says so."""
     setattr(module, _LAYER, layer)
-    if not layer.released:
+    go_past_hook(module)
+    if not layer.released or is_offloaded(module):
         return
     for name in _REPLACED:
         # Of the same shape and without memory: what asks for its values fails, and does not read wrong ones.
@@ -71,7 +73,8 @@ def detach(module: nn.Module) -> None:
 def take_back(module: nn.Module) -> None:
     """Undo :func:`attach`: the module runs what it ran before."""
     layer = layer_of(module)
-    if layer is not None and layer.released:
+    go_through_hook(module)
+    if layer is not None and layer.released and not is_offloaded(module):
         restored = as_module_weights(layer.experts.weights(), layer.form)
         for name, trainable in zip(_REPLACED, layer.trainable, strict=True):
             setattr(module, name, nn.Parameter(restored[name], requires_grad=trainable))
@@ -106,6 +109,9 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
 
 def run_layer(layer: Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
     """Output of ``layer`` in the dtype of ``x``; see :func:`experts_forward`."""
-    if x.dtype is torch.float32 and topk_weights.dtype is torch.float32:
+    form = layer.form
+    if x.device != form.device:  # the experts bring it to where they lie, and the result back, in its dtype
         return layer.experts.run(x, topk_ids, topk_weights)
-    return layer.experts.run(x.float(), topk_ids, topk_weights.float()).to(x.dtype)
+    if x.dtype is form.served_dtype and topk_weights.dtype is torch.float32:
+        return layer.experts.run(x, topk_ids, topk_weights)
+    return layer.experts.run(x.to(form.served_dtype), topk_ids, topk_weights.float()).to(x.dtype)

@@ -112,6 +112,8 @@ def try_out(model: Any, example: Mapping[str, Any] | None) -> tuple[Trial, Recor
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """Bring back random states, and the attributes and buffers of ``module`` and its parts, whatever happens."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    has_devices: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    on_devices = torch.cuda.get_rng_state_all() if has_devices else []
     parts = [(part, _attributes(part)) for part in module.modules()]
     buffers = [
         (buffer, buffer.detach().clone())
@@ -130,6 +132,8 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])
+        if on_devices:
+            torch.cuda.set_rng_state_all(on_devices)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from tilewright.codegen.numbers.layouts import WeightLayout
+from tilewright.codegen.numbers.layouts import RowLayout, WeightLayout
 from tilewright.errors import TilewrightError
 from tilewright.runtime.torch.readable import require_plain, resolved
 from tilewright.runtime.weights.dequantising import dequantise
+from tilewright.runtime.weights.rows_on_device import unpack_rows
+
+_SERVED_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16, torch.float32)}
+"""Of weights, by the kind of device that they lie on."""
 
 
 class ExpertWeights(Protocol):
@@ -57,18 +61,37 @@ class PackedWeights:
         return dequantise(declared, layout.stored, self.k) if layout.stored.quantised else declared
 
 
+@dataclass(frozen=True)
+class RowWeights:
+    """Weights as GPU kernels read them: rows of elements and their scales, in the dtype of the declared weight."""
+
+    packed: Tensor
+    layout: RowLayout
+    shape: tuple[int, int, int]
+    """[experts, n, k] as declared."""
+
+    def expert(self, index: int) -> Tensor:
+        """Weight of one expert as declared, [n, k]: a copy, made without unpacking the others."""
+        return unpack_rows(self.packed, self.layout, self.shape, index).to(self.packed.dtype)
+
+
 def checked_weight(weight: Any, *, what: str, dims: str) -> Tensor:
-    """``weight``, a tensor or DLPack object, as a CPU fp32 tensor of as many dimensions as ``dims`` names.
+    """``weight``, a tensor or DLPack object, as a tensor of as many dimensions as ``dims`` names.
+
+    On the CPU it has to be fp32, on a GPU bf16, fp16 or fp32.
 
     Raises:
         TilewrightError: when it is anything else.
 
     """
     tensor = _as_tensor(weight, what)
-    expected = f"expected a torch.float32 CPU tensor [{dims}]"
-    if tensor.device.type != "cpu":
-        raise TilewrightError(f"{what} is on device {tensor.device}; {expected}")
-    if tensor.dtype is not torch.float32:
+    dtypes = _SERVED_DTYPES.get(tensor.device.type)
+    if dtypes is None:
+        raise TilewrightError(
+            f"{what} is on device {tensor.device}; expected a torch.float32 CPU tensor [{dims}], or one on a GPU"
+        )
+    expected = f"expected {' or '.join(map(str, dtypes))} on {tensor.device}, [{dims}]"
+    if tensor.dtype not in dtypes:
         raise TilewrightError(f"{what} has dtype {tensor.dtype}; {expected}")
     if tensor.dim() != dims.count(",") + 1:
         raise TilewrightError(f"{what} has shape {list(tensor.shape)}; {expected}")
@@ -79,20 +102,23 @@ def checked_weight(weight: Any, *, what: str, dims: str) -> Tensor:
     return resolved(tensor)
 
 
-def checked_bias(bias: Any, *, what: str, experts: int, rows: int) -> Tensor:
-    """``bias`` as a contiguous CPU fp32 tensor [experts, rows].
+def checked_bias(bias: Any, *, what: str, weight: Tensor) -> Tensor:
+    """``bias`` of ``weight`` [experts, n, k] as a contiguous fp32 tensor [experts, n] beside it.
 
     Raises:
         TilewrightError: when it is anything else.
 
     """
     tensor = checked_weight(bias, what=what, dims="experts, n")
+    experts, rows = weight.shape[:2]
     if tuple(tensor.shape) != (experts, rows):
         raise TilewrightError(
             f"{what} has shape {list(tensor.shape)}; its weight has {experts} experts of {rows} rows, "
             f"so expected [{experts}, {rows}]"
         )
-    return tensor.contiguous()
+    if tensor.device != weight.device:
+        raise TilewrightError(f"{what} is on {tensor.device}, and its weight on {weight.device}; put it there, too")
+    return tensor.float().contiguous()
 
 
 def _as_tensor(value: Any, what: str) -> Tensor:

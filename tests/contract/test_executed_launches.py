@@ -16,7 +16,7 @@ import torch
 from awkward import Case
 from covering import FULL
 from executing import executing
-from gpu_signatures import launched_cases
+from gpu_signatures import covering_cases, launched_cases
 from numpy.typing import NDArray
 from posing import Posed, pose, values
 from stored_kernels import Stored, stored
@@ -26,7 +26,7 @@ from tilewright.codegen.numbers.dtypes import ITEMSIZE, from_bytes, to_bytes
 from tilewright.codegen.numbers.layouts import RowLayout
 from tilewright.codegen.ops.base import Arrays
 from tilewright.codegen.ops.problem import Problem
-from tilewright.codegen.ops.registry import find_op
+from tilewright.codegen.ops.registry import OPS, find_op
 from tilewright.codegen.recipe.model import WORKSPACE, Recipe, packable
 from tilewright.codegen.recipe.resolve import Place, resolve, workspace_bytes
 from tilewright.runtime.launchers.cuda.driver import CudaDevice, Driver
@@ -41,10 +41,15 @@ pytest.importorskip("triton", reason="Triton is not installed")
 POISON = 0xFF
 
 
+USUAL = ("moe_gemm/triton_persistent", "gating/triton_fused", "attention/triton_decode")
+"""What is launched by default: tensor maps, several launches with a workspace between them, and one of every op."""
+
+
 def cases() -> list[Case]:
-    """With ``TILEWRIGHT_FULL=1`` all."""
-    every = launched_cases()
-    return every if FULL else list({case.op: case for case in every}.values())
+    """All that are launched with ``TILEWRIGHT_FULL=1``; else one of every op, for one arch."""
+    templates = [(op.name, template) for op in OPS.values() for template in op.templates if template.name in USUAL]
+    usual = [case for op, template in templates for case in covering_cases(op, template, GPU_ARCHS["sm_90"], share=1)]
+    return launched_cases() if FULL else usual
 
 
 def on_device(data: bytes) -> Posed:

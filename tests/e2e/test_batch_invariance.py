@@ -25,14 +25,17 @@ INPUTS = ("x", "expert_offsets", "slot_row", "topk_weights")
 
 
 def tuned(database: Path, *options: str) -> Path:
-    words = ["--arch", "native", "--op", "moe_gemm", "--problem", PROBLEM, "--db", str(database), "--trials", "8"]
-    assert tune([*words, "--tokens", "1,8,40", "--time", "8s", "--probes", "1", *options]) == 0
+    words = ["--arch", "native", "--op", "moe_gemm", "--problem", PROBLEM, "--db", str(database)]
+    assert tune([*words, *options]) == 0
     return database
 
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tuned(tmp_path_factory.mktemp("invariant") / "tuning.db", "--batch-invariant")
+    return tuned(
+        tmp_path_factory.mktemp("invariant") / "tuning.db",
+        *("--batch-invariant", "--tokens", "1,8,40", "--trials", "8", "--time", "8s", "--probes", "1"),
+    )
 
 
 def serve(database: Path, inputs: dict, tokens: int, threads: int) -> np.ndarray:
@@ -97,7 +100,7 @@ def test_a_promise_warns_where_it_is_not_asked_for_and_cannot_be_kept(database: 
 
 
 def test_other_plans_are_refused(tmp_path: Path) -> None:
-    database = tuned(tmp_path / "tuning.db")
+    database = tuned(tmp_path / "tuning.db", *["--tokens", "8", "--trials", "2", "--time", "2s", "--probes", "0"])
     weight = torch.from_numpy(find_op("moe_gemm").weights(SIGNATURE, 0)["weight"])
     with pytest.raises(TilewrightError, match="tune with --batch-invariant"):
         prepare(weight, stage="down", top_k=2, options=ServeOptions(database=database, batch_invariant=True))

@@ -78,7 +78,7 @@ def test_tune_then_read_then_serve(database: Path, capsys: pytest.CaptureFixture
     common = "experts=4,top_k=2"
     for stage in (f"{common},stage=up,activation=swiglu,n=48,k=40", f"{common},stage=down,n=40,k=48"):
         words = ["--arch", "native", "--op", "moe_gemm", "--problem", stage, "--tokens", "1,9"]
-        assert main([*words, "--trials", "9", "--time", "20s", "--db", str(database), "--json"]) == 0
+        assert main([*words, "--trials", "4", "--time", "5s", "--db", str(database), "--json"]) == 0
         document = json.loads(capsys.readouterr().out)
         entries = document["signatures"][0]["problems"]
         assert [entry["size"] for entry in entries] == [1, 9]

@@ -45,9 +45,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
         said = {name: (folder / name).open("w+") for name in ("stdout", "stderr")}
         for name, file in said.items():
             patch.setattr(f"sys.{name}", file)
-        code = main(
-            [*words, "--trials", "12", "--time", "20s", "--template", TEMPLATE, "--db", str(database), "--json"]
-        )
+        code = main([*words, "--trials", "8", "--time", "10s", "--template", TEMPLATE, "--db", str(database), "--json"])
     for file in said.values():
         file.close()
     stdout, stderr = ((folder / name).read_text() for name in said)
@@ -154,7 +152,7 @@ def test_resume_counts_trials_of_the_same_kernels_alone(
         with contextlib.closing(sqlite3.connect(database)) as connection, connection:
             connection.execute("UPDATE trials SET kernel_key = 'of a text that is no more'")
     words = ["--arch", "native", "--op", "moe_gemm", "--problem", PROBLEM, "--tokens", "1,9", "--threads", "1"]
-    more = ["--resume", "--trials", "2", "--time", "5s", "--probes", "0", "--db", str(database), "--json"]
+    more = ["--resume", "--trials", "2", "--time", "2s", "--probes", "0", "--db", str(database), "--json"]
     assert main([*words, *more]) == 0
     capsys.readouterr()
     assert _searched(database) == before + new

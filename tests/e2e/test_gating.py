@@ -56,7 +56,7 @@ def database(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gating")
     folder.chmod(0o700)
     (folder / "config.json").write_text(json.dumps(MODEL))
-    words = ["--arch", "native", "--op", "gating", "--tokens", "1,40", "--trials", "6", "--time", "20s"]
+    words = ["--arch", "native", "--op", "gating", "--tokens", "1,40", "--trials", "3", "--time", "5s"]
     store = ["--db", str(folder / "tuning.db")]
     assert main([*words, "--model", str(folder / "config.json"), *store]) == 0
     assert main([*words, "--problem", "experts=9,top_k=2,order=rows", "--batch-invariant", *store]) == 0

@@ -6,14 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from covering import FULL
 from patience import PATIENCE_S, wait_until
 
 from tilewright.codegen.backends.cpp.builder import find_compiler
 from tilewright.errors import TilewrightError
 from tilewright.tuning_db.store import Store
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+
+@pytest.mark.parametrize("signal_number", SIGNALS if FULL else SIGNALS[:2])
 def test_an_interrupted_run_keeps_its_trials(signal_number: signal.Signals, tmp_path: Path) -> None:
     try:
         find_compiler()
@@ -41,7 +44,7 @@ def test_an_interrupted_run_keeps_its_trials(signal_number: signal.Signals, tmp_
     assert _trials(database)
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signal_number", SIGNALS)
 def test_a_command_that_has_only_just_started_ends_in_a_sentence(signal_number: signal.Signals) -> None:
     # It is told in the middle of an import, by the module that is imported.
     code = f"""

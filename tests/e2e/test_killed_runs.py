@@ -57,7 +57,7 @@ def searched_of_problem(trials: list[TrialRecord]) -> Counter[str]:
     return Counter(t.problem_key for t in trials if t.search != FINAL_RACE)
 
 
-ROUNDS = 20 if FULL else 8
+ROUNDS = 20 if FULL else 5
 
 
 def test_kill_9_again_and_again_then_resume(database: Path) -> None:
@@ -90,7 +90,7 @@ def test_kill_9_again_and_again_then_resume(database: Path) -> None:
         rounds_with_trials += len(after) > len(before)
         before = after
     assert cut_short >= ROUNDS // 2
-    assert rounds_with_trials >= ROUNDS // 6
+    assert rounds_with_trials >= max(1, ROUNDS // 6)
 
     words = ["--arch", "native", "--op", "moe_gemm", "--problem", FIELDS, "--tokens", ",".join(map(str, SIZES))]
     assert main([*words, "--threads", "1", "--db", str(database), "--resume", "--trials", "50", "--time", "4"]) == 0
@@ -117,7 +117,7 @@ def is_alive(pid: int) -> bool:
 
 def test_a_run_goes_on_when_its_workers_are_killed(database: Path) -> None:
     moments = random.Random(5)
-    tuner, results = start(tune, database, 30, 12.0, 0)
+    tuner, results = start(tune, database, 30, 60.0, 0)  # what a busy machine needs once nothing is killed
     killed = set()
     while tuner.is_alive() and len(killed) < 20:
         # Seldom enough for a worker to get something done, often enough to meet it in whatever it does.

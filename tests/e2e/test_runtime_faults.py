@@ -24,6 +24,7 @@ from tilewright.codegen.recipe.model import Guard, TensorSpec
 from tilewright.errors import TilewrightError
 from tilewright.runtime import PreparedGemm, ServeOptions, TilewrightWarning, prepare
 from tilewright.runtime.notices import forget_warnings
+from tilewright.runtime.serve.devices import Host
 from tilewright.runtime.serve.plans import is_planned, resolve
 from tilewright.tuning_db.store import Store
 
@@ -108,8 +109,8 @@ def with_timing(database, timing):
 
 
 def test_an_artifact_of_a_kind_that_nothing_launches_is_not_loaded(weight, database):
-    edit(database, "UPDATE artifacts SET kind = 'cubin'")
-    assert_served_by_torch(weight, database, "nothing here launches 'cubin' artifacts, only host_so")
+    edit(database, "UPDATE artifacts SET kind = 'hsaco'")
+    assert_served_by_torch(weight, database, "nothing here launches 'hsaco' artifacts, only host_so, cubin")
 
 
 def test_a_plan_that_was_only_predicted_for_this_machine_serves_nothing(weight, database):
@@ -122,7 +123,7 @@ def test_a_plan_that_was_only_predicted_for_this_machine_serves_nothing(weight, 
         store.put_plan(replace(measured, timing="predicted", entries=faster))
         store.put_plan(measured)
     assert is_planned(SIGNATURE, ServeOptions(database=database))
-    resolution = resolve(SIGNATURE, ServeOptions(threads=2, database=database))
+    resolution = resolve(SIGNATURE, Host(), ServeOptions(threads=2, database=database))
     assert resolution.plan == measured
     assert resolution.kernels
 

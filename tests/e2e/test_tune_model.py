@@ -25,7 +25,7 @@ CONFIG = {
     "head_dim": 16,
     "vocab_size": 64,
 }
-QUICK = ["--tokens", "2", "--trials", "3", "--probes", "0", "--time", "10s", "--threads", "1"]
+QUICK = ["--tokens", "2", "--trials", "3", "--probes", "0", "--time", "5s", "--threads", "1"]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ def forget():
 
 @pytest.fixture
 def small_buffer(monkeypatch):
-    monkeypatch.setattr(roofline, "BUFFER_BYTES", 8 << 20)
+    monkeypatch.setattr(roofline, "LARGEST_BUFFER_BYTES", 8 << 20)
 
 
 def test_time_is_set_by_the_scarcer_resource():

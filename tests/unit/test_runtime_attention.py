@@ -117,7 +117,7 @@ def test_offsets_that_do_not_rise_are_refused(offsets: list[int], said: str) -> 
     ("sinks", "said"),
     [
         (torch.zeros(3), "sinks has shape [3]; expected [2]"),
-        (torch.zeros(2).double(), "must be a torch.float32 CPU tensor [2]"),
+        (torch.zeros(2).double(), "must be a torch.float32 tensor [2] on the CPU or a GPU"),
         (torch.tensor([0.0, torch.inf]), "sinks holds NaN or an infinity"),
     ],
 )

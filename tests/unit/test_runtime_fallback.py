@@ -160,4 +160,4 @@ def test_any_dlpack_array_is_a_weight_and_shares_its_memory():
 
 def test_bias_of_another_shape_is_named():
     with pytest.raises(TilewrightError, match=r"bias has shape \[2, 4\]; .* expected \[2, 3\]"):
-        checked_bias(torch.zeros(2, 4), what="bias", experts=2, rows=3)
+        checked_bias(torch.zeros(2, 4), what="bias", weight=torch.zeros(2, 3, 5))

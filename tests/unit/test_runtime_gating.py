@@ -99,7 +99,7 @@ def test_logits_that_cannot_be_routed_are_refused(logits, said: str) -> None:
     ("bias", "said"),
     [
         (torch.zeros(4), "bias has shape [4]; expected [3]"),
-        (torch.zeros(3).double(), "must be a torch.float32 CPU tensor [3]"),
+        (torch.zeros(3).double(), "must be a torch.float32 tensor [3] on the CPU or a GPU"),
         (torch.tensor([0.0, torch.nan, 0.0]), "bias holds NaN"),
     ],
 )

@@ -14,13 +14,16 @@ from importlib import resources
 from pathlib import Path
 
 from tilewright import disks
-from tilewright.codegen.backends.cpp.builder import find_compiler
+from tilewright.codegen.backends.cpp.builder import Compiler, find_compiler
+from tilewright.codegen.hardware.cpu_info import read_cpu_info
 from tilewright.directories import TEMPORARY_VARIABLE, require_execution
 from tilewright.errors import TilewrightError
 from tilewright.temporary import temporary_folder
 
-# Far beyond any last-level cache of today, and still small enough for a laptop.
-BUFFER_BYTES = 512 << 20
+LARGEST_BUFFER_BYTES = 512 << 20
+"""Far beyond any last-level cache of today, and still small enough for a laptop."""
+_CACHES = 8
+"""Buffers are this many times as large as the last-level cache where its size is known."""
 PLAUSIBLE_SHARE = 1.05
 """Of the ceilings, beyond which they cannot be right."""
 _MOST_AGAIN = 3
@@ -133,24 +136,33 @@ def _measured(threads: int) -> Roofline:
         raise TilewrightError(f"threads={threads} is impossible for a roofline: give at least 1.")
     with disks.writing(disks.TEMPORARY), temporary_folder() as folder:
         require_execution(folder, TEMPORARY_VARIABLE)
-        program = _build(folder)
-        output = _run([str(program), str(threads), str(BUFFER_BYTES)], _RUN_TIMEOUT_S)
+        program = folder / "roofline"
+        program.write_bytes(_built(find_compiler()))
+        program.chmod(0o700)
+        output = _run([str(program), str(threads), str(_buffer_bytes())], _RUN_TIMEOUT_S)
     measured = json.loads(output)
     return Roofline(threads, measured["peak_gflops"], measured["bandwidth_gbps"])
 
 
-def _build(folder: Path) -> Path:
-    source = folder / "roofline.cpp"
-    source.write_bytes(resources.files("tilewright.templates").joinpath("shared", "roofline.cpp").read_bytes())
-    program = folder / "roofline"
-    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    _run(
-        [*find_compiler().words, "-std=c++17", "-O3", native, "-pthread", str(source), "-o", str(program)],
-        _BUILD_TIMEOUT_S,
-    )
-    if not program.exists():
-        raise TilewrightError(f"{find_compiler().command} built nothing; set $CXX to a C++ compiler, or unset it")
-    return program
+def _buffer_bytes() -> int:
+    l3_bytes = read_cpu_info().l3_bytes
+    return min(_CACHES * l3_bytes, LARGEST_BUFFER_BYTES) if l3_bytes else LARGEST_BUFFER_BYTES
+
+
+@functools.cache
+def _built(compiler: Compiler) -> bytes:
+    """The measuring program, built once in a process: it runs at every beginning and end of a tuning."""
+    with temporary_folder() as folder:
+        source, program = folder / "roofline.cpp", folder / "roofline"
+        source.write_bytes(resources.files("tilewright.templates").joinpath("shared", "roofline.cpp").read_bytes())
+        native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+        _run(
+            [*compiler.words, "-std=c++17", "-O3", native, "-pthread", str(source), "-o", str(program)],
+            _BUILD_TIMEOUT_S,
+        )
+        if not program.exists():
+            raise TilewrightError(f"{compiler.command} built nothing; set $CXX to a C++ compiler, or unset it")
+        return program.read_bytes()
 
 
 def _run(command: list[str], timeout_s: float) -> str:
