@@ -170,7 +170,7 @@ def _index_of(
     name: str, device: CudaDevice | None, torch_device: torch.device | None, bound: Mapping[str, Tensor | int | None]
 ) -> int:
     """Of the device of a binding, as torch counts."""
-    if device is not None:
+    if device:
         return device.index
     devices = [torch_device, *(each.device for each in bound.values() if isinstance(each, Tensor))]
     found = next((each for each in devices if each is not None), None)

@@ -66,6 +66,18 @@ class DeviceBinding(Binding[DeviceVariant]):
         return Place(sm_count=self.device.sm_count if self.device else None)
 
     @property
+    def launches(self) -> bool:
+        """Whether anything can be launched."""
+        return bool(self.driver and self.device)
+
+    @property
+    def launching(self) -> tuple[Driver, CudaDevice]:
+        """The driver and the device, where anything can be launched."""
+        assert self.driver
+        assert self.device
+        return self.driver, self.device
+
+    @property
     def where(self) -> str:
         """See :class:`Binding`."""
         return f"on cuda:{self.index}"
@@ -77,7 +89,7 @@ class DeviceBinding(Binding[DeviceVariant]):
     def require_launches(self, variant: DeviceVariant, recipe: Recipe) -> None:
         """See :class:`Binding`."""
         require_grids(recipe)
-        if len(variant.kernels) != len(recipe.launches) or (recipe.launches and self.driver is None):
+        if len(variant.kernels) != len(recipe.launches) or (recipe.launches and not self.launches):
             raise TilewrightError(
                 f"a kernel has {len(recipe.launches)} launches, and {len(variant.kernels)} entries are loaded"
             )
@@ -92,8 +104,8 @@ class DeviceCall(CheckedCall[DeviceVariant]):
 
     def __call__(self, *tensors: Any) -> Any:
         """See :class:`CheckedCall`. Values are not looked at, unless the binding says so."""
-        if self.binding.driver is not None:
-            self.binding.driver.require_own_process()
+        if self.binding.launches:
+            self.binding.launching[0].require_own_process()
         return super().__call__(*tensors)
 
     @property
@@ -140,9 +152,7 @@ class DeviceCall(CheckedCall[DeviceVariant]):
         self, variant: DeviceVariant, call: ResolvedCall, workspace: int, passed: Sequence[Passed | None]
     ) -> None:
         """See :class:`CheckedCall`."""
-        driver, device, recipe = self.binding.driver, self.binding.device, variant.recipe
-        assert driver is not None
-        assert device is not None
+        (driver, device), recipe = self.binding.launching, variant.recipe
         assert recipe is not None
         stream = self.stream(passed)
         try:
@@ -163,9 +173,7 @@ class DeviceCall(CheckedCall[DeviceVariant]):
             TilewrightError: always.
 
         """
-        driver, device, variant = self.binding.driver, self.binding.device, self.binding.variant_for(size)
-        assert driver is not None
-        assert device is not None
+        (driver, device), variant = self.binding.launching, self.binding.variant_for(size)
         assert variant is not None
         entry = variant.kernels[max(0, position)].entry
         call = "cuLaunchKernelEx" if position >= 0 else "cuMemsetD8Async"
@@ -213,7 +221,8 @@ class DeviceCall(CheckedCall[DeviceVariant]):
         subject = f"{self.binding.name}: {spec.name}"
         try:
             kind, index = value.__dlpack_device__()
-            on_device = int(kind) in _device_types(self.binding.driver) and int(index) == self.binding.index
+            types = (CUDA, CUDA_MANAGED) if self.binding.launches else (CUDA, CUDA_MANAGED, ROCM)
+            on_device = int(kind) in types and int(index) == self.binding.index
             found = read_array(value) if on_device else None
         except _UNREADABLE as error:
             raise TilewrightError(f"{subject} is a {type(value).__name__}; {expected}") from error
@@ -227,15 +236,11 @@ class DeviceCall(CheckedCall[DeviceVariant]):
         return Passed(value, found.memory)
 
     def _is_captured(self, stream: int) -> bool:
-        driver, device = self.binding.driver, self.binding.device
-        if driver is None or device is None:
+        if not self.binding.launches:
             return False
+        driver, device = self.binding.launching
         with driver.current(device):
             return driver.is_capturing(stream)
-
-
-def _device_types(driver: Driver | None) -> tuple[int, ...]:
-    return (CUDA, CUDA_MANAGED, ROCM) if driver is None else (CUDA, CUDA_MANAGED)
 
 
 def _external_stream(handle: int, device: torch.device) -> torch.cuda.Stream:

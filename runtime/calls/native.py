@@ -76,9 +76,9 @@ def native_device_call(native: ModuleType, binding: DeviceBinding) -> Any:
     The Python call where values are looked at, nothing can be launched, or the extension cannot hold the kernels.
     """
     twin = DeviceCall(binding)
-    driver, device = binding.driver, binding.device
-    if driver is None or device is None or binding.checks_values:
+    if not binding.launches or binding.checks_values:
         return twin
+    driver, device = binding.launching
     place = (
         *(driver.addresses[name] for name in _DRIVER_FUNCTIONS),
         device.context,
@@ -98,9 +98,9 @@ def describe(binding: HostBinding) -> tuple[Any, ...]:
 
 def describe_device(binding: DeviceBinding) -> tuple[Any, ...]:
     """``binding``, which has a device, as nested tuples of integers."""
-    assert binding.device is not None
+    _, device = binding.launching
     launches = [_device_launches(binding, variant) for variant in binding.variants]
-    place, lies = (SM_COUNT, binding.device.sm_count), (CUDA, binding.index)
+    place, lies = (SM_COUNT, device.sm_count), (CUDA, binding.index)
     return _describe(binding, place, lies, _LARGEST, launches)
 
 

@@ -231,7 +231,7 @@ static PyGetSetDef properties[] = {
 
 static PyMethodDef methods[] = {
     {"stage_times", stage_times, METH_VARARGS,
-     "stage_times(tensors, repeats) -> mean nanoseconds of each stage of a call."},
+     "stage_times(tensors, repeats) -> mean CPU nanoseconds of each stage of a call."},
     {"workspace_bytes", workspace_bytes, METH_O, "workspace_bytes(sizes) -> bytes of workspace that such a call takes."},
     {NULL},
 };

@@ -6,7 +6,9 @@ is the one that the binary was compiled for, and no more. All cases of a coverin
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ from stored_kernels import stored
 from triton_launcher import active, launch_as_triton_does
 
 from tilewright.codegen.recipe.model import Recipe
-from tilewright.codegen.recipe.resolve import Place, ResolvedLaunch, resolve
+from tilewright.codegen.recipe.resolve import Place, ResolvedArgument, ResolvedLaunch, resolve
 from tilewright.codegen.rendering import render
+from tilewright.runtime.launchers.base import KernelRefused
 from tilewright.runtime.launchers.cuda.driver import Driver
 from tilewright.runtime.launchers.cuda.kernel import CudaKernel, Needs
 
@@ -61,6 +64,32 @@ def compared(mine: Launched, theirs: Launched, maps: list[int]) -> None:
     assert banks[0] == banks[1]
 
 
+def mutants(launch: ResolvedLaunch) -> Iterator[ResolvedLaunch]:
+    """Launches that the driver takes as well, and that are not the one that was asked for."""
+    assert launch.grid is not None
+    x, *rest = launch.grid
+    yield replace(launch, grid=(x + (launch.cluster[0] if launch.cluster else 1), *rest))
+    yield replace(launch, programmatic=not launch.programmatic)
+    for at, argument in enumerate(launch.arguments):
+        if argument.buffer or argument.value:
+            yield changed(launch, at, replace(argument, value=argument.value + 16))
+        if argument.map is not None:
+            whole, encoding = argument.map, argument.map.encoding
+            promoted = replace(encoding, l2_promotion=0)
+            yield changed(launch, at, replace(argument, map=replace(whole, encoding=promoted)))
+            narrow = replace(encoding, box=(*encoding.box[:-1], encoding.box[-1] // 2))
+            yield changed(launch, at, replace(argument, map=replace(whole, encoding=narrow)))
+            yield changed(launch, at, replace(argument, map=replace(whole, shape=(whole.shape[0] + 1, whole.shape[1]))))
+    plain = [at for at, argument in enumerate(launch.arguments) if argument.buffer and argument.map is None]
+    for one, other in itertools.pairwise(plain):
+        first, second = launch.arguments[one], launch.arguments[other]
+        yield changed(changed(launch, one, second), other, first)
+
+
+def changed(launch: ResolvedLaunch, at: int, argument: ResolvedArgument) -> ResolvedLaunch:
+    return replace(launch, arguments=(*launch.arguments[:at], argument, *launch.arguments[at + 1 :]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", launched_cases(), ids=str)
 def test_a_launch_by_recipe_is_the_one_that_triton_makes(case: Case, cuda: StandIn, tmp_path: Path) -> None:
@@ -82,5 +111,12 @@ def test_a_launch_by_recipe_is_the_one_that_triton_makes(case: Case, cuda: Stand
                 launch_as_triton_does(source, spec, case.arch, launch, STREAM)
             mine, theirs = cuda.launches[before:]
             positions = [at for at, size in enumerate(loaded.parameter_bytes) if size == 128]
-            compared(mine, theirs, [loaded.parameter_offsets[at] for at in positions])
+            maps = [loaded.parameter_offsets[at] for at in positions]
+            compared(mine, theirs, maps)
             assert sum(mine.written) == sum(loaded.parameter_bytes)
+            for mutant in mutants(launch):
+                loaded.launch(mutant, STREAM)
+                with pytest.raises(AssertionError):
+                    compared(cuda.launches[-1], theirs, maps)
+            with pytest.raises(KernelRefused, match="parameters, and its recipe passes"):
+                loaded.require(replace(stored_launch, hidden_arguments=stored_launch.hidden_arguments - 1))

@@ -9,9 +9,12 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -224,7 +227,7 @@ recipes = st.builds(
 )
 own_settings = settings(
     phases=[Phase.explicit, Phase.generate],
-    max_examples=1500 if FULL else 60,
+    max_examples=1500 if FULL else 40,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -342,8 +345,9 @@ class DeviceCallTests(CallContract):
 
     def test_a_map_follows_the_addresses_and_shapes_of_calls(self, bench: Bench) -> None:
         call = bench.bind(bench.variant(recipe_of(launch(replace(ALL[0], map=ROWS_OF_X)))))
-        first, other = tensors(6), tensors(6)
-        for each in (first, other, first, tensors(7)):
+        memory = torch.zeros(7, 4)
+        first, other, longer = tensors(x=pose(memory[:6])), tensors(6), tensors(7, x=pose(memory))
+        for each in (first, other, first, longer):
             call(*each)
         seen = [each.parameters for each in bench.cuda.launches]
         assert [int.from_bytes(each[:8], "little") for each in seen[:3]] == [
@@ -578,6 +582,25 @@ class DeviceCallTests(CallContract):
         with on_stream(STREAM), pytest.raises(TilewrightError, match=r"demo: its tensors are .* on different streams"):
             call(*given)
         assert [each.stream for each in bench.cuda.launches] == [0xFACE]
+
+    def test_cupy_is_asked_for_its_stream_and_memory(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By the two calls that its documentation names; cupy itself does not start without a device."""
+        kind = type("ndarray", (SilentArray,), {"__module__": "cupy"})
+        stream = SimpleNamespace(ptr=0xC0)
+        cupy = SimpleNamespace(
+            cuda=SimpleNamespace(Device=lambda _: nullcontext(), get_current_stream=lambda: stream),
+            empty=lambda nbytes, dtype: kind(pose(torch.empty(nbytes, dtype=getattr(torch, dtype)))),
+        )
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+        recipe = recipe_of(launch(ALL[0], WORKSPACE), workspace_bytes="rows * 4194304")
+        call = bench.bind(bench.variant(recipe), workspace=None)
+        posed = tensors()
+        given = [None if each is None else kind(each) for each in posed]
+        assert call(*given) is given[-1]
+        (seen,) = bench.cuda.launches
+        assert seen.stream == 0xC0
+        assert int.from_bytes(seen.parameters[:8], "little") == posed[0].data_ptr()
+        assert int.from_bytes(seen.parameters[8:], "little") > 0
 
     def test_an_array_whose_stream_is_not_known_is_refused(self, bench: Bench) -> None:
         call = bench.bind(bench.variant(recipe_of(launch(*ALL))))
