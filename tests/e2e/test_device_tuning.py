@@ -16,12 +16,15 @@ from typing import Any
 
 import pytest
 from executing import ExecutingDriver, executing
+from executing_emulator import Costed
+from patience import PATIENCE_S
 
 from tilewright.codegen.backends.base import Build, Source
 from tilewright.codegen.backends.triton.builder import TritonBuilder
 from tilewright.codegen.backends.triton.entry import triton_entries
 from tilewright.codegen.hardware.devices import device_key
 from tilewright.tuner.cli import main
+from tilewright.tuner.evaluation.device.evaluator import DeviceEvaluator
 from tilewright.tuning_db.records import Outcome, PlanRecord
 from tilewright.tuning_db.store import Store
 
@@ -29,9 +32,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.slow  # a dozen kernels are compiled, and the emulator is started
 
 PROBLEM = "experts=8,top_k=2"
-TOKENS = (4, 33)
+TOKENS = (33,)
 WORDS = ["--arch", "sm_90", "--op", "gating", "--problem", PROBLEM, "--tokens", ",".join(map(str, TOKENS))]
 MEMORY_BYTES, SM_COUNT = 64 << 20, 3
+CALL_US = 300.0
+"""So long that a block of calls is one call on each set of inputs."""
 PRODUCT, STAND_IN = "h100-sxm", device_key("stand-in of sm_90", (9, 0), SM_COUNT, MEMORY_BYTES)
 Tune = Callable[..., tuple[int, str, str]]
 
@@ -44,8 +49,10 @@ def known_when_built(driver: ExecutingDriver) -> Iterator[None]:
     def build_and_tell(self: TritonBuilder, sources: Sequence[Source], **told: Any) -> list[Build]:
         builds = build_all(self, sources, **told)
         for source, build in zip(sources, builds, strict=True):
-            for file in build.files:
-                driver.know(file.path.read_bytes(), source.text, triton_entries(source.entries))
+            entries = triton_entries(source.entries)
+            for file, entry in zip(build.files, entries, strict=True):
+                driver.know(file.path.read_bytes(), source.text, entries)
+                driver.costs[entry.entry] = _cost_us
         return builds
 
     with pytest.MonkeyPatch.context() as patch:
@@ -53,12 +60,21 @@ def known_when_built(driver: ExecutingDriver) -> Iterator[None]:
         yield
 
 
+def _cost_us(launch: Costed) -> float:
+    """Of a launch: the more warps, the longer."""
+    return CALL_US * (1 + 0.1 * launch.entry.num_warps)
+
+
 @pytest.fixture(scope="module")
 def driver() -> Iterator[ExecutingDriver]:
     with (
-        executing(("sm_90",), sm_count=SM_COUNT, memory_bytes=MEMORY_BYTES, l2_bytes=4 << 10) as made,
+        executing(("sm_90",), sm_count=SM_COUNT, memory_bytes=MEMORY_BYTES, l2_bytes=512) as made,
         known_when_built(made),
+        pytest.MonkeyPatch.context() as patch,
     ):
+        limits = DeviceEvaluator.__init__.__kwdefaults__
+        assert limits is not None
+        patch.setitem(limits, "time_limit_s", PATIENCE_S)  # the emulator takes what a busy machine leaves it
         yield made
 
 
@@ -82,7 +98,7 @@ def prepared(driver: ExecutingDriver, tmp_path_factory: pytest.TempPathFactory) 
     folder.chmod(0o700)
     database = folder / "tuning.db"
     launched = len(driver.executed)
-    code, _, stderr = run(database, *WORDS, "--predict", "--trials", "5", "--probes", "0", "--json")
+    code, _, stderr = run(database, *WORDS, "--predict", "--trials", "3", "--probes", "0", "--json")
     assert code == 0, stderr
     assert len(driver.executed) == launched, "--predict launches nothing"
     return database
@@ -94,7 +110,7 @@ def measured(prepared: Path) -> tuple[Path, dict[str, Any], str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "triton", None)  # importing it fails
         patch.setenv("CXX", "/bin/false")
-        code, stdout, stderr = run(prepared, "measure", "--top", "3", "--json")
+        code, stdout, stderr = run(prepared, "measure", "--top", "2", "--json")
     assert code == 0, stderr
     return prepared, json.loads(stdout), stderr
 
@@ -142,7 +158,7 @@ def test_it_says_how_good_the_prediction_was(measured: tuple[Path, dict[str, Any
                 key: {t.kernel_key: t.median_us for t in trials if t.timing == key} for key in ("predicted", "measured")
             }
             both = set(times["predicted"]) & set(times["measured"])
-            assert told[size]["kernels"] == len(both) > 2
+            assert told[size]["kernels"] == len(both) > 1
             first = min(both, key=lambda key: times["predicted"][key] or math.inf)
             best = min(times["measured"][key] or math.inf for key in both)
             assert told[size]["regret"] == pytest.approx((times["measured"][first] or math.inf) / best - 1, abs=0.02)
@@ -183,7 +199,7 @@ def test_a_dry_run_lists_launches_bytes_and_seconds_and_launches_nothing(
     (signature,) = document["signatures"]
     assert [each["size"] for each in signature["sizes"]] == list(TOKENS)
     for each in signature["sizes"]:
-        assert each["kernels"] >= 3
+        assert each["kernels"] >= 2
         assert each["checked_launches"] >= each["kernels"]
         assert each["timed_launches"] > 0
         assert each["device_bytes"] > 0
@@ -213,20 +229,20 @@ def test_tune_measures_by_itself_and_loses_a_trial_to_a_kernel_that_ruins_its_co
             ruined.append(launch.source)
         return ruined.index(launch.source) == 1
 
-    driver.fail("gating", "illegal_access", when=is_meant)
-    code, stdout, stderr = run(database, *WORDS[:-1], "33", "--trials", "5", "--probes", "0", "--json")
+    driver.fail("choose", "illegal_access", when=is_meant)
+    code, stdout, stderr = run(database, *WORDS, "--trials", "3", "--probes", "0", "--json")
     driver.mend()
     assert code == 0, stderr
     document = json.loads(stdout)
-    assert (document["device"], document["trials"]) == (STAND_IN, 5)
+    assert (document["device"], document["trials"]) == (STAND_IN, 3)
     assert (document["signatures"][0]["timing"], document["signatures"][0]["checked"]) == ("measured", "device")
     with Store.open_read_only(database) as store:
         searched = [trial for trial in store.trials() if trial.search == "gp"]
-    assert sorted(trial.outcome for trial in searched) == [Outcome.CRASHED, *[Outcome.OK] * 4]
+    assert sorted(trial.outcome for trial in searched) == [Outcome.CRASHED, Outcome.OK, Outcome.OK]
     (lost,) = (trial for trial in searched if trial.outcome is Outcome.CRASHED)
     assert "(700, " in lost.message
-    code, stdout, stderr = run(database, *WORDS[:-1], "33", "--trials", "5", "--probes", "0", "--resume", "--json")
-    assert (code, json.loads(stdout)["trials"]) == (0, 5), "it goes on with what is stored, the lost trial among it"
+    code, stdout, stderr = run(database, *WORDS, "--trials", "3", "--probes", "0", "--resume", "--json")
+    assert (code, json.loads(stdout)["trials"]) == (0, 3), "it goes on with what is stored, the lost trial among it"
 
 
 @pytest.mark.usefixtures("driver")
