@@ -37,7 +37,8 @@ from tilewright.runtime.launchers.cuda.driver import find_driver
 from tilewright.runtime.notices import forget_warnings
 from tilewright.tuner.evaluation.checking import compare_all
 from tilewright.tuner.evaluation.emulated.checking import rounded_reference
-from tilewright.tuner.evaluation.emulated.launches import shape_of, sizes_of
+from tilewright.tuner.evaluation.emulated.launches import sizes_of
+from tilewright.tuner.evaluation.tensors import shape_of
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
