@@ -6,6 +6,7 @@ The library has the Python of its process import this (tests/standin/executing.c
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import functools
 import hashlib
@@ -185,6 +186,9 @@ class _Side:
             return self._complain(asked, error, _ILLEGAL_ADDRESS)
         except UnknownLaunchError as error:
             return self._complain(asked, error, _UNKNOWN)
+        except KeyboardInterrupt:  # which nothing here can raise through C
+            _thread.interrupt_main()
+            return _UNKNOWN
         except Exception as error:  # a library written in C waits for an answer
             traceback.print_exc()
             return self._complain(asked, error, _UNKNOWN)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tilewright.codegen.numbers.layouts import WeightLayout
 from tilewright.codegen.recipe.model import TensorSpec
 from tilewright.errors import TilewrightError
-from tilewright.runtime.calls.binding import CallVariant, HostBinding, in_order
+from tilewright.runtime.calls.binding import Binding, CallVariant, HostBinding, in_order
 from tilewright.runtime.calls.device import DeviceBinding, DeviceCall, DeviceVariant
 from tilewright.runtime.calls.extension import native_for_device, native_for_torch
 from tilewright.runtime.calls.native import native_call, native_device_call
@@ -50,8 +50,8 @@ class BoundCall(Protocol):
     """A call bound to its weights and kernels; thread-safe."""
 
     @property
-    def binding(self) -> Any:
-        """What it was made of: a :class:`~tilewright.runtime.calls.binding.Binding`."""
+    def binding(self) -> Binding[Any]:
+        """What it was made of."""
         ...
 
     def workspace_bytes(self, sizes: Mapping[str, int]) -> int:

@@ -34,7 +34,8 @@ from tilewright.runtime.launchers.cuda.kernel import CudaKernel, Needs
 from tilewright.runtime.weights.row_packing import pack_rows
 from tilewright.tuner.evaluation.checking import compare_all
 from tilewright.tuner.evaluation.emulated.checking import rounded_reference
-from tilewright.tuner.evaluation.emulated.launches import shape_of, sizes_of
+from tilewright.tuner.evaluation.emulated.launches import sizes_of
+from tilewright.tuner.evaluation.tensors import shape_of
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

@@ -1,8 +1,8 @@
 """Every GPU template in every precision, served: plan, load, pack, bind, launch, and what the emulator computes.
 
 Tensors pose as a GPU's, and the executing driver has the emulator run the source of the kernel that a launch names
-(tests/executing.py). So this shows that the runtime gives stored kernels what they take; no binary ran. A kernel of
-every op by default; with ``TILEWRIGHT_FULL=1`` all cells of tests/data/gpu_matrix.json that sm_80 and sm_90 have.
+(tests/executing.py). So this shows that the runtime gives stored kernels what they take; no binary ran. One by
+default; with ``TILEWRIGHT_FULL=1`` all cells of tests/data/gpu_matrix.json that sm_80 and sm_90 have.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from tilewright.runtime.launchers.cuda.driver import find_driver
 from tilewright.runtime.notices import forget_warnings
 from tilewright.tuner.evaluation.checking import compare_all
 from tilewright.tuner.evaluation.emulated.checking import rounded_reference
-from tilewright.tuner.evaluation.emulated.launches import shape_of, sizes_of
+from tilewright.tuner.evaluation.emulated.launches import sizes_of
+from tilewright.tuner.evaluation.tensors import shape_of
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -45,11 +46,8 @@ TABLE: dict[str, dict[str, dict[str, str]]] = json.loads(
     (Path(__file__).parents[1] / "data/gpu_matrix.json").read_text()
 )
 ARCHS = ("sm_80", "sm_90")
-USUAL = (
-    ("moe_gemm/triton_persistent", "mxfp4", "sm_90"),
-    ("gating/triton_fused", "fp32", "sm_80"),
-    ("attention/triton_decode", "fp8_e4m3", "sm_90"),
-)
+USUAL = (("moe_gemm/triton_split_k", "int4g32", "sm_80"),)
+"""What tests/e2e/test_serving_on_gpus.py, which serves every op, leaves out."""
 FAST = {
     "block_m": 16,
     "block_n": 32,

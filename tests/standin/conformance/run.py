@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import signal
 import subprocess
 import sys
 from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
@@ -23,6 +24,8 @@ _MAX_DYNAMIC_SMEM, _NON_PORTABLE_CLUSTER = 8, 14
 _CLUSTER_DIMENSION = 4
 _DISABLE_TIMING = 2
 _BUFFER_BYTES = 1 << 20
+_LIMIT_S = 20
+"""For one call, after which its process is ended."""
 _MAP: dict[str, Any] = {
     "rank": 2,
     "type": 9,
@@ -270,24 +273,51 @@ class Session:
 
 
 def record(library: str, folder: Path) -> dict[str, Any]:
-    """What the driver answers to every call; those that end a context are made in a process of their own."""
+    """What the driver answers to every call, and who it is.
+
+    Calls are made by child processes: one that ends its context has no other after it, and one that ends the process
+    is answered by how it ended.
+
+    Raises:
+        RuntimeError: when there is no device to ask.
+
+    """
+    about: dict[str, Any] = {}
+    answers: dict[str, str] = {}
+    done = 0
+    while done < len(CALLS):
+        words = [sys.executable, __file__, str(folder), "--driver", library, "--from", str(done)]
+        child = subprocess.run(words, capture_output=True, text=True, check=False)
+        lines = [json.loads(line) for line in child.stdout.splitlines()]
+        if not lines:
+            raise RuntimeError(child.stderr)
+        about = lines.pop(0)
+        answers |= {name: answer for name, answer in lines if answer is not None}
+        done += len(lines)
+        if child.returncode and done < len(CALLS):
+            answers[CALLS[done]["call"]] = _how_it_ended(child)
+            done += 1
+    return {**about, "answers": answers}
+
+
+def _how_it_ended(child: subprocess.CompletedProcess[str]) -> str:
+    if child.returncode < 0:
+        return f"ended by {signal.Signals(-child.returncode).name}"
+    return child.stderr.strip().splitlines()[-1]
+
+
+def _answer_from(first: int, library: str, folder: Path) -> None:
+    """Make calls, from one on up to one that has to be the last of its process; a line for each."""
     session = Session(library, folder)
-    answers = {}
-    for call in CALLS:
-        if session.capability < call.get("capability", 0):
-            continue
-        if call.get("alone"):
-            words = [sys.executable, __file__, str(folder), "--driver", library, "--only", call["call"]]
-            done = subprocess.run(words, capture_output=True, text=True, check=True)
-            answers[call["call"]] = done.stdout.strip()
-        else:
-            answers[call["call"]] = session.answer(call["steps"])
-    return {
-        "device": session.device,
-        "capability": session.capability,
-        "driver_version": session.version,
-        "answers": answers,
-    }
+    about = {"device": session.device, "capability": session.capability, "driver_version": session.version}
+    print(json.dumps(about), flush=True)
+    for call in CALLS[first:]:
+        signal.alarm(_LIMIT_S)
+        asked = session.capability >= call.get("capability", 0)
+        answer = session.answer(call["steps"]) if asked else None
+        print(json.dumps([call["call"], answer]), flush=True)
+        if asked and call.get("alone"):
+            return
 
 
 def main() -> None:
@@ -296,11 +326,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="with cubins, from tests/standin_kernels.py")
     parser.add_argument("--driver", default="libcuda.so.1", help="the driver's library")
     parser.add_argument("--out", type=Path, help="file that the record is written to")
-    parser.add_argument("--only", metavar="CALL", help="print the answer to one call")
+    parser.add_argument("--from", dest="first", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.only:
-        steps = next(call["steps"] for call in CALLS if call["call"] == options.only)
-        print(Session(options.driver, options.folder).answer(steps))
+    if options.first is not None:
+        _answer_from(options.first, options.driver, options.folder)
         return
     made = record(options.driver, options.folder)
     if options.out:
