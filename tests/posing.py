@@ -65,14 +65,14 @@ class Posed(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        del types
         if function is Tensor.__setitem__:  # it would make a tensor of the value on the device
             return function(*tree_map(values, args))
         if function is Tensor.__getitem__:
             return pose(function(*tree_map(values, args)), args[0].index)
-        if function in _GUARDED:
-            with torch._C.DisableTorchFunctionSubclass():
-                return _GUARDED[function](*args, **kwargs or {})
-        return super().__torch_function__(function, types, args, kwargs or {})
+        # Results pose already where they should, and are not made to once more.
+        with torch._C.DisableTorchFunctionSubclass():
+            return _GUARDED.get(function, function)(*args, **kwargs or {})
 
     def __repr__(self, **_: Any) -> str:
         return f"Posed({self.held!r}, index={self.index})"
@@ -150,7 +150,7 @@ def _compute(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     index = flat[0].index if flat else None
     if kwargs.get("device") is not None:
         index = _index(torch.device(kwargs["device"]))
-        kwargs = {**kwargs, "device": torch.device("cpu")}
+        kwargs = {**kwargs, "device": torch.device("cpu")} if index is not None else kwargs
     made = function(*tree_map(values, args), **tree_map(values, kwargs))
     # What is written in place is returned as it was passed: its identity matters to callers.
     passed = {id(each.held): each for each in flat}
@@ -205,6 +205,9 @@ class _Moves(TorchFunctionMode):
     ) -> Any:
         del types
         kwargs = kwargs or {}
+        if function is torch.tensor and "device" in kwargs:
+            device = torch.device(kwargs["device"] or "cpu")
+            return _moved(function(*args, **{**kwargs, "device": torch.device("cpu")}), device)
         if function is Tensor.cuda:
             return _moved(args[0], torch.device("cuda", int(args[1]) if len(args) > 1 else 0))
         if function is Tensor.cpu:
