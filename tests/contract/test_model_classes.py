@@ -110,6 +110,60 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "head_dim": 8,
     },
 }
+SEEING: dict[str, dict[str, Any]] = {
+    "llama4": {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "text_config": {**SMALL, **CONFIGS["llama4_text"], "model_type": "llama4_text"},
+        "vision_config": {"num_hidden_layers": 1},
+    },
+    "llama4_text": {
+        "text_config": {**SMALL, **CONFIGS["llama4_text"], "model_type": "llama4_text"},
+        "vision_config": {"num_hidden_layers": 1},
+    },
+    "qwen3_omni_moe": {
+        "thinker_config": {
+            "model_type": "qwen3_omni_moe_thinker",
+            "text_config": {**SMALL, "num_experts": 8, "moe_intermediate_size": 32, "head_dim": 16},
+            "vision_config": {"depth": 1},
+            "audio_config": {"encoder_layers": 1},
+            "vision_start_token_id": 1,
+            "audio_token_id": 2,
+            "image_token_id": 3,
+            "video_token_id": 4,
+            "audio_start_token_id": 5,
+            "position_id_per_seconds": 13,
+        }
+    },
+    "no_such_chat": {
+        "vision_config": {"hidden_size": 32},
+        "llm_config": {
+            **SMALL,
+            "model_type": "qwen3_moe",
+            "num_experts": 8,
+            "moe_intermediate_size": 32,
+            "head_dim": 16,
+        },
+    },
+}
+"""Models that also see or hear, by model type: a class that fails after its head, one of the language model
+alone, one without a forward, none."""
+STRETCHED: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 32, "rope_scaling": {"rope_type": "dynamic", "factor": 4}},
+    "phimoe": {
+        "num_local_experts": 8,
+        "max_position_embeddings": 64,
+        "original_max_position_embeddings": 16,
+        "rope_scaling": {
+            "type": "longrope",
+            "long_factor": [1.0] * 8,
+            "short_factor": [1.0] * 8,
+            "long_mscale": 1.2,
+            "short_mscale": 1.2,
+            "original_max_position_embeddings": 16,
+        },
+    },
+}
+"""Families whose rotary embeddings look at how long the prompt is."""
 EXPECTED: dict[str, tuple[int, ...]] = {  # layers, moe_layers, attention_layers, shared experts, calls of attention
     "jamba": (4, 2, 1, 0, 1),
     "ernie4_5_moe": (4, 3, 4, 2, 4),
@@ -171,6 +225,27 @@ def test_linear_layers_are_those_that_a_model_with_weights_calls(family: str) ->
     for each in shape.linears:
         ours[each.n, each.k, each.bias] += each.decode
     assert ours == calls
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_the_language_model_of_one_that_also_sees_is_read(family: str) -> None:
+    answer = inspect({"model_type": family, **SEEING[family]})
+    assert "shape" in answer, answer
+    shape = shape_of(family, answer["shape"])
+    assert (shape.layers, shape.moe_layers, shape.attention_layers) == (4, 4, 4)
+    (experts,) = shape.experts
+    assert (experts.experts, experts.calls) == (8, 4)
+    named = [each.what for each in shape.left_out]
+    assert any("vision" in what or "visual" in what for what in named), named
+    assert not any(what.startswith(("layernorm_pre", "merger")) for what in named), named
+
+
+@pytest.mark.parametrize("family", STRETCHED)
+def test_positions_that_stretch_with_the_prompt_do_not_hide_a_model(family: str) -> None:
+    answer = inspect({**SMALL, "model_type": family, **STRETCHED[family]})
+    assert "shape" in answer, answer
+    shape = shape_of(family, answer["shape"])
+    assert (shape.moe_layers, shape.attention_layers, shape.experts[0].calls) == (4, 4, 4)
 
 
 @pytest.mark.parametrize("family", ["llama4_text", "dbrx", "longcat_flash"])

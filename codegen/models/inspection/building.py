@@ -46,8 +46,10 @@ class UnknownClassError(Exception):
     """The installed Transformers has no class for the model."""
 
 
-def build(config: Mapping[str, Any], implementation: str) -> Any:
+def build(config: Mapping[str, Any], implementation: str) -> tuple[Any, list[str]]:
     """The model that ``config`` describes, on the meta device and in evaluation mode.
+
+    Where Transformers has a class for its language model alone, that; then the names of the other parts' configs.
 
     Args:
         config: a parsed ``config.json``. Code that it names is not run, and nothing is fetched.
@@ -59,8 +61,8 @@ def build(config: Mapping[str, Any], implementation: str) -> Any:
 
     """
     plain = _without_code(config)
-    cls = _class_for(plain)
-    parsed = _parse(cls, plain)
+    cls, fields = _class_for(plain)
+    parsed = _parse(cls, fields)
     if getattr(parsed, "is_encoder_decoder", False):
         raise TilewrightError(f"{cls.__name__} is an encoder with a decoder; give a model that continues a text")
     _require_essential(parsed, plain)
@@ -71,7 +73,16 @@ def build(config: Mapping[str, Any], implementation: str) -> Any:
             )
     except Exception as error:
         raise TilewrightError(f"{cls.__name__} refuses this config: {_first_line(error)}") from error
-    return model.eval()
+    return model.eval(), _beside(plain, fields)
+
+
+def _beside(config: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
+    """Configs of parts that stand beside ``fields``, the part of ``config`` that a class was found for."""
+    if fields is config:
+        return []
+    inner = next(config[key] for key in NESTED if isinstance(config.get(key), Mapping))
+    here = [name for name, value in config.items() if name.endswith("_config") and name not in NESTED and value]
+    return [*here, *(_beside(inner, fields) if inner is not fields else ())]
 
 
 def _first_line(error: Exception) -> str:
@@ -90,23 +101,26 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, list) else value
 
 
-def _class_for(config: Mapping[str, Any]) -> Any:
-    """The class that the config names, else that for its ``model_type``, else that for its language model."""
+def _class_for(config: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """The class that the config names, else that for its ``model_type``, else that for its language model.
+
+    Then the part of the config that it is for.
+    """
     kind = config.get("model_type")
     known = kind in configuration_auto.CONFIG_MAPPING_NAMES
     for name in config.get("architectures") or ():
         cls = _generating_class(name)
         # A checkpoint with code of its own may use the name of a class that reads other fields.
         if cls is not None and (not known or cls.config_class.model_type == kind):
-            return cls
+            return cls, _part_for(cls, config)
     for mapping in _GENERATING:
         name = getattr(modeling_auto, mapping).get(kind)
         cls = _generating_class(name[0] if isinstance(name, tuple) else name)
         if cls is not None:
-            return cls
+            return cls, _part_for(cls, config)
     for key in NESTED:
         if isinstance(inner := config.get(key), Mapping):
-            return _class_for({"architectures": None, **inner})
+            return _class_for(inner)
     raise UnknownClassError(
         f"the installed Transformers {transformers.__version__} has no class that continues a text for the model_type "
         f"{kind!r}"
@@ -116,18 +130,24 @@ def _class_for(config: Mapping[str, Any]) -> Any:
 def _generating_class(name: object) -> Any:
     if not isinstance(name, str) or not name.isidentifier():
         return None
-    cls: Any = getattr(transformers, name, None)
-    if not inspect.isclass(cls) or not issubclass(cls, transformers.PreTrainedModel):
+    found = getattr(transformers, name, None)
+    if not inspect.isclass(found) or not issubclass(found, transformers.PreTrainedModel):
         return None
-    return cls if getattr(cls, "config_class", None) is not None and hasattr(cls, "generate") else None
+    cls: Any = found
+    generates = getattr(cls, "config_class", None) is not None and hasattr(cls, "generate")
+    return cls if generates and cls.forward is not torch.nn.Module.forward else None
 
 
-def _parse(cls: Any, config: Mapping[str, Any]) -> Any:
+def _part_for(cls: Any, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``config``, or that of its language model: a class of that alone may be all there is for one that also sees."""
+    if getattr(cls.config_class, "sub_configs", None):
+        return config
+    return next((config[key] for key in NESTED if isinstance(config.get(key), Mapping)), config)
+
+
+def _parse(cls: Any, fields: Mapping[str, Any]) -> Any:
     """The config as its class reads it; lists of equal values, one for each layer, stand for the value if need be."""
     kind = cls.config_class
-    inner = next((config[key] for key in NESTED if isinstance(config.get(key), Mapping)), None)
-    # A class of a language model alone may be all there is for a model that also sees.
-    fields = config if inner is None or (hasattr(kind, "sub_configs") and kind.sub_configs) else inner
     try:
         return kind.from_dict({name: value for name, value in fields.items() if name != "model_type"})
     except Exception as error:

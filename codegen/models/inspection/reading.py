@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,8 +41,14 @@ class _Parts:
         return [{**dict(fields), "calls": calls} for fields, calls in self.counts.items()]
 
 
-def read_parts(trace: Trace) -> dict[str, Any]:
-    """Fields of ``ModelShape`` but for its name, as plain data."""
+def read_parts(trace: Trace, beside: Sequence[str] = ()) -> dict[str, Any]:
+    """Fields of ``ModelShape`` but for its name, as plain data.
+
+    Args:
+        trace: of the model.
+        beside: names of the configs of parts that the traced class does not have.
+
+    """
     stack = _decoder_layers(trace)
     places = {module: [n for n, layer in enumerate(stack) if trace.holds(layer, module)] for module in trace.names}
     attention, experts, routers = _read_attention(trace), _read_experts(trace), _read_routers(trace)
@@ -75,6 +81,14 @@ def read_parts(trace: Trace) -> dict[str, Any]:
     if dense and _has_dense_mlp(stack, moe_layers, trace):
         left_out.append({"what": "activation of dense layers", "why": _BETWEEN, "op": ""})
     left_out += _uncalled(trace)
+    left_out += [
+        {
+            "what": f"what {name!r} describes",
+            "why": "the installed Transformers has a class for the language model alone",
+            "op": "",
+        }
+        for name in beside
+    ]
     return {
         "hidden": trace.model.get_input_embeddings().weight.shape[-1],
         "layers": len(stack),
@@ -246,11 +260,14 @@ def _has_dense_mlp(stack: list[nn.Module], moe_layers: set[int], trace: Trace) -
 def _uncalled(trace: Trace) -> list[dict[str, Any]]:
     """Outer modules with weights that a pass over text alone does not call, such as a model's eyes."""
     found: list[dict[str, Any]] = []
-    outer = [trace.model, *trace.model.children()]
+    outer = [trace.model, *(child for child in trace.model.children() if not _is_silent(child, trace))]
     for parent in outer:
         for name, child in parent.named_children():
-            silent = not any(trace.called[module] for module in child.modules())
-            if silent and any(True for _ in child.parameters()):
+            if _is_silent(child, trace) and any(True for _ in child.parameters()):
                 why = "a pass over text alone does not call it"
                 found.append({"what": f"{name} ({type(child).__name__})", "why": why, "op": ""})
     return found
+
+
+def _is_silent(module: nn.Module, trace: Trace) -> bool:
+    return not any(trace.called[each] for each in module.modules())

@@ -30,7 +30,8 @@ def inspect(config: Mapping[str, Any]) -> dict[str, Any]:
         warnings.simplefilter("ignore")
         transformers.logging.set_verbosity_error()
         try:
-            return {"shape": read_parts(trace(build(config, IMPLEMENTATION)))}
+            model, beside = build(config, IMPLEMENTATION)
+            return {"shape": read_parts(trace(model), beside)}
         except UnknownClassError as error:
             return {"unknown": str(error)}
         except TilewrightError as error:
