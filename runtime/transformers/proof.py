@@ -184,7 +184,8 @@ def _hard_rows(module: Any, signature: GatingSignature, readable: Readable) -> I
             yield x, near
     if hidden < experts:
         weight = random_rows(experts, hidden, seed=8)
-    shifted = torch.arange(hidden, device="cpu") < experts
+    # In fp32: a number times a tensor of truths is of the default dtype.
+    shifted = (torch.arange(hidden, device="cpu") < experts).float()
     for factor, shift in ((0.1, 0.0), (1.0, -8.0), (2.0, 0.0)):
         yield random_rows(_ROWS, hidden, seed=7) * factor + shift * shifted, weight
 

@@ -5,8 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from tilewright.codegen.ops.gating.signature import GatingSignature
+from tilewright.runtime.transformers import proof
 
 ROOT = Path(__file__).parents[2]
 FULL = bool(os.environ.get("TILEWRIGHT_FULL"))
@@ -56,3 +61,18 @@ def test_what_is_allocated_names_its_dtype_and_device(path):
         named = {keyword.arg for keyword in call.keywords}
         whole = ast.unparse(call.func) == "torch.arange"  # of whole numbers, which are int64 whatever the default
         assert named >= ({"device"} if whole else {"dtype", "device"}), f"line {call.lineno}: {ast.unparse(call)}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("hidden", [24, 7])
+def test_rows_that_routers_are_tried_with_are_fp32(dtype, hidden):
+    signature = GatingSignature(experts=16, top_k=4)
+    router = SimpleNamespace(weight=torch.zeros((16, hidden), dtype=torch.float32))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        rows = list(proof._hard_rows(router, signature, proof.Readable({"weight": router.weight}, "")))
+    finally:
+        torch.set_default_dtype(before)
+    assert len(rows) > 3
+    assert {each.dtype for pair in rows for each in pair} == {torch.float32}
