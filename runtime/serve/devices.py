@@ -318,7 +318,7 @@ def serving_device(where: torch.device) -> ServingDevice:
     if where.type != "cuda":
         raise TilewrightError(f"nothing here serves tensors on {where}; pass those of the CPU or of a CUDA device")
     if where.index is None:
-        where = torch.empty(0, device=where).device
+        where = torch.empty(0, dtype=torch.uint8, device=where).device
     if torch.version.hip:
         return Gpu(where, None, None, "nothing here launches kernels on GPUs by AMD yet")
     try:
