@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import importlib.util
@@ -132,6 +133,7 @@ def standin() -> StandIn:
         pytest.skip("Triton, whose cuda.h the stand-in is built with, is not installed")
     include = Path(triton.origin).parent / "backends/nvidia/include"
     folder = Path(tempfile.mkdtemp(prefix="tilewright-standin-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     made = [f'#define RULE_{name} standin_break({rule["result"]}, "{name}")' for name, rule in RULES.items()]
     head = "CUresult standin_break(CUresult result, const char *rule);\n#define RULE(name) RULE_##name\n"
     (folder / "rules.h").write_text(head + "\n".join(made) + "\n")
