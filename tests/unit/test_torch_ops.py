@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from tilewright.errors import TilewrightError
 from tilewright.runtime import Experts, Gate
@@ -68,3 +69,13 @@ def test_a_handle_of_what_is_gone_is_refused():
     handle = make_layer().handle
     with pytest.raises(TilewrightError, match=f"no Experts of this process has the handle {handle}"):
         torch.ops.tilewright.expert_ffn(torch.randn(3, 24), torch.randn(3, 4), handle)
+
+
+def test_outputs_of_a_graph_lie_where_its_tensors_do():
+    experts, gate = make_layer(), Gate.of(4, 2, order="rows")
+    with FakeTensorMode():
+        x = torch.empty(5, 24, dtype=torch.bfloat16, device="cuda:1")
+        logits = torch.empty(5, 4, device="cuda:1")
+        out = torch.ops.tilewright.expert_ffn(x, logits, experts.handle)
+        assert (out.device, out.dtype, out.shape) == (x.device, x.dtype, x.shape)
+        assert {each.device for each in torch.ops.tilewright.gate(logits, gate.handle)} == {x.device}
