@@ -31,6 +31,7 @@ from tilewright.runtime.launchers.cuda.driver import Driver, DriverError
 from tilewright.runtime.launchers.cuda.present import present_devices
 from tilewright.runtime.launchers.cuda.timing import Stopwatch
 from tilewright.tuner.evaluation.begun import Begun
+from tilewright.tuner.evaluation.device.conditions import Monitor
 from tilewright.tuner.evaluation.device.evaluator import DeviceEvaluator
 from tilewright.tuner.evaluation.device.session import DeviceSession
 from tilewright.tuner.evaluation.device.worker import EVENTS, GRAPH_REPLAY, Worker
@@ -248,6 +249,17 @@ def test_a_worker_that_is_killed_while_it_races_costs_no_trial(
     evaluations = faulty.evaluate([make(), make(weight="bf16")], problem(), budget_s=0.0)
     assert killed
     assert [each.outcome for each in evaluations] == [Outcome.OK, Outcome.OK]
+
+
+@pytest.mark.parametrize(("slow", "repeats"), [(1, 1), (9, 2)], ids=["once", "all the time"])
+def test_a_race_during_which_the_device_was_slowed_down_is_run_again(
+    on_device: DeviceEvaluator, make: DeviceKernelMaker, monkeypatch: pytest.MonkeyPatch, slow: int, repeats: int
+) -> None:
+    slowed = iter([*[True] * slow, False])
+    monkeypatch.setattr(Monitor, "slowed_down", property(lambda _: next(slowed)))
+    (evaluation,) = on_device.evaluate([make()], problem(), budget_s=0.0)
+    assert evaluation.median_us == pytest.approx(CALL_US, rel=0.02)
+    assert evaluation.conditions["repeats"] == repeats
 
 
 def test_what_is_no_cubin_is_refused(faulty: DeviceEvaluator, make: DeviceKernelMaker) -> None:
