@@ -63,7 +63,6 @@ def main() -> int:
     parser.add_argument("--parts", help=f"only these of {','.join(part.name for part in PARTS)}")
     parser.add_argument("--rehearse", action="store_true", help="on the executing driver; nothing is measured")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no part outlives its session
     if not (options.prepared / "prepared.json").is_file():
         print(f"{options.prepared} was not prepared; run benchmarks/gpu_session/prepare.py", file=sys.stderr)
         return 2
@@ -71,6 +70,7 @@ def main() -> int:
     if unknown := sorted({*chosen} - {part.name for part in PARTS}):
         print(f"there is no part {unknown[0]!r}; parts are {', '.join(part.name for part in PARTS)}", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no part outlives its session
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu-session-") as folder:
         # A copy: plans that are made here do not change what was prepared.
