@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,12 @@ SMALL = {"block_m": 16, "block_n": 32, "block_k": 32, "num_warps": 4, "num_stage
 """Knobs of a kernel that the emulator runs fast."""
 
 
+@cache
 def up_kernel() -> Stored:
     return stored_variant(UP, "triton_grouped", SMALL, ARCH, "bf16")
 
 
+@cache
 def down_kernel() -> Stored:
     return stored_variant(DOWN, "triton_persistent", {**SMALL, "x_loads": "tensor_map"}, ARCH, "bf16")
 

@@ -36,9 +36,9 @@ def _posing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def some(op_name: str) -> Sequence[Signature]:
-    """Every third of an op's signatures, which cost a second each."""
+    """Every fifth of an op's signatures, which cost half a second each."""
     signatures = examples_of(op_name).signatures
-    return signatures if FULL else signatures[::3]
+    return signatures if FULL else signatures[::5]
 
 
 def posed(array: NDArray[Any]) -> torch.Tensor:
@@ -79,7 +79,7 @@ def refuse(*_: object) -> None:
 
 @pytest.mark.parametrize(
     "signature",
-    [each for each in examples_of("moe_gemm").signatures if each.k % 4 == 0][:4],
+    [each for each in examples_of("moe_gemm").signatures if each.k % 4 == 0][:3],
     ids=lambda s: s.describe(),
 )
 def test_experts_where_torch_multiplies_all_at_once(
