@@ -271,3 +271,14 @@ def test_a_migration_that_fails_leaves_nothing(tmp_path: Path) -> None:
         Reader.open(path)
     with Store.open(path) as store:
         assert store.counts().trials == 0
+
+
+def test_a_database_that_names_two_versions_of_itself_is_damaged(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    path = tmp_path / "tuning.db"
+    with Store.open(path):
+        pass
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("INSERT INTO tilewright_alembic_version VALUES ('0001')")
+    with pytest.raises(TilewrightError, match=r"is damaged \(it names 2 versions of itself"):
+        Store.open(path)

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, text
 
 from tilewright.errors import TilewrightError
 from tilewright.plain_text import without_passwords
+from tilewright.tuning_db.faults import damaged
 from tilewright.tuning_db.schema import VERSION_TABLE, newer_schema
 
 _POSTGRESQL_LOCK = 0x54576462  # any number that only we use
@@ -43,7 +44,10 @@ def require_current_database(connection: Connection) -> None:
 
 def _is_current(connection: Connection, scripts: ScriptDirectory) -> bool:
     context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
-    revision = context.get_current_revision()
+    revisions = context.get_current_heads()
+    if len(revisions) > 1:
+        raise damaged(_name(connection), f"it names {len(revisions)} versions of itself")
+    revision = revisions[0] if revisions else None
     known = {script.revision for script in scripts.walk_revisions()}
     if revision is not None and revision not in known:
         raise newer_schema(_name(connection), f"revision {revision!r:.40}")
