@@ -13,6 +13,9 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "src"), str(HERE.parents[1] / "tests")]
 
+REPEATS = 15
+"""How often parts time something; a rehearsal times nothing, and does everything once."""
+
 
 def main() -> None:
     """Run the part; it writes whenever it knows more, so that a limit costs only what was not yet known."""
@@ -35,7 +38,7 @@ def main() -> None:
             from posing import posing
 
             stack.enter_context(posing(stack.enter_context(pytest.MonkeyPatch.context())))
-        part.run(options.prepared, tell)
+        part.run(options.prepared, tell, 1 if options.rehearse else REPEATS)
 
 
 if __name__ == "__main__":

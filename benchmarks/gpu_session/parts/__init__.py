@@ -1,1 +1,1 @@
-"""Parts of a GPU session, one module each: ``run(prepared, tell)`` tells its result whenever it knows more."""
+"""Parts of a GPU session, one module each: ``run(prepared, tell, repeats)`` tells its result whenever it knows more."""

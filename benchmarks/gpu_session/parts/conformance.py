@@ -13,7 +13,7 @@ from typing import Any
 FOLDER = Path(__file__).parents[3] / "tests/standin/conformance"
 
 
-def run(prepared: Path, tell: Callable[[dict[str, Any]], None]) -> None:
+def run(prepared: Path, tell: Callable[[dict[str, Any]], None], _repeats: int) -> None:
     """All calls; what is answered otherwise than documents say is listed, and is no failure."""
     library = os.environ.get("TILEWRIGHT_CUDA_DRIVER", "libcuda.so.1")
     ctypes.CDLL(library)  # a sentence by the loader, before anything is begun

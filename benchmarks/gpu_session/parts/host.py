@@ -15,11 +15,10 @@ from tilewright.runtime.calls.bind import IMPLEMENTATION
 from tilewright.runtime.launchers.cuda.driver import find_driver
 from tilewright.tuning_db.store import Store
 
-_CALLS = 200
 _DEVICE = torch.device("cuda", 0)
 
 
-def run(prepared: Path, tell: Callable[[dict[str, Any]], None]) -> None:
+def run(prepared: Path, tell: Callable[[dict[str, Any]], None], repeats: int) -> None:
     """A gate of one token: the smallest kernel that there is, so that the CPU's part shows."""
     path = prepared / "every/gating.triton_fused.db"
     with Store.open_read_only(path) as store:
@@ -38,11 +37,11 @@ def run(prepared: Path, tell: Callable[[dict[str, Any]], None]) -> None:
     tensors = (logits, *gate.outputs(logits))
     gate.call(*tensors)
     times_us = []
-    for _ in range(_CALLS):
+    for _ in range(20 * repeats):
         begin = time.perf_counter()
         gate.call(*tensors)
         times_us.append(1e6 * (time.perf_counter() - begin))
-    stages = gate.call.stage_times(tensors, 20) if hasattr(gate.call, "stage_times") else {}
+    stages = gate.call.stage_times(tensors, repeats) if hasattr(gate.call, "stage_times") else {}
     device = find_driver().device(0)
     result = {"device": device.name, "implementation": IMPLEMENTATION, "call_us": times_us, "stage_ns": stages}
     table = [f"{IMPLEMENTATION}: a call of {len(tensors)} tensors {statistics.median(times_us):.2f} us"]

@@ -18,7 +18,7 @@ _LOCAL_BYTES, _REGISTERS, _STATIC_SMEM_BYTES = 3, 4, 1
 """``CUfunction_attribute``."""
 
 
-def run(prepared: Path, tell: Callable[[dict[str, Any]], None]) -> None:
+def run(prepared: Path, tell: Callable[[dict[str, Any]], None], _repeats: int) -> None:
     """Every kernel of every prepared database, once."""
     driver = find_driver()
     device = driver.device(0)

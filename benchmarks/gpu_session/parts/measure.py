@@ -15,7 +15,7 @@ TIME = "150s"
 TOP = "2"
 
 
-def run(prepared: Path, tell: Callable[[dict[str, Any]], None]) -> None:
+def run(prepared: Path, tell: Callable[[dict[str, Any]], None], _repeats: int) -> None:
     """All plans of the models, within the time that there is."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):

@@ -17,10 +17,8 @@ from tilewright.runtime.launchers.cuda.driver import Driver, find_driver
 from tilewright.tuning_db.records import PlanRecord
 from tilewright.tuning_db.store import Store
 
-_ROUNDS, _CALLS = 15, 10
 
-
-def run(prepared: Path, tell: Callable[[dict[str, Any]], None]) -> None:
+def run(prepared: Path, tell: Callable[[dict[str, Any]], None], repeats: int) -> None:
     """Each plan at the sizes that it was tuned at."""
     rows: list[dict[str, Any]] = []
     databases = [prepared / "models.db", *sorted((prepared / "every").glob("*.db"))]
@@ -28,12 +26,12 @@ def run(prepared: Path, tell: Callable[[dict[str, Any]], None]) -> None:
         with Store.open_read_only(path) as store:
             plans = {plan.signature_key: plan for plan in store.plans()}  # the runtime takes the device's own
         for plan in plans.values():
-            for row in raced(path, plan):
+            for row in raced(path, plan, repeats):
                 rows.append({"database": path.stem, **row})
                 tell({"rows": rows, "table": [_line(each) for each in rows]})
 
 
-def raced(path: Path, plan: PlanRecord) -> Iterator[dict[str, Any]]:
+def raced(path: Path, plan: PlanRecord, repeats: int) -> Iterator[dict[str, Any]]:
     """Times of ours and torch's for one plan; torch's is what the runtime itself falls back to."""
     op = find_op(plan.op)
     signature = op.signature_from_dict(plan.signature)
@@ -45,9 +43,9 @@ def raced(path: Path, plan: PlanRecord) -> Iterator[dict[str, Any]]:
     for size in sorted({entry.tuned_size for entry in plan.entries if entry.tuned_size}):
         passed = device_call(op, op.problem(signature, size, RoutingSpec.parse("balanced"))).passed
         times_us: tuple[list[float], list[float]] = ([], [])
-        for _ in range(_ROUNDS):
+        for _ in range(repeats):
             for call, own in zip((ours.call, torchs.call), times_us, strict=True):
-                own.append(_time_us(partial(call, *passed)))
+                own.append(_time_us(partial(call, *passed), repeats))
         yield {
             "signature": signature.describe(),
             "size": size,
@@ -58,16 +56,16 @@ def raced(path: Path, plan: PlanRecord) -> Iterator[dict[str, Any]]:
         }
 
 
-def _time_us(call: Callable[[], object]) -> float:
+def _time_us(call: Callable[[], object], calls: int) -> float:
     """Of one of several calls that are asked for together; the device is waited for before and after."""
     driver = find_driver()
     driver.load({"cuCtxSynchronize": ()})
     _synchronise(driver)
     begin = time.perf_counter()
-    for _ in range(_CALLS):
+    for _ in range(calls):
         call()
     _synchronise(driver)
-    return 1e6 * (time.perf_counter() - begin) / _CALLS
+    return 1e6 * (time.perf_counter() - begin) / calls
 
 
 def _synchronise(driver: Driver) -> None:

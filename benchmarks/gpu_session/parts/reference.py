@@ -18,7 +18,7 @@ from tilewright.tuning_db.records import PlanRecord
 from tilewright.tuning_db.store import Store
 
 
-def run(prepared: Path, tell: Callable[[dict[str, Any]], None]) -> None:
+def run(prepared: Path, tell: Callable[[dict[str, Any]], None], _repeats: int) -> None:
     """Each plan at one size and at the awkward ones of its op."""
     rows: list[dict[str, Any]] = []
     for path in sorted((prepared / "every").glob("*.db")):
