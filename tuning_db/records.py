@@ -15,6 +15,8 @@ from typing import Any, Literal, get_args
 from tilewright.tuning_db.integrity import sha256_hex
 
 Document = dict[str, Any]
+_END_OF_DATES_S = 253_402_300_800
+"""Seconds from 1970 to the year 10000."""
 ArtifactKind = Literal["host_so", "cubin", "hsaco"]
 Timing = Literal["none", "predicted", "measured"]
 Checked = Literal["none", "compiled", "emulated", "device"]
@@ -79,6 +81,8 @@ class KernelRecord:
 
     def __post_init__(self) -> None:
         _require("checked", self.checked, CHECKED_LEVELS)
+        _require_date(self.created_at)
+        _require_config(self.config)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +126,8 @@ class TrialRecord:
             raise ValueError(f"a trial with timing {self.timing!r} cannot have median_us={self.median_us}")
         if self.median_us is not None and not math.isfinite(self.median_us):
             raise ValueError(f"a trial's median_us is a finite number, not {self.median_us}")
+        _require_date(self.created_at)
+        _require_config(self.config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +181,7 @@ class PlanRecord:
         _require("checked", self.checked, CHECKED_LEVELS)
         if not 0 <= self.error < math.inf:
             raise ValueError(f"a plan's error is a finite number of at least 0, not {self.error}")
+        _require_date(self.created_at)
         bounds = [math.inf if entry.max_size is None else entry.max_size for entry in self.entries]
         if not bounds or any(left >= right for left, right in itertools.pairwise(bounds)):
             raise ValueError(f"a plan's entries have rising sizes and at least one entry, not {bounds}")
@@ -241,6 +248,16 @@ class Counts:
     artifacts: int
     artifact_bytes: int
     plans: int
+
+
+def _require_date(seconds: float) -> None:
+    if not 0 <= seconds < _END_OF_DATES_S:
+        raise ValueError(f"created_at counts seconds since 1970, of a year that has four digits, not {seconds}")
+
+
+def _require_config(config: Document) -> None:
+    if wrong := [name for name, value in config.items() if not isinstance(value, str | int | float)]:
+        raise ValueError(f"a config's values are texts, numbers and truths, and {wrong[0]!r} is none")
 
 
 def _require(name: str, value: str, allowed: Iterable[str]) -> None:

@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tuning_db_samples import artifact, kernel, plan, trial
 
+from tilewright.errors import TilewrightError
+from tilewright.tuner.plan.facts import costs_text
 from tilewright.tuning_db import codec
 from tilewright.tuning_db.integrity import seal, sha256_hex
 from tilewright.tuning_db.records import CHECKED_LEVELS, TIMINGS, Outcome, PlanEntry, TrialRecord
@@ -13,6 +15,7 @@ from tilewright.tuning_db.records import CHECKED_LEVELS, TIMINGS, Outcome, PlanE
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 VALUES = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | NUMBERS | NAMES
+CONFIGS = st.dictionaries(NAMES, NAMES | st.integers(-9, 99) | st.booleans(), max_size=4)
 DOCUMENTS = st.dictionaries(
     NAMES, st.recursive(VALUES, lambda inner: st.lists(inner, max_size=3), max_leaves=6), max_size=4
 )
@@ -27,7 +30,7 @@ def stored(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 @given(
-    config=DOCUMENTS,
+    config=CONFIGS,
     problem=DOCUMENTS,
     outcome=st.sampled_from(Outcome),
     samples_us=st.lists(NUMBERS, max_size=5).map(tuple),
@@ -41,7 +44,7 @@ def test_a_trial_survives_its_columns(timed: tuple[Any, float] | None, **fields:
     assert codec.decode(TrialRecord, {"id": 7, **stored(codec.encode_trial(record))}) == replace(record, id=7)
 
 
-@given(signature=DOCUMENTS, config=DOCUMENTS, recipe=DOCUMENTS, facts=DOCUMENTS, source=NAMES, toolchain=NAMES)
+@given(signature=DOCUMENTS, config=CONFIGS, recipe=DOCUMENTS, facts=DOCUMENTS, source=NAMES, toolchain=NAMES)
 def test_a_kernel_survives_its_columns(**fields: Any) -> None:
     record = kernel(artifact(), **fields)
     assert codec.decode_kernel(stored(codec.encode_kernel(record)), record.artifacts) == record
@@ -143,3 +146,16 @@ def test_a_plan_finds_the_entry_for_a_size() -> None:
 
 def test_levels_of_checking_rise() -> None:
     assert CHECKED_LEVELS == ("none", "compiled", "emulated", "device")
+
+
+@pytest.mark.parametrize("changes", [{"created_at": 1e308}, {"created_at": -1.0}, {"config": {"block_m": [64]}}])
+def test_what_no_trial_or_kernel_could_have_is_refused(changes: dict[str, Any]) -> None:
+    for record in (trial("run"), kernel(artifact())):
+        with pytest.raises(ValueError, match=r"created_at counts seconds|a config's values"):
+            replace(record, **changes)
+
+
+@pytest.mark.parametrize("facts", [{"layout_cost": "1.0"}, {"layout_cost": 1.0, "packed_bytes": "many"}])
+def test_facts_that_tune_did_not_write_are_one_sentence(facts: dict[str, Any]) -> None:
+    with pytest.raises(TilewrightError, match=r"are not what `tune` writes .*; tune again"):
+        costs_text(replace(plan("k"), facts=facts, layout="panel8_fp32"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from tilewright.codegen.numbers.layouts import RowLayout, WeightLayout
 from tilewright.codegen.recipe.model import packable
+from tilewright.errors import TilewrightError
 from tilewright.tuner.plan.finals import Probed, Verdict
 from tilewright.tuner.plan.prove import Proof
 from tilewright.tuning_db.records import Document, PlanRecord
@@ -76,6 +78,26 @@ def probed_document(rehearsed: Probed, proof: Proof) -> Document:
     }
 
 
+T = TypeVar("T")
+
+
+def _reading(read: Callable[[PlanRecord], T]) -> Callable[[PlanRecord], T]:
+    """``read`` with a sentence for facts that were not written by ``tune``: in a document anything may stand."""
+
+    @functools.wraps(read)
+    def checked(plan: PlanRecord) -> T:
+        try:
+            return read(plan)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise TilewrightError(
+                f"the facts of the plan for {plan.op} on {plan.device_key} are not what `tune` writes ({error}); "
+                "tune again"
+            ) from error
+
+    return checked
+
+
+@_reading
 def costs_text(plan: PlanRecord) -> list[str]:
     """A line for each restriction that the plan is under, and what it costs."""
     facts, lines = plan.facts, []
@@ -96,6 +118,7 @@ def costs_text(plan: PlanRecord) -> list[str]:
     return lines
 
 
+@_reading
 def probed_text(plan: PlanRecord) -> str:
     """One sentence on the sizes drawn at random; empty where there were none."""
     probed: Mapping[str, Any] = plan.facts.get("probed") or {}
