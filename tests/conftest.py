@@ -3,7 +3,9 @@
 import os
 import shutil
 import signal
+import sys
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -48,3 +50,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = {item for each in cases.values() for item in (each[0], each[len(each) // 2])}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_device_is_left() -> Iterator[None]:
+    """The stand-in of the CUDA driver stays loaded, and whoever opens libcuda.so.1 later in this process gets it."""
+    yield
+    if "cuda_standin" in sys.modules:
+        sys.modules["cuda_standin"].forget_devices()

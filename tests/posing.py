@@ -53,8 +53,6 @@ class Posed(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         del types
-        if function is torch.ops.prim.device.default:
-            return torch.device("cuda", args[0].index)
         return _compute(function, args, kwargs or {})
 
     @classmethod
@@ -146,6 +144,8 @@ def on_stream(handle: int) -> Iterator[None]:
 
 def _compute(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``function`` on the CPU; what it gives is posed on the device that it was asked for, or that of its tensors."""
+    if function is torch.ops.prim.device.default:
+        return torch.device("cuda", args[0].index)
     flat = [each for each in _leaves((args, kwargs)) if isinstance(each, Posed)]
     index = flat[0].index if flat else None
     if kwargs.get("device") is not None:
@@ -188,8 +188,6 @@ class _Factories(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         del types
-        if function is torch.ops.prim.device.default:
-            return torch.device("cuda", args[0].index)
         return _compute(function, args, kwargs or {})
 
 

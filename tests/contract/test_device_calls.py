@@ -8,296 +8,39 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
-import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from call_layers import CallContract
-from cuda_standin import Launched, StandIn, standin
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
-from made_cubins import make_cubin
+from device_calls import ALL, ROWS_OF_X, STREAM, WORKSPACE, Bench, call_twice, launch, opened_bench, recipe_of, tensors
 from other_arrays import OtherArray, SilentArray
 from posing import let_calls_take_them, on_stream, pose, posing
 
-from tilewright.codegen.recipe.expressions import parsed
-from tilewright.codegen.recipe.model import Argument, Guard, Launch, Recipe, TensorMap, TensorSpec
+from tilewright.codegen.recipe.model import Argument, Guard
 from tilewright.errors import TilewrightError
 from tilewright.runtime.calls import bind as calls
-from tilewright.runtime.calls.bind import DeviceVariant, bind_device_call
-from tilewright.runtime.calls.device import DeviceCall
+from tilewright.runtime.calls.bind import DeviceVariant
 from tilewright.runtime.calls.extension import native_for_torch
-from tilewright.runtime.launchers.cuda.driver import Driver
-from tilewright.runtime.launchers.cuda.kernel import CudaKernel, Needs
-from tilewright.runtime.notices import TilewrightWarning, forget_warnings
-
-FULL = os.environ.get("TILEWRIGHT_FULL") == "1"
-TENSORS = (
-    TensorSpec("x", "fp32", ("rows", 4)),
-    TensorSpec("index", "int32", ("rows",), values="index", bound="tokens"),
-    TensorSpec("y", "bf16", ("tokens", 8)),
-    TensorSpec("extra", "int32", (5,), optional=True),
-    TensorSpec("weight", "bf16", (2, 3, 5), role="weight"),
-    TensorSpec("out", "fp32", ("rows", 2), role="output"),
-)
-NAMES = tuple(spec.name for spec in TENSORS)
-STREAM = 0x5EED0
-WORKSPACE = Argument("workspace")
-ALL = tuple(Argument("tensor", name) for name in NAMES)
-ROWS_OF_X = TensorMap(("rows", "4"), 4, box=(8, 4), data_type=7, swizzle=1)
-"""32-bit floats, spread over the banks by 32 bytes."""
-
-
-def launch(*arguments: Argument, **changes: Any) -> Launch:
-    given = {"grid": ("rows",), "block": ("32",), **changes}
-    return Launch("", f"take_{len(arguments)}", arguments, **given)
-
-
-def recipe_of(*launches: Launch, **properties: Any) -> Recipe:
-    return Recipe(TENSORS, launches, "rows", **properties)
-
-
-def parameters_of(launch: Launch, number_bytes: int) -> list[int]:
-    """Of the entry that a launch is for; numbers take ``number_bytes`` bytes."""
-    found: list[int] = []
-    for argument in launch.arguments:
-        if argument.map is not None:
-            rank = len(argument.map.shape)
-            found += [128, *[4] * rank, *[8] * rank]
-        else:
-            found.append(number_bytes if argument.kind == "size" else 8)
-    return found + [8] * launch.hidden_arguments
-
-
-@dataclass
-class Bench:
-    """A driver, and what is bound to it."""
-
-    cuda: StandIn
-    driver: Driver
-
-    def variant(
-        self, recipe: Recipe, *, device: int = 0, max_size: int | None = None, number_bytes: int = 8
-    ) -> DeviceVariant:
-        kernels = []
-        for each in recipe.launches:
-            blocks = 1
-            for text in each.cluster:
-                blocks *= int(text)
-            kernels.append(
-                CudaKernel(
-                    self.driver,
-                    self.driver.device(device),
-                    make_cubin(each.entry, parameters_of(each, number_bytes)),
-                    each.entry,
-                    Needs(parsed(each.shared_memory_bytes).evaluate({}), blocks),
-                )
-            )
-        return DeviceVariant(max_size, recipe, tuple(kernels))
-
-    def memory(self, nbytes: int) -> torch.Tensor:
-        """What the driver allocates on its first device: it zeroes no other."""
-        address = ctypes.c_uint64()
-        with self.driver.current(self.driver.device(0)):
-            self.driver.call("cuMemAlloc", ctypes.byref(address), nbytes)
-        return torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(address.value), dtype=torch.uint8)
-
-    def stream(self) -> int:
-        """A stream of the driver's first device."""
-        handle = ctypes.c_void_p()
-        with self.driver.current(self.driver.device(0)):
-            self.driver.call("cuStreamCreate", ctypes.byref(handle), 1)
-        return handle.value or 0
-
-    def bind(self, *variants: DeviceVariant, fallback: Callable[..., None] | None = None, **changes: Any) -> Any:
-        index = changes.pop("index", 0)
-        given = {
-            "size_name": "rows",
-            "device": self.driver.device(index),
-            "driver": self.driver,
-            "fallback": fallback or unexpected,
-            "name": "demo",
-            "workspace": lambda nbytes: pose(torch.empty(nbytes, dtype=torch.uint8), index),
-            **changes,
-        }
-        bound = given.pop("bound", {"weight": pose(torch.zeros(2, 3, 5, dtype=torch.bfloat16), index)})
-        return bind_device_call(TENSORS, bound, variants, **given)
-
-
-def unexpected(*_: Any) -> None:
-    raise AssertionError("a kernel should have been launched")
-
-
-def call_twice(call: Any, *given: Any) -> None:
-    call(*given)
-    call(*given)
-
-
-def tensors(rows: int = 6, tokens: int = 3, *, absent: bool = False, device: int = 0, **changes: Any) -> list[Any]:
-    """Those of a call, in order; ``changes`` replace some."""
-    made = {
-        "x": pose(torch.zeros(rows, 4), device),
-        "index": pose(torch.zeros(rows, dtype=torch.int32), device),
-        "y": pose(torch.zeros(tokens, 8, dtype=torch.bfloat16), device),
-        "extra": None if absent else pose(torch.zeros(5, dtype=torch.int32), device),
-        "out": pose(torch.zeros(rows, 2), device),
-    }
-    return list({**made, **changes}.values())
-
-
-def same(launched: Launched) -> tuple[Any, ...]:
-    """All that two launches may differ in."""
-    fields = [name for name, *_ in Launched._fields_]
-    return tuple(
-        bytes(value) if isinstance(value := getattr(launched, name), ctypes.Array) else value for name in fields
-    )
+from tilewright.runtime.notices import TilewrightWarning
 
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Bench]:
-    cuda = standin()
-    cuda.begin([90, 80, 90])
-    driver = Driver(str(cuda.path))
-    of_memory = (ctypes.POINTER(ctypes.c_uint64), ctypes.c_size_t)
-    driver.load({"cuMemAlloc": of_memory, "cuStreamCreate": (ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint)})
-    yield Bench(cuda, driver)
-    cuda.begin([80])
+    with opened_bench() as opened:
+        yield opened
 
 
 @pytest.fixture(autouse=True)
 def posed_tensors(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.cuda.begin([90, 80, 90])
     let_calls_take_them(monkeypatch)
-
-
-counts = st.recursive(
-    st.sampled_from(["rows", "tokens", "sm_count"]) | st.integers(0, 40).map(str),
-    lambda inner: (
-        st.builds("({} {} {})".format, inner, st.sampled_from(["+", "-", "*", "//"]), inner)
-        | st.builds("{}({}, {})".format, st.sampled_from(["min", "max", "ceildiv"]), inner, inner)
-    ),
-    max_leaves=3,
-)
-offsets = st.sampled_from(["", "0", "rows * 16", "tokens * 16", "64"]) | counts
-maps = (
-    st.none()
-    | st.none()
-    | st.just(ROWS_OF_X)
-    | st.builds(
-        lambda text, promotion: replace(ROWS_OF_X, shape=(text, "4"), l2_promotion=promotion), counts, st.integers(0, 3)
-    )
-)
-arguments = st.one_of(
-    st.builds(Argument, st.just("tensor"), st.sampled_from(NAMES), maps),
-    st.builds(Argument, st.just("size"), counts),
-    st.builds(Argument, st.just("workspace"), offsets, maps),
-    st.builds(Argument, st.just("scales"), offsets),
-)
-clusters = st.sampled_from([(), (), ("2",), ("1", "2"), ("16",)])
-launches = st.builds(
-    lambda given, grid, block, cluster, **rest: launch(*given, grid=tuple(grid), block=block, cluster=cluster, **rest),
-    st.lists(arguments, max_size=6),
-    st.lists(counts | st.sampled_from(["rows * 16", "sm_count"]), min_size=1, max_size=3),
-    st.sampled_from([("32",), ("128",), ("rows * 8", "2"), ("tokens",)]),
-    clusters,
-    shared_memory_bytes=st.sampled_from(["0", "1024", "65536"]),
-    hidden_arguments=st.integers(0, 2),
-    programmatic=st.booleans(),
-    cooperative=st.booleans(),
-)
-guards = st.one_of(
-    st.builds(Guard, counts, st.integers(1, 3)),
-    st.builds(Guard, st.sampled_from(["x", "y", "out", "weight", "workspace"]), st.sampled_from([1, 4, 16, 3])),
-)
-recipes = st.builds(
-    lambda launches, nbytes, guards, zeroed: recipe_of(
-        *launches, workspace_bytes=nbytes, guards=tuple(guards), workspace_zeroed=zeroed
-    ),
-    st.lists(launches, min_size=1, max_size=3),
-    st.sampled_from(["rows * 64 + 4096", "rows * 64 + 4096", "0"]) | counts,
-    st.lists(guards, max_size=1),
-    st.booleans(),
-)
-own_settings = settings(
-    phases=[Phase.explicit, Phase.generate],
-    max_examples=1500 if FULL else 40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-
-
-def outcome(cuda: StandIn, call: Callable[..., Any], given: list[Any], stream: int) -> tuple[str, Any]:
-    """What became of a call: its launches, or what was said."""
-    forget_warnings()
-    getattr(call, "twin", call)._told_of.clear()
-    before = len(cuda.launches)
-    said: list[str] = []
-    error: TilewrightError | None = None
-    with pytest.MonkeyPatch.context() as patch, on_stream(stream):
-        patch.setattr("tilewright.runtime.calls.checked.warn_once", said.append)
-        try:
-            assert call(*given) is given[-1]
-        except TilewrightError as caught:
-            error = caught
-    made = [same(each) for each in cuda.launches[before:]]
-    if error is not None:
-        assert str(error).startswith("demo: ")
-        assert "\n" not in str(error)
-        return "refused", (str(error), made)
-    if said:
-        assert made == []
-        return "torch", said
-    return "launched", made
-
-
-@own_settings
-@given(
-    recipe=recipes,
-    rows=st.integers(1, 30),
-    tokens=st.integers(0, 30),
-    absent=st.booleans(),
-    skew=st.sampled_from([0, 0, 0, 1, 4]),
-    number_bytes=st.sampled_from([8, 4]),
-)
-def test_both_twins_make_the_launches_that_the_recipe_asks_for(
-    bench: Bench, recipe: Recipe, rows: int, tokens: int, absent: bool, skew: int, number_bytes: int
-) -> None:
-    if native_for_torch() is None:
-        pytest.skip("the extension was not built")
-    bench.cuda.begin([90, 80, 90])
-    asked_twin: list[int] = []
-
-    class Counting(DeviceCall):
-        def __call__(self, *tensors: Any) -> Any:
-            asked_twin.append(1)
-            return super().__call__(*tensors)
-
-    workspace, stream = bench.memory(1 << 20), bench.stream()
-    workspace.fill_(0xFF)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tilewright.runtime.calls.native.DeviceCall", Counting)
-        call = bench.bind(
-            bench.variant(recipe, number_bytes=number_bytes),
-            fallback=lambda *_: None,
-            workspace=lambda nbytes: pose(workspace[:nbytes]),
-        )
-    x = pose(torch.zeros(rows * 4 + skew)[skew:].view(-1, 4))
-    given = tensors(rows, tokens, absent=absent, x=x)
-    expected = outcome(bench.cuda, call.twin, given, stream)
-    zeroed = workspace.clone()
-    workspace.fill_(0xFF)
-    asked_twin.clear()
-    assert outcome(bench.cuda, call, given, stream) == expected
-    assert torch.equal(workspace, zeroed)
-    if expected[0] == "launched":
-        assert asked_twin == [], "the extension handed over a call that it can make"
 
 
 class DeviceCallTests(CallContract):

@@ -13,6 +13,7 @@ from tilewright.tuner.campaign.campaign import Report, Request, SignatureReport
 from tilewright.tuner.campaign.precision import FrontPoint
 from tilewright.tuner.campaign.standings import measured_document
 from tilewright.tuner.commands.precision_front import front_table, point_document
+from tilewright.tuner.commands.run_document import run_document
 from tilewright.tuner.evaluation.statistics import Ratio
 from tilewright.tuner.plan.constraint import Final
 from tilewright.tuner.plan.deployed import Deployed
@@ -92,16 +93,9 @@ class Findings:
         """The same as JSON; every measured entry with its sample count, interval and error."""
         report, request = self.report, self.request
         return {
-            "run": report.run_id,
-            "op": request.op.name,
-            "arch": request.arch.name,
-            "device": request.target.device.key,
+            **run_document(report, request, self.database),
             "threads": request.target.location.threads,
-            "model": request.model,
             "templates": list(request.templates),
-            "database": self.database,
-            "trials": report.trials,
-            "wall_s": report.wall_s,
             "efficiency": report.efficiency,
             "roofline": {
                 "peak_gflops": self.roofline.peak_gflops,

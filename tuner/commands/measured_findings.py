@@ -10,6 +10,7 @@ from typing import Any
 from tilewright.tuner.campaign.campaign import Report, Request, SignatureReport
 from tilewright.tuner.campaign.standings import measured_document
 from tilewright.tuner.commands.precision_front import front_table, point_document
+from tilewright.tuner.commands.run_document import run_document
 from tilewright.tuner.plan.constraint import Final
 from tilewright.tuner.plan.facts import costs_text
 from tilewright.tuner.prediction.quality import Quality
@@ -76,15 +77,8 @@ class MeasuredFindings:
         """The same as JSON; every measured entry with its sample count, interval, error and conditions."""
         report, request = self.report, self.request
         return {
-            "run": report.run_id,
-            "op": request.op.name,
-            "arch": request.arch.name,
-            "device": request.target.device.key,
+            **run_document(report, request, self.database),
             "device_name": request.target.device.name,
-            "model": request.model,
-            "database": self.database,
-            "trials": report.trials,
-            "wall_s": report.wall_s,
             "build_s": report.build_s,
             "check_s": report.check_s,
             "measure_s": report.measure_s,

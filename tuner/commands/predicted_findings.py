@@ -12,6 +12,7 @@ from tilewright.tuner.campaign.campaign import KEPT_PER_PROBLEM, Report, Request
 from tilewright.tuner.campaign.loop import ProblemResult
 from tilewright.tuner.campaign.variants import BuildResult
 from tilewright.tuner.commands.precision_front import front_table, point_document
+from tilewright.tuner.commands.run_document import run_document
 from tilewright.tuner.plan.constraint import Final
 from tilewright.tuner.plan.facts import costs_text
 from tilewright.tuner.prediction.predict import Prediction, predict_config
@@ -71,16 +72,9 @@ class PredictedFindings:
         """The same as JSON; every time with its range and its evidence."""
         report, request = self.report, self.request
         return {
-            "run": report.run_id,
-            "op": request.op.name,
-            "arch": request.arch.name,
-            "device": self.device.key,
-            "model": request.model,
+            **run_document(report, request, self.database),
             "templates": list(request.templates),
             "toolchain": self.request.toolchains,
-            "database": self.database,
-            "trials": report.trials,
-            "wall_s": report.wall_s,
             "build_s": report.build_s,
             "check_s": report.check_s,
             "signatures": [self._signature_document(mine) for mine in report.signatures],
