@@ -256,8 +256,9 @@ def _require_date(seconds: float) -> None:
 
 
 def _require_config(config: Document) -> None:
-    if wrong := [name for name, value in config.items() if not isinstance(value, str | int | float)]:
-        raise ValueError(f"a config's values are texts, numbers and truths, and {wrong[0]!r} is none")
+    """None stands in old configs for knobs of other templates."""
+    if wrong := [name for name, value in config.items() if not isinstance(value, str | int | float | None)]:
+        raise ValueError(f"a config's values are texts, numbers, truths or None, and {wrong[0]!r} is none of them")
 
 
 def _require(name: str, value: str, allowed: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from tilewright.tuning_db.records import CHECKED_LEVELS, TIMINGS, Outcome, PlanE
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 VALUES = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | NUMBERS | NAMES
-CONFIGS = st.dictionaries(NAMES, NAMES | st.integers(-9, 99) | st.booleans(), max_size=4)
+CONFIGS = st.dictionaries(NAMES, st.none() | NAMES | st.integers(-9, 99) | st.booleans(), max_size=4)
 DOCUMENTS = st.dictionaries(
     NAMES, st.recursive(VALUES, lambda inner: st.lists(inner, max_size=3), max_leaves=6), max_size=4
 )
